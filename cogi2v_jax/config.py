@@ -1,0 +1,355 @@
+"""What a checkpoint is: its four networks' settings as frozen dataclasses, read strictly from the JSON files of a diffusers folder,
+and the TOML files of `configs/`, which add what those files don't say (defaults, published ranges, where the weights live)."""
+
+import dataclasses
+import functools
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+PARTS = ("transformer", "vae", "text_encoder", "scheduler")
+
+# Either beside the package (an installed wheel) or one folder up (a checkout, an editable install).
+_HERE = Path(__file__).parent
+CONFIGS = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE / "configs")
+
+
+class _Part:
+    """Strict reading of one config.json: a key is a field, a value that only one setting computes, inert, or an error by name."""
+
+    REQUIRED: ClassVar[Mapping[str, Any]] = {}  # mathematics that has one implementation here: any other value is refused
+    INERT: ClassVar[frozenset[str]] = frozenset()  # keys that change nothing at inference
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> Self:
+        fields = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        known, faults = {}, []
+        for key, value in values.items():
+            if key.startswith("_") or key in cls.INERT:
+                continue
+            value = tuple(value) if isinstance(value, list) else value
+            if key in cls.REQUIRED:
+                if value != cls.REQUIRED[key]:
+                    faults.append(f"{key} must be {cls.REQUIRED[key]!r}: got {value!r}")
+            elif key in fields:
+                known[key] = value
+            elif value not in (None, False):  # a key newer than this program may only pass switched off
+                faults.append(f"{key} is not known here: got {value!r}")
+        try:
+            part = cls(**known)
+        except (TypeError, ValueError) as error:
+            faults.append(str(error))
+        if faults:
+            raise ValueError(f"{where}: " + "; ".join(faults))
+        return part
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if f.type is int and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+                raise ValueError(f"{f.name} must be a positive integer: got {value!r}")
+            if f.type is float and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
+                raise ValueError(f"{f.name} must be a positive number: got {value!r}")
+
+
+@dataclass(frozen=True)
+class TransformerConfig(_Part):
+    """transformer/config.json. Field names are the file's; what a file leaves out has the reference class's default."""
+
+    num_attention_heads: int = 30
+    attention_head_dim: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    time_embed_dim: int = 512
+    ofs_embed_dim: int | None = None
+    text_embed_dim: int = 4096
+    num_layers: int = 30
+    sample_width: int = 90  # latent pixels, as are all sample sizes here
+    sample_height: int = 60
+    sample_frames: int = 49
+    patch_size: int = 2
+    patch_size_t: int | None = None
+    temporal_compression_ratio: int = 4
+    max_text_seq_length: int = 226
+    norm_eps: float = 1e-5
+    spatial_interpolation_scale: float = 1.875
+    temporal_interpolation_scale: float = 1.0
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool = False
+    patch_bias: bool = True
+
+    REQUIRED = {  # noqa: RUF012
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "norm_elementwise_affine": True,
+        "timestep_activation_fn": "silu",
+    }
+    INERT = frozenset({"dropout"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attention_head_dim % 16:
+            raise ValueError(f"attention_head_dim must be a multiple of 16: got {self.attention_head_dim}")
+        if self.use_learned_positional_embeddings and self.patch_size_t:
+            raise ValueError("use_learned_positional_embeddings must be false where patch_size_t is set: the reference has no such network")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of one token."""
+        return self.patch_size_t or 1, self.patch_size, self.patch_size
+
+    @property
+    def table_grid(self) -> tuple[int, int, int]:
+        """Tokens over frames, rows and columns that the learned position table was made for."""
+        frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
+        return frames, self.sample_height // self.patch_size, self.sample_width // self.patch_size
+
+    @property
+    def table_rows(self) -> int:
+        frames, rows, columns = self.table_grid
+        return self.max_text_seq_length + frames * rows * columns
+
+
+@dataclass(frozen=True)
+class VAEConfig(_Part):
+    """vae/config.json."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    latent_channels: int = 16
+    layers_per_block: int = 3
+    norm_eps: float = 1e-6
+    norm_num_groups: int = 32
+    temporal_compression_ratio: int = 4
+    scaling_factor: float = 1.15258426
+    invert_scale_latents: bool = False
+
+    REQUIRED = {  # noqa: RUF012
+        "act_fn": "silu",
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "latents_mean": None,
+        "latents_std": None,
+        "shift_factor": None,
+    }
+    # sample sizes drive only the reference's optional tiles; its pipelines never read force_upcast
+    INERT = frozenset({"sample_height", "sample_width", "force_upcast", "down_block_types", "up_block_types"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temporal_compression_ratio != 4 or len(self.block_out_channels) != 4:
+            raise ValueError(
+                "temporal_compression_ratio must be 4 and block_out_channels have four entries (8x over space): "
+                f"got {self.temporal_compression_ratio} and {self.block_out_channels}"
+            )
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(f"block_out_channels must divide by norm_num_groups {self.norm_num_groups}: got {self.block_out_channels}")
+
+    @property
+    def spatial_ratio(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig(_Part):
+    """text_encoder/config.json: a T5 v1.1 encoder."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+
+    REQUIRED = {"feed_forward_proj": "gated-gelu"}  # noqa: RUF012
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> Self:
+        # The file of a transformers model also holds dozens of keys about decoding, training and versions, so here only fields are read.
+        fields = {f.name for f in dataclasses.fields(cls)} | set(cls.REQUIRED)
+        return super().from_json({key: value for key, value in values.items() if key in fields}, where)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.relative_attention_num_buckets, self.relative_attention_max_distance) != (32, 128):
+            raise ValueError(
+                "relative_attention_num_buckets and relative_attention_max_distance must be 32 and 128: "
+                f"got {self.relative_attention_num_buckets} and {self.relative_attention_max_distance}"
+            )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(_Part):
+    """scheduler/scheduler_config.json: the noise levels. Which sampler walks them is the request's choice."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    rescale_betas_zero_snr: bool = False
+    set_alpha_to_one: bool = True
+    snr_shift_scale: float = 3.0
+
+    REQUIRED = {  # noqa: RUF012
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+        "timestep_spacing": "trailing",
+        "trained_betas": None,
+    }
+    INERT = frozenset({"clip_sample", "clip_sample_range", "sample_max_value", "steps_offset"})  # never read by the reference's step
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request leaves open, once a checkpoint, its family or its folder has answered."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: int
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    use_dynamic_cfg: bool = True
+    scheduler: str = "dpm"
+    fit: str = "crop"
+    image_latent_scale: str = "reference"
+
+
+@dataclass(frozen=True)
+class Published:
+    """The range a checkpoint was published for; outside it a request computes, with one warning."""
+
+    short_side: tuple[int, int] | None = None  # lowest and highest, pixels
+    long_side: tuple[int, int] | None = None
+    frames: tuple[int, ...] = ()
+    portrait: bool = True
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """One checkpoint: its parts, the name of the TOML that fits it (None for weights of its own), its defaults."""
+
+    transformer: TransformerConfig
+    vae: VAEConfig
+    text_encoder: TextEncoderConfig
+    scheduler: SchedulerConfig
+    name: str | None = None
+    published: Published = field(default_factory=Published)
+
+    def __post_init__(self) -> None:
+        t, v, e = self.transformer, self.vae, self.text_encoder
+        faults = []
+        if t.in_channels != 2 * v.latent_channels:
+            what = "a text-to-video checkpoint" if t.in_channels == v.latent_channels else "no checkpoint of this family"
+            faults.append(
+                f"transformer in_channels must be twice the VAE's latent_channels {v.latent_channels}: got {t.in_channels}, which is {what}"
+            )
+        if t.out_channels != v.latent_channels:
+            faults.append(f"transformer out_channels must be the VAE's latent_channels {v.latent_channels}: got {t.out_channels}")
+        if t.text_embed_dim != e.d_model:
+            faults.append(f"transformer text_embed_dim must be the text encoder's d_model {e.d_model}: got {t.text_embed_dim}")
+        if not t.use_rotary_positional_embeddings and not t.use_learned_positional_embeddings and t.patch_size_t:
+            faults.append("transformer must have rotary positions where patch_size_t is set: got neither rotary nor learned ones")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Mapping[str, Any]], where: str) -> Self:
+        """From the four JSON files' contents, keyed as in `PARTS`; the fitting TOML is looked up by architecture, never by name."""
+        types = (TransformerConfig, VAEConfig, TextEncoderConfig, SchedulerConfig)
+        read = {part: kind.from_json(parts[part], f"{where}: {part}") for part, kind in zip(PARTS, types, strict=True)}
+        try:
+            config = cls(**read)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        for name in names():
+            stated = toml(name)
+            if all(config.agrees_with(part, stated[part]) for part in PARTS[:3]):
+                return dataclasses.replace(config, name=name, published=Published(**_tuples(stated.get("published", {}))))
+        return config
+
+    def agrees_with(self, part: str, stated: Mapping[str, Any]) -> bool:
+        # The 1.5 files have stated several sample sizes over time, and no number there depends on them.
+        slack = ("sample_height", "sample_width", "sample_frames") if self.family == "cogvideox1.5-i2v" and part == "transformer" else ()
+        mine = dataclasses.asdict(getattr(self, part))
+        return all(mine[key] == value for key, value in _tuples(stated).items() if key not in slack)
+
+    @property
+    def family(self) -> str:
+        """`cogvideox1.5-i2v` where the network patches over time or takes `ofs`, else `cogvideox-i2v`."""
+        return "cogvideox1.5-i2v" if self.transformer.patch_size_t or self.transformer.ofs_embed_dim else "cogvideox-i2v"
+
+    @property
+    def title(self) -> str:
+        return self.name or f"this {self.family} checkpoint"
+
+    @functools.cached_property
+    def defaults(self) -> Defaults:
+        """The checkpoint's TOML, else its family's, else the folder's own config."""
+        t = self.transformer
+        folder = {
+            "height": t.sample_height * self.vae.spatial_ratio,
+            "width": t.sample_width * self.vae.spatial_ratio,
+            "num_frames": t.sample_frames,
+        }
+        family = _read(CONFIGS / "families" / f"{self.family}.toml").get("defaults", {})
+        own = toml(self.name).get("defaults", {}) if self.name else {}
+        return Defaults(**{**folder, **family, **own})
+
+    def json(self) -> dict[str, Any]:
+        return {part: dataclasses.asdict(getattr(self, part)) for part in PARTS}
+
+
+def names() -> list[str]:
+    """Checkpoints known by name: the stems of the TOML files in `configs/`."""
+    return sorted(path.stem for path in CONFIGS.glob("cog*.toml"))
+
+
+@functools.cache
+def toml(name: str) -> dict[str, Any]:
+    """The TOML of a named checkpoint: tables `transformer`, `vae`, `text_encoder`, `defaults`, `published`, `source`."""
+    if name not in names():
+        raise ValueError(f"checkpoint name must be one of {', '.join(names())}: got {name!r}")
+    return _read(CONFIGS / f"{name}.toml")
+
+
+def named(name: str) -> CheckpointConfig:
+    """The architecture of a named checkpoint, from its TOML alone: what full-size checks without weights build on."""
+    stated = toml(name)
+    return CheckpointConfig.from_parts({part: stated[part] for part in PARTS}, name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one clear line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} must hold {path.name}: found none") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path} must be a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object: got {type(value).__name__}")
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} must be a TOML file: {error}") from None
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,0 +1,134 @@
+"""Layers whose parameters name their axes, so that `sharding.py` can place them without knowing a model. Sums, moments and gates are
+float32 inside, with one rounding to the compute dtype on the way out."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+Axes = tuple[str | None, ...]
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision:
+    """Float32 means float32: left alone, such a product is one bfloat16 pass on a TPU and TF32 on a GPU."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def param(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, scale: float | None = None) -> nnx.Param:
+    """A parameter with named axes: normal values of standard deviation `scale`, or ones where it is None. (Ours to name: flax's own
+    sharding metadata wants a mesh even to build a model's shapes.)"""
+    value = jnp.ones(shape, dtype) if scale is None else scale * jax.random.normal(rngs.params(), shape, dtype)
+    return nnx.Param(value, axes=axes)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, rounded once."""
+
+    def __init__(self, inputs: int, outputs: int, *, axes: Axes, bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kernel = param((inputs, outputs), axes, dtype, rngs, inputs**-0.5)
+        self.bias = param((outputs,), axes[1:], dtype, rngs, 0.02) if bias else None
+
+    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        y = jnp.dot(x, self.kernel[...], precision=precision(x.dtype), preferred_element_type=jnp.float32)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Over the last axis, affine, biased variance about the mean. The result is float32: what follows (a modulation, a rotation) rounds."""
+
+    def __init__(self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.scale = param((width,), axes, dtype, rngs)
+        self.bias = param((width,), axes, dtype, rngs, 0.02)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+class RMSNorm(nnx.Module):
+    """T5's norm: no mean, no bias; float32 in, the kernel dtype out."""
+
+    def __init__(self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.scale = param((width,), axes, dtype, rngs)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * self.scale[...].astype(jnp.float32)).astype(self.scale.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Over frames, rows, columns and the channels of a group, for each video of the batch. The result is float32."""
+
+    def __init__(self, channels: int, groups: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.scale = param((channels,), ("channels",), dtype, rngs)
+        self.bias = param((channels,), ("channels",), dtype, rngs, 0.02)
+        self.groups = groups
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
+        x = x.astype(jnp.float32)
+        x = x - self._grouped_mean(x)
+        x = x * lax.rsqrt(self._grouped_mean(jnp.square(x)) + self.epsilon)
+        return x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+    def _grouped_mean(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b 1 1 1 c"]:
+        # Channels first reduce alone, which keeps them in the minor dimension; their groups meet only afterwards.
+        b, *_, c = x.shape
+        means = jnp.mean(x, axis=(1, 2, 3)).reshape(b, self.groups, c // self.groups).mean(axis=-1)
+        return jnp.repeat(means, c // self.groups, axis=-1).reshape(b, 1, 1, 1, c)
+
+
+class Conv(nnx.Module):
+    """A 2-D convolution of every frame. `padding` is (before, after) for both directions."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kernel = param((size, size, inputs, outputs), (None, None, "inputs", "channels"), dtype, rngs, (size * size * inputs) ** -0.5)
+        self.bias = param((outputs,), ("channels",), dtype, rngs, 0.02)
+        self.stride = stride
+        self.padding = padding
+
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w2 c2"]:
+        y = convolve(x, self.kernel[...], self.stride, self.padding)
+        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def convolve(x: Float[Array, "b f h w c"], kernel: Float[Array, "k k c c2"], stride: int, padding: tuple[int, int]) -> Float[Array, "b f h2 w2 c2"]:
+    """Every frame with one 2-D kernel; the sum stays float32."""
+    y = lax.conv_general_dilated(
+        x.reshape(-1, *x.shape[2:]),
+        kernel,
+        (stride, stride),
+        [padding, padding],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def stacked(layers: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
+    """`layers` equal modules in one, each parameter with a new first axis: one program for all of them."""
+
+    @nnx.split_rngs(splits=layers)
+    @nnx.vmap
+    def make(keys: nnx.Rngs) -> nnx.Module:
+        return build(keys)
+
+    return make(rngs)
+
+
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jax.nn.silu(x.astype(jnp.float32))
+
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The tanh approximation, as both the transformer and T5 have it."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True)

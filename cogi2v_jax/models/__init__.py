@@ -1,0 +1,1 @@
+"""The three networks. They know no mesh, no checkpoint and no schedule."""

@@ -1,0 +1,84 @@
+"""A weight map is a table of rules, each read in both directions; this file reads them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from einops import rearrange
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of tensor: its name here and there, and its axes as an einops pattern. "{}" in the torch name is the layer index, which
+    becomes a new first axis of ours; `sizes` are the axis lengths that a pattern needs to be read backwards."""
+
+    torch: str
+    flax: str
+    axes: str = ""  # empty: as it is
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def to_flax(self, tensor: np.ndarray) -> np.ndarray:
+        return rearrange(tensor, self.axes, **self.sizes) if self.axes else tensor
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        if not self.axes:
+            return array
+        theirs, ours = self.axes.split(" -> ")
+        return rearrange(array, f"{ours} -> {theirs}", **self.sizes)
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The torch shape of one layer's tensor, from ours."""
+        return jax.eval_shape(self.to_torch, jax.ShapeDtypeStruct(shape, np.float32)).shape
+
+
+Table = tuple[Rule, ...]
+
+
+class Home(NamedTuple):
+    """Where a torch tensor lives with us: its rule, and its layer where the leaf is stacked over layers."""
+
+    rule: Rule
+    layer: int | None
+
+
+def expand(table: Table, layers: int) -> dict[str, Home]:
+    """Every torch name of a network with so many layers."""
+    homes: dict[str, Home] = {}
+    for rule in table:
+        for layer in range(layers) if "{}" in rule.torch else (None,):
+            homes[rule.torch.format(layer)] = Home(rule, layer)
+    return homes
+
+
+def misfits(homes: Mapping[str, Home], leaves: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Whatever keeps the tensors `found` (name to shape) from filling the `leaves` (our name to our shape), a line each."""
+    faults = [f"{name} has no rule" for name in found if name not in homes]
+    shapes: dict[Rule, tuple[int, ...]] = {}
+    for name, (rule, layer) in homes.items():
+        if name not in found:
+            faults.append(f"{name} is missing")
+            continue
+        if id(rule) not in shapes:
+            shapes[id(rule)] = rule.torch_shape(leaves[rule.flax][0 if layer is None else 1 :])
+        if found[name] != shapes[id(rule)]:
+            faults.append(f"{name} must have the shape {list(shapes[id(rule)])}: got {list(found[name])}")
+    return faults
+
+
+def refuse(where: str, faults: Iterable[str], shown: int = 20) -> None:
+    """Raises ValueError with all the faults, or with as many as a screen takes."""
+    faults = list(faults)
+    if faults:
+        more = f"; and {len(faults) - shown} more" if len(faults) > shown else ""
+        raise ValueError(f"{where} must fit the network: " + "; ".join(faults[:shown]) + more)
+
+
+def linear(torch: str, flax: str, bias: bool = True) -> Table:
+    weight = Rule(f"{torch}.weight", f"{flax}.kernel", "o i -> i o")
+    return (weight, Rule(f"{torch}.bias", f"{flax}.bias")) if bias else (weight,)
+
+
+def norm(torch: str, flax: str) -> Table:
+    return Rule(f"{torch}.weight", f"{flax}.scale"), Rule(f"{torch}.bias", f"{flax}.bias")

@@ -1,0 +1,732 @@
+import io
+import json
+import os
+import re
+import struct
+import subprocess
+import warnings
+import zlib
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogi2v_jax import media
+from cogi2v_jax.media import FITS, check_output, fit_image, read_frames, read_image, read_recipe, write_video
+
+RECIPE = {
+    "prompt": "a \"quoted\" 'panda'; a=b #1 \\ back\\slash\\\\ 熊猫 🎸 é\nsecond line\r\n\ttab \x00 \\n;=#",
+    "negative_prompt": "",
+    "seed": 2**63,
+    "guidance_scale": 6.0,
+    "sizes": [49, 480, 720],
+    "nested": {"a": None, "b": True},
+}
+KINDS = ("out.mp4", "out.gif", "out.png", "out")
+
+
+def picture(height=24, width=36) -> np.ndarray:
+    """Smooth, so that lossy codecs come close, and different in every corner and channel, so that no turn goes unseen."""
+    y, x = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
+    return np.stack([255 * x, 255 * y, 255 * (1 - x * y)], -1).round().astype(np.uint8)
+
+
+def clip(count=9, height=64, width=96) -> np.ndarray:
+    return np.stack([np.roll(picture(height, width) // 2 + 60, 0, 1) + np.uint8(4 * index) for index in range(count)])
+
+
+def pixels(image) -> np.ndarray:
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def close(a, b) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return np.abs(a.astype(float) - b.astype(float)).mean()
+
+
+def png_claiming(width, height) -> bytes:
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def one_line(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    assert " must " in text
+    assert ": got " in text
+    return text
+
+
+# reading a picture
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "tiff", "ppm"])
+def test_a_lossless_file_is_read_as_it_was_written(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(picture()).save(path, lossless=True)
+    np.testing.assert_array_equal(pixels(read_image(path)), picture())
+    np.testing.assert_array_equal(pixels(read_image(str(path))), picture())
+
+
+def test_a_jpeg_is_read_closely(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "x.jpg", quality=95)
+    assert close(pixels(read_image(tmp_path / "x.jpg")), picture()) < 3
+
+
+def test_the_file_is_closed_and_the_image_lives_on(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(picture()).save(path)
+    image = read_image(path)
+    path.unlink()
+    np.testing.assert_array_equal(pixels(image.copy()), picture())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBX", "YCbCr", "CMYK", "HSV"])
+def test_colour_modes_keep_their_colours(mode):
+    assert close(pixels(read_image(Image.fromarray(picture()).convert(mode))), picture()) < 3
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey_modes_become_three_equal_channels(mode):
+    grey = Image.fromarray(picture()).convert(mode)
+    expected = np.asarray(grey.convert("L"))
+    assert expected.max() > expected.min()
+    np.testing.assert_array_equal(pixels(read_image(grey)), np.repeat(expected[..., None], 3, 2))
+
+
+def test_a_palette_image_shows_its_palette():
+    image = Image.fromarray(picture()).quantize(200)
+    np.testing.assert_array_equal(pixels(read_image(image)), np.asarray(image.convert("RGB")))
+    assert close(pixels(read_image(image)), picture()) < 10
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa"])
+def test_transparent_pixels_become_white_not_the_colour_hidden_under_them(mode):
+    rgba = np.full((4, 6, 4), (200, 10, 10, 255), np.uint8)
+    rgba[:, :2] = (0, 0, 0, 0)
+    rgba[:, 2:4] = (0, 0, 0, 128)
+    seen = pixels(read_image(Image.fromarray(rgba).convert(mode)))
+    np.testing.assert_array_equal(seen[:, :2], 255)
+    np.testing.assert_allclose(seen[:, 2:4].astype(int), 127, atol=1)
+    np.testing.assert_array_equal(seen[:, 4:], np.asarray(Image.fromarray(rgba).convert(mode).convert("RGBA"))[:, 4:, :3])
+
+
+def test_opaque_alpha_changes_nothing():
+    image = Image.fromarray(picture())
+    image.putalpha(255)
+    np.testing.assert_array_equal(pixels(read_image(image)), picture())
+
+
+@pytest.mark.parametrize("transparency", [0, b"\0"])
+def test_a_palette_file_with_transparency_is_laid_on_white(tmp_path, transparency):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 250, 0, 0])
+    image.paste(0, (0, 0, 2, 4))
+    image.save(tmp_path / "x.png", transparency=transparency)
+    seen = pixels(read_image(tmp_path / "x.png"))
+    np.testing.assert_array_equal(seen[:, :2], 255)
+    np.testing.assert_array_equal(seen[:, 2:], np.full((4, 2, 3), (250, 0, 0)))
+
+
+def test_a_colour_keyed_png_is_laid_on_white(tmp_path):
+    Image.fromarray(np.full((2, 2, 3), (1, 2, 3), np.uint8)).save(tmp_path / "x.png", transparency=(1, 2, 3))
+    np.testing.assert_array_equal(pixels(read_image(tmp_path / "x.png")), 255)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_to_eight_not_clipped(tmp_path, suffix):
+    grey = picture()[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"x.{suffix}")
+    np.testing.assert_array_equal(pixels(read_image(tmp_path / f"x.{suffix}")), np.repeat(grey[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
+def test_every_integer_mode_is_scaled_to_eight_bits(mode):
+    image = Image.new(mode, (3, 2), 100 * 257 + 20)
+    np.testing.assert_array_equal(pixels(read_image(image)), 100)
+
+
+@pytest.mark.parametrize("top", [1, 255])
+def test_float_images_are_read_as_unit_range_or_as_eight_bits(tmp_path, top):
+    grey = picture()[..., 0]
+    Image.fromarray(grey.astype(np.float32) * (top / 255)).save(tmp_path / "x.tiff")
+    np.testing.assert_array_equal(pixels(read_image(tmp_path / "x.tiff")), np.repeat(grey[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("values", [np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32), np.full((2, 2), np.nan, np.float32)])
+def test_deep_values_out_of_range_are_refused(values):
+    with pytest.raises(ValueError, match="must hold 0") as caught:
+        read_image(Image.fromarray(values))
+    one_line(caught)
+
+
+TURNS = {  # orientation -> how the camera stored an upright picture
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_an_exif_rotated_photo_is_turned_upright(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](picture())))
+    stored.save(tmp_path / f"x.{suffix}", exif=exif, lossless=True)
+    once = read_image(tmp_path / f"x.{suffix}")
+    np.testing.assert_array_equal(pixels(once), picture())
+    np.testing.assert_array_equal(pixels(read_image(once)), picture())
+
+
+def test_a_broken_exif_block_is_ignored(tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage")
+    assert read_image(tmp_path / "x.jpg").size == (36, 24)
+
+
+def test_an_animation_gives_its_first_frame(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime")]
+    for suffix in ("gif", "webp", "png"):
+        frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+        np.testing.assert_array_equal(pixels(read_image(tmp_path / f"x.{suffix}"))[0, 0], (255, 0, 0))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3), (4, 5, 4)])
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float64", "float16"])
+def test_arrays_of_every_depth_and_dtype_are_read(shape, dtype):
+    values = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    values[..., 3:] = 255
+    array = values if dtype == "uint8" else (values / 255).astype(dtype)
+    three = values.reshape(4, 5, -1)[..., :3]
+    np.testing.assert_allclose(pixels(read_image(array)).astype(int), np.broadcast_to(three, (4, 5, 3)), atol=dtype == "float16")
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 4, 5), np.uint8),
+        np.zeros((1, 4, 5, 3), np.uint8),
+        np.zeros((4, 5, 2), np.uint8),
+        np.zeros((4,), np.uint8),
+        np.zeros((0, 5, 3), np.uint8),
+        np.zeros((4, 0), np.float32),
+        np.zeros((4, 5, 3), np.uint16),
+        np.zeros((4, 5, 3), bool),
+        np.full((4, 5, 3), 2.0),
+        np.full((4, 5, 3), -0.1),
+        np.full((4, 5, 3), np.nan),
+        np.zeros((32769, 1), np.uint8),
+    ],
+    ids=str,
+)
+def test_arrays_that_are_no_picture_are_refused(array):
+    with pytest.raises(ValueError, match="image") as caught:
+        read_image(array)
+    one_line(caught)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "no.png"))) as caught:
+        read_image(tmp_path / "no.png")
+    one_line(caught)
+
+
+def broken_files():
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(whole, "JPEG")
+    png = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(png, "PNG")
+    return {
+        "truncated.jpg": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "truncated.png": png.getvalue()[: len(png.getvalue()) // 2],
+        "header_only.png": png.getvalue()[:20],
+        "text.png": b"this is not a picture\n" * 9,
+        "empty.png": b"",
+        "bomb.png": png_claiming(100_000, 100_000),
+        "long.png": png_claiming(40_000, 10),
+        "large.png": png_claiming(20_000, 20_000),
+        "flat.png": png_claiming(0, 10),
+    }
+
+
+@pytest.mark.parametrize("name", broken_files())
+def test_a_file_that_is_no_whole_picture_is_refused_in_one_line(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(broken_files()[name])
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            read_image(path)
+    assert not leaked
+    assert isinstance(caught.value, ValueError)
+    text = one_line(caught)
+    rule = {"empty": "empty", "bomb": "pixels", "large": "pixels", "long": "sides of 1 to 32768"}.get(path.stem, "whole")
+    assert rule in text
+
+
+@pytest.mark.parametrize("size", [(40_000, 10), (15_000, 12_000)])
+def test_an_absurd_size_is_refused_before_a_pixel_is_decoded(tmp_path, monkeypatch, size):
+    (tmp_path / "x.png").write_bytes(png_claiming(*size))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="pixels"):
+        read_image(tmp_path / "x.png")
+
+
+def test_a_large_but_sane_photo_leaks_no_warning(tmp_path):
+    Image.new("L", (10_000, 9_000)).save(tmp_path / "x.png", compress_level=1)  # above PIL's warning, below its error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "x.png").size == (10_000, 9_000)
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    with pytest.raises(ValueError, match="folder") as caught:
+        read_image(tmp_path)
+    one_line(caught)
+
+
+def test_a_callers_image_stays_open_and_unchanged(tmp_path):
+    Image.fromarray(picture()).convert("RGBA").save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        read_image(image)
+        assert image.mode == "RGBA"
+        np.testing.assert_array_equal(np.asarray(image)[..., :3], picture())
+
+
+# fitting it to the target
+
+
+@pytest.mark.parametrize("size", [(480, 720), (37, 53), (1000, 300), (1, 1)])
+def test_stretch_is_the_reference_bit_for_bit(size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the reference's own imports
+        VideoProcessor = pytest.importorskip("diffusers.video_processor").VideoProcessor
+        image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8))
+        expected = VideoProcessor(vae_scale_factor=8).preprocess(image, height=96, width=160).numpy()[0].transpose(1, 2, 0)
+    ours = fit_image(image, 96, 160, "stretch")
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("size", [(96, 160), (60, 100), (48, 80), (3, 5), (333, 555), (480, 800)])
+def test_an_image_at_the_target_aspect_is_the_same_under_every_fit(fit, size):
+    image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (*size, 3), np.uint8))
+    np.testing.assert_array_equal(fit_image(image, 96, 160, fit), fit_image(image, 96, 160, "stretch"))
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (97, 160), (96, 161), (479, 721), (3000, 7)])
+def test_every_shape_fits_the_target_exactly(fit, size):
+    out = fit_image(Image.new("RGB", size[::-1], "white"), 96, 160, fit)
+    assert out.shape == (96, 160, 3)
+    assert out.dtype == np.float32
+    assert out.max() == 1
+    if fit != "pad":
+        assert out.min() == 1
+
+
+def bands(height, width, axis) -> Image.Image:
+    """Red, green and blue thirds along an axis."""
+    index = np.arange((height, width)[axis]) * 3 // (height, width)[axis]
+    rows = np.eye(3, dtype=np.uint8)[index] * np.uint8(255)
+    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(rows[:, None] if axis == 0 else rows[None], (height, width, 3))))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_crop_keeps_the_middle_and_the_aspect(axis):
+    size = [32, 32]
+    size[axis] = 96
+    out = fit_image(bands(*size, axis), 64, 64, "crop").transpose(axis, 1 - axis, 2)
+    np.testing.assert_allclose(out[4:-4], np.broadcast_to([-1, 1, -1], (56, 64, 3)), atol=0.02)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_crop_cuts_both_ends_equally(axis):
+    size = [40, 40]
+    size[axis] = 61
+    flip = (slice(None, None, -1),) if axis == 0 else (slice(None), slice(None, None, -1))
+    image = np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8)
+    out = fit_image(Image.fromarray(image), 32, 32, "crop")
+    mirrored = fit_image(Image.fromarray(np.ascontiguousarray(image[flip])), 32, 32, "crop")
+    np.testing.assert_allclose(out[flip], mirrored, atol=2.1 / 255 * 2)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_pad_shows_the_whole_image_centred_on_black(axis):
+    size = [32, 32]
+    size[axis] = 96
+    out = fit_image(bands(*size, axis), 96, 96, "pad").transpose(1 - axis, axis, 2)
+    np.testing.assert_array_equal(out[:32], -1)
+    np.testing.assert_array_equal(out[64:], -1)
+    inner = np.asarray(bands(*size, axis), np.float32).transpose(1 - axis, axis, 2) / 255 * 2 - 1
+    np.testing.assert_array_equal(out[32:64], inner)
+
+
+def test_pixels_span_minus_one_to_one():
+    image = Image.fromarray(np.array([[[0, 255, 51]]], np.uint8))
+    np.testing.assert_allclose(fit_image(image, 1, 1, "stretch")[0, 0], [-1, 1, -0.6], atol=1e-6)
+
+
+def test_an_unknown_fit_a_zero_size_and_another_mode_are_refused():
+    image = Image.new("RGB", (8, 8))
+    for arguments, named in (
+        ((image, 8, 8, "squash"), "fit"),
+        ((image, 0, 8, "pad"), "height"),
+        ((image.convert("L"), 8, 8, "pad"), "RGB"),
+    ):
+        with pytest.raises(ValueError, match=named) as caught:
+            fit_image(*arguments)
+        one_line(caught)
+
+
+# naming the output
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.MP4", "x.gif", "x.png", "x", "x/", "take.2.png", "take.2.mp4", "熊 = a;b.mp4"])
+def test_good_output_names_pass_and_nothing_is_made(tmp_path, name):
+    assert check_output(f"{tmp_path}/{name}") == tmp_path / name
+    assert check_output(check_output(tmp_path / name)) == tmp_path / name
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bare_name_is_written_to_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert write_video("x.gif", clip(2), 8, {}) == Path("x.gif")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gif"]
+
+
+@pytest.mark.parametrize("name", ["x.avi", "x.webm", "x.mp4.txt", "..", "no/x.mp4", "file/x.mp4", f"{'x' * 250}.mp4"])
+def test_bad_output_names_are_refused(tmp_path, name):
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(ValueError, match="output") as caught:
+        check_output(tmp_path / name)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_path_without_a_name_is_refused(name):
+    with pytest.raises(ValueError, match="name"):
+        check_output(name)
+
+
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))  # root may write anywhere
+    with pytest.raises(ValueError, match="writable") as caught:
+        check_output(tmp_path / "x.mp4")
+    one_line(caught)
+
+
+def test_a_folder_where_a_file_should_go_is_refused_and_the_other_way_round(tmp_path):
+    (tmp_path / "x.mp4").mkdir()
+    (tmp_path / "frames").write_text("a file")
+    for name in ("x.mp4", "frames"):
+        with pytest.raises(ValueError, match="must be") as caught:
+            check_output(tmp_path / name)
+        one_line(caught)
+
+
+@pytest.mark.parametrize("names", [["holiday.jpg"], ["recipe.json", "notes.txt"], ["00000.png"], ["recipe.json", "00000.png", "a.py"]])
+def test_a_folder_of_other_things_is_never_replaced(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    for path in (tmp_path, f"{tmp_path}.png"):
+        with pytest.raises(ValueError, match="only frames written before") as caught:
+            write_video(path, clip(1), 8, {})
+        one_line(caught)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_mount_point_is_refused_for_it_cannot_be_renamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(ValueError, match="inside it"):
+        check_output(tmp_path)
+
+
+def test_a_missing_ffmpeg_shows_before_any_slow_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    with pytest.raises(OSError, match="none"):
+        check_output(tmp_path / "x.mp4")
+    check_output(tmp_path / "x.gif")
+
+
+# writing and reading back
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_comes_back_whole(tmp_path, name):
+    path = write_video(tmp_path / name, clip(2, 32, 32), 8, RECIPE)
+    assert read_recipe(path) == RECIPE
+    assert read_recipe(tmp_path / name) == RECIPE
+    assert read_recipe(str(path)) == RECIPE
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_far_longer_than_an_argument_may_be_comes_back_whole(tmp_path, name):
+    recipe = {"prompt": RECIPE["prompt"] * 5000}
+    assert len(json.dumps(recipe)) > 300_000
+    write_video(tmp_path / name, clip(2, 32, 32), 8, recipe)
+    assert read_recipe(tmp_path / name) == recipe
+
+
+def test_every_frame_of_a_folder_carries_the_recipe(tmp_path):
+    folder = write_video(tmp_path / "out.png", clip(3), 8, RECIPE)
+    assert [read_recipe(folder / f"0000{index}.png") for index in range(3)] == [RECIPE] * 3
+    assert json.loads((folder / "recipe.json").read_text()) == RECIPE
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_come_back_in_order_and_close(tmp_path, name):
+    frames = clip(9)
+    path = write_video(tmp_path / name, frames, 8, RECIPE)
+    back = read_frames(tmp_path / name)
+    assert back.dtype == np.uint8
+    lossless = path.is_dir()
+    assert close(back, frames) <= (0 if lossless else 2.5)
+    for one, index in zip(back, range(9), strict=True):  # a step is 4 levels, so a neighbour would be nearer if frames were swapped
+        assert np.argmin([close(one, other) for other in frames]) == index
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_frame_is_a_video_too(tmp_path, name):
+    write_video(tmp_path / name, clip(1), 8, RECIPE)
+    assert close(read_frames(tmp_path / name), clip(1)) < 2.5
+    assert read_recipe(tmp_path / name) == RECIPE
+
+
+def described(path) -> str:
+    return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True).stderr
+
+
+@pytest.mark.parametrize("fps", [8, 16, 7.5, 23.976])
+def test_an_mp4_plays_in_browsers_at_its_speed(tmp_path, fps):
+    path = write_video(tmp_path / "x.mp4", clip(9), fps, RECIPE)
+    video = next(line for line in described(path).splitlines() if "Video:" in line)
+    assert "h264" in video
+    assert "yuv420p(tv, bt709" in video
+    assert "96x64" in video
+    assert float(re.search(r"([\d.]+) fps", video)[1]) == pytest.approx(fps, abs=0.01)
+    count, seconds = imageio_ffmpeg.count_frames_and_secs(path)
+    assert count == 9
+    assert seconds == pytest.approx(9 / fps, abs=0.02)
+    data = path.read_bytes()
+    assert 0 < data.index(b"moov") < data.index(b"mdat"), "a browser would have to load it whole before it plays"
+
+
+def test_strong_colours_keep_their_hue_in_an_mp4(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [255, 160, 0]], np.uint8)
+    frames = np.ascontiguousarray(np.broadcast_to(colours.repeat(16, 0)[None, None], (3, 32, 96, 3)))
+    write_video(tmp_path / "x.mp4", frames, 8, {})
+    np.testing.assert_allclose(read_frames(tmp_path / "x.mp4")[:, :, 8::16].astype(int), frames[:, :, 8::16], atol=6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 48), (32, 49), (33, 49), (1, 1), (16, 16)])
+def test_an_odd_side_grows_by_a_repeated_pixel_in_an_mp4_and_stays_elsewhere(tmp_path, height, width):
+    frames = clip(3, height, width)
+    write_video(tmp_path / "x.mp4", frames, 8, RECIPE)
+    back = read_frames(tmp_path / "x.mp4")
+    assert back.shape == (3, height + height % 2, width + width % 2, 3)
+    assert close(back[:, :height, :width], frames) < 4
+    assert close(back[:, height - 1 :, width - 1 :], np.broadcast_to(frames[:, -1:, -1:], back[:, height - 1 :, width - 1 :].shape)) < 8
+    for name in ("x.gif", "x.png"):
+        write_video(tmp_path / name, frames, 8, RECIPE)
+        assert read_frames(tmp_path / name).shape == frames.shape
+
+
+def test_frames_that_are_a_strided_view_are_written_as_they_look(tmp_path):
+    frames = clip(9)[::-1, ::2, ::-2]
+    for name in KINDS:
+        write_video(tmp_path / name, frames, 8, {})
+        assert close(read_frames(tmp_path / name), frames) < 3
+
+
+def test_the_same_frames_make_the_same_file(tmp_path):
+    for name in ("x.mp4", "x.gif"):
+        first = write_video(tmp_path / name, clip(), 8, RECIPE).read_bytes()
+        assert write_video(tmp_path / name, clip(), 8, RECIPE).read_bytes() == first
+
+
+@pytest.mark.parametrize(("fps", "seconds"), [(8, 9 / 8), (16, 9 / 16), (30, 0.3), (1, 9)])
+def test_a_gif_loops_and_lasts_as_long_as_the_video(tmp_path, fps, seconds):
+    path = write_video(tmp_path / "x.gif", clip(9), fps, RECIPE)
+    with Image.open(path) as image:
+        assert image.info["loop"] == 0
+        total = 0
+        for index in range(image.n_frames):
+            image.seek(index)
+            total += image.info["duration"]
+        assert image.n_frames == 9
+    assert total == pytest.approx(seconds * 1000, abs=5)
+
+
+def test_a_gif_step_is_never_so_short_that_browsers_slow_it(tmp_path):
+    path = write_video(tmp_path / "x.gif", clip(4), 200, {})
+    with Image.open(path) as image:
+        assert image.info["duration"] == 20
+
+
+def test_png_frames_are_named_so_that_they_sort(tmp_path):
+    folder = write_video(tmp_path / "out.png", clip(11, 4, 4), 8, RECIPE)
+    assert folder == tmp_path / "out"
+    assert sorted(file.name for file in folder.iterdir()) == [*(f"{index:05d}.png" for index in range(11)), "recipe.json"]
+
+
+@pytest.mark.parametrize("name", ["take.2.png", "a = b; #1.mp4", "熊猫.gif", "-y.mp4", "12:30.mp4", "%d.mp4", "OUT.MP4", "OUT.PNG"])
+def test_odd_names_are_written_under_that_very_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = write_video(name, clip(2), 8, RECIPE)
+    assert path == Path(re.sub(r"\.png$", "", name, flags=re.IGNORECASE))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert read_recipe(name) == RECIPE
+    assert len(read_frames(name)) == 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_older_output_is_replaced_and_nothing_stays_beside(tmp_path, name):
+    write_video(tmp_path / name, clip(5), 8, {"take": 1})
+    path = write_video(tmp_path / name, clip(2), 8, {"take": 2})
+    assert read_recipe(path) == {"take": 2}
+    assert len(read_frames(path)) == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    write_video(tmp_path / "out", clip(2), 8, {})
+    assert len(read_frames(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "recipe", "named"),
+    [
+        (clip().astype(np.float32), 8, {}, "frames"),
+        (clip()[0], 8, {}, "frames"),
+        (clip()[..., :2], 8, {}, "frames"),
+        (clip()[:0], 8, {}, "frames"),
+        (clip(), 0, {}, "fps"),
+        (clip(), -8, {}, "fps"),
+        (clip(), float("nan"), {}, "fps"),
+        (clip(), float("inf"), {}, "fps"),
+        (clip(), 8, {"a": object()}, "recipe"),
+        (clip(), 8, {"a": float("nan")}, "recipe"),
+    ],
+)
+def test_bad_arguments_are_refused_and_leave_nothing(tmp_path, frames, fps, recipe, named):
+    with pytest.raises(ValueError, match=f"{named} must") as caught:
+        write_video(tmp_path / "x.mp4", frames, fps, recipe)
+    one_line(caught)
+    assert not list(tmp_path.iterdir())
+
+
+# failing
+
+
+def listing(folder) -> dict:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["an error", "ctrl-c"])
+@pytest.mark.parametrize("had_one", [False, True], ids=["fresh", "over an older one"])
+def test_a_failure_leaves_no_file_and_keeps_the_old_one(tmp_path, monkeypatch, name, error, had_one):
+    if had_one:
+        write_video(tmp_path / name, clip(2), 8, {"take": 1})
+    before = listing(tmp_path)
+
+    def halfway(part, *_):
+        if "." in name and not name.endswith(".png"):
+            part.write_bytes(b"half")
+        else:
+            part.mkdir()
+            (part / "00000.png").write_bytes(b"half")
+        assert listing(tmp_path) != before, "the half was not even written here"
+        raise error
+
+    monkeypatch.setitem(media.WRITERS, Path(name).suffix, halfway)
+    with pytest.raises(type(error)):
+        write_video(tmp_path / name, clip(3), 8, {"take": 2})
+    assert listing(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == had_one
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch, name):
+    write_video(tmp_path / name, clip(2), 8, {"take": 1})
+    before, replace = listing(tmp_path), os.replace
+
+    def failing(source, target):
+        if Path(source).name == "new":
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        write_video(tmp_path / name, clip(3), 8, {"take": 2})
+    assert listing(tmp_path) == before
+
+
+def test_a_failing_ffmpeg_is_one_line_with_its_last_words(tmp_path, monkeypatch):
+    write_video(tmp_path / "x.mp4", clip(2), 8, {"take": 1})
+    before = listing(tmp_path)
+    fake = tmp_path.parent / f"{tmp_path.name}-ffmpeg"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in *-version*) exit 0;; esac\nprintf "a long story\\nUnknown encoder libx264\\n\\n" >&2\nexit 1\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    with pytest.raises(RuntimeError, match="Unknown encoder libx264") as caught:
+        write_video(tmp_path / "x.mp4", clip(49), 8, {"take": 2})
+    assert "long story" not in one_line(caught)
+    assert listing(tmp_path) == before
+
+
+def test_a_real_ffmpeg_refusal_is_one_line(tmp_path, monkeypatch):
+    ffmpeg = media._ffmpeg
+    monkeypatch.setattr(media, "_ffmpeg", lambda *arguments, **kw: ffmpeg(*(a.replace("libx264", "libx999") for a in arguments), **kw))
+    with pytest.raises(RuntimeError, match="ffmpeg") as caught:
+        write_video(tmp_path / "x.mp4", clip(2), 8, {})
+    one_line(caught)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_holds_no_recipe_is_refused_in_one_line(tmp_path):
+    bare = write_video(tmp_path / "bare", clip(2), 8, {})
+    (bare / "recipe.json").unlink()
+    first, second = (Image.fromarray(frame) for frame in clip(2))
+    first.save(tmp_path / "bare.gif", save_all=True, append_images=[second])
+    first.save(tmp_path / "foreign.gif", save_all=True, append_images=[second], comment="made with love")
+    first.save(tmp_path / "number.gif", save_all=True, append_images=[second], comment="42")
+    first.save(tmp_path / "bare.png")
+    write_video(tmp_path / "x.mp4", clip(2), 8, {})
+    strip = ["-i", tmp_path / "x.mp4", "-map_metadata", "-1", "-c", "copy", tmp_path / "bare.mp4"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *strip], check=True)
+    for name in ("bare", "bare.gif", "foreign.gif", "number.gif", "bare.png", "bare.mp4"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as caught:
+            read_recipe(tmp_path / name)
+        assert "none" in one_line(caught)
+
+
+@pytest.mark.parametrize("read", [read_recipe, read_frames])
+def test_reading_what_is_no_video_is_one_line(tmp_path, read):
+    (tmp_path / "folder").mkdir()
+    for name in ("text.mp4", "text.gif", "text.png"):
+        (tmp_path / name).write_text("this is not a video")
+    for name in ("text.mp4", "text.gif", "text.png", "folder"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as caught:
+            read(tmp_path / name)
+        one_line(caught)
+    for name in ("no.mp4", "no.gif", "no.png", "no"):
+        with pytest.raises(FileNotFoundError, match="no") as caught:
+            read(tmp_path / name)
+        one_line(caught)
