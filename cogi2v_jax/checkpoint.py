@@ -138,7 +138,11 @@ def _set_layer(stacks: dict[str, Array], layer: dict[str, Array], index: Int[Arr
 
 def _checked(folder: Path, part: str, layer: int | None, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
     leaves = read_unit(folder, part, layer)
-    wrong = [f"{name} {getattr(leaves.get(name), 'shape', 'missing')}" for name, leaf in expected.items() if np.shape(leaves.get(name)) != leaf.shape]
+    wrong = [
+        f"{name} {getattr(leaves.get(name), 'shape', 'missing')}"
+        for name, leaf in expected.items()
+        if np.shape(leaves.get(name)) != leaf.shape
+    ]
     wrong += [f"{name} not of this network" for name in leaves if name not in expected]
     if wrong:
         raise ValueError(f"{unit_path(folder, part, layer)} must hold the network's leaves: got {', '.join(wrong[:8])}")

@@ -89,7 +89,9 @@ class GroupNorm(nnx.Module):
 class Conv(nnx.Module):
     """A 2-D convolution of every frame. `padding` is (before, after) for both directions."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         self.kernel = param((size, size, inputs, outputs), (None, None, "inputs", "channels"), dtype, rngs, (size * size * inputs) ** -0.5)
         self.bias = param((outputs,), ("channels",), dtype, rngs, 0.02)
         self.stride = stride
@@ -100,7 +102,9 @@ class Conv(nnx.Module):
         return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def convolve(x: Float[Array, "b f h w c"], kernel: Float[Array, "k k c c2"], stride: int, padding: tuple[int, int]) -> Float[Array, "b f h2 w2 c2"]:
+def convolve(
+    x: Float[Array, "b f h w c"], kernel: Float[Array, "k k c c2"], stride: int, padding: tuple[int, int]
+) -> Float[Array, "b f h2 w2 c2"]:
     """Every frame with one 2-D kernel; the sum stays float32."""
     y = lax.conv_general_dilated(
         x.reshape(-1, *x.shape[2:]),

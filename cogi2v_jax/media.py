@@ -25,7 +25,7 @@ FRAME_NAME = re.compile(r"\d{5,}\.png")
 def read_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
     """A picture as an upright 8-bit RGB image in memory, from a path, a PIL image or an array (channels last).
 
-    Arrays are uint8 or float in [0, 1], [h w] or [h w 1|3|4]. EXIF orientation is applied, an animation gives its first frame, 16 bits
+    Arrays are uint8 or float in [0, 1], [h w] or [h w 1|3|4]. EXIF orientation is applied, an animated file gives its first frame, 16 bits
     are scaled to 8, transparency is laid on white: what viewers show, where dropping alpha would bare colours hidden under it. Raises
     FileNotFoundError for a missing path, ValueError for what is not a whole picture of sane size (checked before decoding).
     """
@@ -188,14 +188,16 @@ def _rgb(image: Image.Image, name: str | os.PathLike) -> Image.Image:
         size = f"{image.width}x{image.height}"
         raise ValueError(f"image must have sides of 1 to {MAX_SIDE} and at most {MAX_PIXELS} pixels: got {size} in {name}")
     with _decoding("image", name):
-        image.load()
-        with suppress(Exception):  # a broken EXIF block turns nothing; the pixels are whole
-            image = ImageOps.exif_transpose(image)
+        image = image.copy()  # the caller's stays as it is
+        with suppress(Exception):  # in place PIL turns first and rewrites the EXIF block after, which fails for many a camera's
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode not in DEEP_MODES:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            image.info.clear()  # an orientation or a transparent colour left here would be applied again
+            return image
         values = np.asarray(image, np.float32)
     # Integers hold 16 bits. Floats hold 0..1, as TIFF writers leave them, or 0..255, as PIL's own convert("F") does.
     top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255

@@ -4,17 +4,17 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .config import TransformerConfig
 
 
-def sinusoid(values: Float[np.ndarray, " i"], width: int) -> Float[np.ndarray, "i {width}"]:
-    """Cosines then sines of `values` at geometric frequencies. In float32 like the reference's: at timestep 999 the last bit of a
-    frequency is worth 6e-5 of the result, so a more exact table would be a different one."""
+def sinusoid(values: Float[np.ndarray, " i"] | Int[np.ndarray, " i"], width: int) -> Float[np.ndarray, "i {width}"]:
+    """Cosines then sines of `values` at geometric frequencies. The reference computes them in float32, and at timestep 999 the last bit
+    of a frequency is worth 6e-5 of the result; so each is rounded where it rounds, the exponential as exactly as it can be."""
     half = width // 2
-    frequencies = np.exp(np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half))
-    angles = values.astype(np.float32)[:, None] * frequencies
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = values.astype(np.float32)[:, None] * np.exp(exponents.astype(np.float64)).astype(np.float32)
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
 
 
@@ -31,7 +31,9 @@ def positions(config: TransformerConfig, latents: tuple[int, int, int]) -> Posit
     """Positions of latents of so many frames, rows and columns, whose sizes are multiples of the patch."""
     grid = tuple(size // patch for size, patch in zip(latents, config.patch, strict=True))
     text, video = config.max_text_seq_length, math.prod(grid)
-    turns = _turns(config, grid) if config.use_rotary_positional_embeddings else np.zeros((video, config.attention_head_dim // 2), np.float32)
+    turns = (
+        _turns(config, grid) if config.use_rotary_positional_embeddings else np.zeros((video, config.attention_head_dim // 2), np.float32)
+    )
     turns = np.concatenate([np.zeros((text, turns.shape[1]), np.float32), turns])
     fixed = not (config.use_rotary_positional_embeddings or config.use_learned_positional_embeddings)
     table = np.concatenate([np.zeros((text, config.width), np.float32), _sincos(config, grid)]) if fixed else None

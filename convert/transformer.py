@@ -22,7 +22,8 @@ def table(config: TransformerConfig) -> Table:
 
     def turned_norm(torch: str, flax: str) -> Table:
         return tuple(
-            Rule(f"{torch}.{there}", f"{flax}.{here}", "(k r) -> (r k)", {"r": 2}) for there, here in (("weight", "scale"), ("bias", "bias"))
+            Rule(f"{torch}.{there}", f"{flax}.{here}", "(k r) -> (r k)", {"r": 2})
+            for there, here in (("weight", "scale"), ("bias", "bias"))
         )
 
     flat = config.patch_size_t is None  # 1.0 patches with a convolution, 1.5 with a linear layer

@@ -71,9 +71,7 @@ class Resnet(nnx.Module):
         self.conv_2 = CausalConv(outputs, outputs, dtype=dtype, rngs=rngs)
         self.shortcut = Linear(inputs, outputs, axes=("inputs", "channels"), dtype=dtype, rngs=rngs) if inputs != outputs else None
 
-    def __call__(
-        self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"] | None, past: Past
-    ) -> Float[Array, "b f h w c2"]:
+    def __call__(self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"] | None, past: Past) -> Float[Array, "b f h w c2"]:
         y = self.conv_1(silu(self.norm_1(x, latents)).astype(x.dtype), past)
         y = self.conv_2(silu(self.norm_2(y, latents)).astype(x.dtype), past)
         return (x if self.shortcut is None else self.shortcut(x)) + y
@@ -92,7 +90,9 @@ class PlainNorm(GroupNorm):
 class Stage(nnx.Module):
     """Resnets of one resolution, then a change of it."""
 
-    def __init__(self, widths: Sequence[int], norm: type, resample: nnx.Module | None, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, widths: Sequence[int], norm: type, resample: nnx.Module | None, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         pairs = zip(widths, widths[1:], strict=False)
         self.resnets = nnx.List([Resnet(inputs, outputs, norm, config, dtype=dtype, rngs=rngs) for inputs, outputs in pairs])
         self.resample = resample

@@ -1,0 +1,112 @@
+"""Finds a checkpoint by whatever a user calls it, converting it into the cache first where that is needed."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from platformdirs import user_cache_path
+
+from . import config
+from .attention import choose
+from .checkpoint import FORMAT, MANIFEST, Models, open_folder
+from .compiled import keep_compilations
+
+EMBEDDED = Path(__file__).parent / "assets"
+DTYPES = ("bfloat16", "float32")
+HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", "transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"]
+
+
+def load(
+    path_or_name: str | os.PathLike[str] = "cogi2v-tiny",
+    dtype: str | None = None,
+    attention: str = "auto",
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Models:
+    """A checkpoint, ready to sample: a converted folder, a diffusers folder, a hub id, or one of `config.names()`. Weights are read when a
+    phase first needs them. `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. Raises ValueError or
+    FileNotFoundError in one line."""
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if str(dtype) not in DTYPES:
+        fault = "; float16 overflows in this network" if str(dtype) == "float16" else ""
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
+    choose(attention, jnp.dtype(dtype))
+    keep_compilations()
+    return open_folder(_converted(_locate(path_or_name, say), say), jnp.dtype(dtype), attention)
+
+
+def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) -> Path:
+    """The folder that a name stands for; fetched from the hub where it is not on this machine."""
+    text = str(path_or_name)
+    if text in config.names():
+        source = config.toml(text)["source"]
+        if "embedded" in source:
+            return EMBEDDED / source["embedded"]
+        return _fetch(source["hub"], say, source.get("licence"))
+    folder = Path(path_or_name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(f"model must be a folder, a hub id or one of {', '.join(config.names())}: got the file {text}")
+    if isinstance(path_or_name, str) and text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
+        return _fetch(text, say)
+    raise FileNotFoundError(f"model must be a folder, a hub id or one of {', '.join(config.names())}: found no {text}")
+
+
+def _fetch(hub_id: str, say: Callable[[str], None], licence: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    say(f"fetching {hub_id} from the hub" + (f" (its licence: {licence})" if licence else ""))
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client raises a dozen kinds, from missing networks to gated repositories
+        raise FileNotFoundError(
+            f"model {hub_id} must be reachable on the hub or in its cache: {str(error).strip().splitlines()[0]}"
+        ) from None
+
+
+def _converted(folder: Path, say: Callable[[str], None]) -> Path:
+    """The folder itself if it is a converted one, else its conversion in the cache, made now if need be."""
+    if (folder / MANIFEST).is_file():
+        return folder
+    from cogi2v_convert.conversion import to_flax
+    from cogi2v_convert.diffusers import Source
+
+    source = Source(folder)
+    cache = user_cache_path("cogi2v-jax") / "converted"
+    destination = cache / f"{_digest(source.files, cache)}-{FORMAT}"
+    if not destination.is_dir():
+        say(f"converting {folder} into {destination}, once")
+        try:
+            to_flax(folder, destination)
+        except FileExistsError:
+            pass  # another process was faster, and its folder is complete
+    return destination
+
+
+def _digest(files: list[Path], cache: Path) -> str:
+    """SHA-256 over the files' names and contents. Hashes of large files are remembered under what the file system says of them, change
+    time included, which no program can set back."""
+    memory = cache / "sha256"
+    total = hashlib.sha256()
+    for file in sorted(files):
+        stat = file.stat()
+        identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        if stat.st_size > 2**26 and note.is_file():
+            digest = note.read_text()
+        else:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            if stat.st_size > 2**26:
+                memory.mkdir(parents=True, exist_ok=True)
+                note.write_text(digest)
+        total.update(f"{file.parent.name}/{file.name} {digest}\n".encode())
+    return total.hexdigest()[:32]

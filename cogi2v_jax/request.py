@@ -1,0 +1,214 @@
+"""What a user asks for, checked against a checkpoint before anything slow begins."""
+
+import dataclasses
+import math
+import numbers
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from .config import CheckpointConfig, Defaults
+
+# What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales; the reference's is the default.
+IMAGE_LATENT_SCALES = ("reference", "sat", "trainer")
+
+
+class Video(NamedTuple):
+    """One entry of a batch."""
+
+    image: Any
+    prompt: str
+    negative_prompt: str
+    seed: int
+
+
+class LatentShape(NamedTuple):
+    """The network's view of a request: `frames` includes `padding` leading latent frames that are dropped before decoding."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int
+    padding: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise given instead of drawn, channels last, float32; what is None is drawn from the seeds."""
+
+    posterior: Any = None  # [b 1 h w c], of the image's VAE posterior
+    initial: Any = None  # [b t h w c], t padded as the network needs it
+    steps: Any = None  # [i b t h w c], the draw each step really uses; ddim ignores it
+
+    def check(self, shape: LatentShape, videos: int, steps: int) -> Self:
+        """The same as float32 arrays. Raises ValueError for a shape the request doesn't have."""
+        latents = (videos, *shape[:4])
+        expected = {"posterior": (videos, 1, *shape[1:4]), "initial": latents, "steps": (steps, *latents)}
+        arrays = {name: None if (given := getattr(self, name)) is None else np.asarray(given, np.float32) for name in expected}
+        wrong = [
+            f"{name} must have the shape {list(expected[name])}: got {list(array.shape)}"
+            for name, array in arrays.items()
+            if array is not None and array.shape != expected[name]
+        ]
+        if wrong:
+            raise ValueError("noise: " + "; ".join(wrong))
+        return dataclasses.replace(self, **arrays)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A video to make. `image` (a path, a PIL image or an array), `prompt`, `negative_prompt` and `seed` may be sequences of equal length:
+    a batch. What is None is answered by the checkpoint (see `CheckpointConfig.defaults`)."""
+
+    image: Any
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None = ""
+    height: int | None = None  # pixels
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    use_dynamic_cfg: bool | None = None
+    scheduler: str | None = None  # "dpm" or "ddim"
+    seed: int | Sequence[int] = 42
+    fit: str | None = None  # "crop", "pad" or "stretch"
+    image_latent_scale: str | float | None = None  # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional prediction is made at all: decided by the scale alone, dynamic or not."""
+        return self.guidance_scale is not None and self.guidance_scale > 1
+
+    @property
+    def videos(self) -> list[Video]:
+        """The batch; single values serve every video of it. Raises ValueError where lengths differ."""
+        columns = [self.image, self.prompt, "" if self.negative_prompt is None else self.negative_prompt, self.seed]
+        counts = {name: len(column) for name, column in zip(Video._fields, columns, strict=True) if isinstance(column, (list, tuple))}
+        if len(set(counts.values())) > 1 or 0 in counts.values():
+            raise ValueError(
+                f"sequences of a batch must have one length of at least 1: got {', '.join(f'{n} {c}' for n, c in counts.items())}"
+            )
+        size = max(counts.values(), default=1)
+        rows = zip(*(column if isinstance(column, (list, tuple)) else [column] * size for column in columns), strict=True)
+        return [Video(*row) for row in rows]
+
+    def latent_shape(self, config: CheckpointConfig) -> LatentShape:
+        """Shape of a resolved request's latents: time padded at the front to whole patches."""
+        assert self.num_frames and self.height and self.width
+        frames = (self.num_frames - 1) // config.vae.temporal_compression_ratio + 1
+        padding = -frames % config.transformer.patch[0]
+        ratio = config.vae.spatial_ratio
+        return LatentShape(frames + padding, self.height // ratio, self.width // ratio, config.vae.latent_channels, padding)
+
+    def latent_scale(self, config: CheckpointConfig) -> float:
+        """What the image's latents are multiplied by. The 1.5 files say `invert_scale_latents`, and mean it."""
+        factor = config.vae.scaling_factor
+        named = {"reference": 1 / factor if config.vae.invert_scale_latents else factor, "sat": 1.0, "trainer": factor}
+        scale = self.image_latent_scale
+        if config.family == "cogvideox-i2v" and scale == "sat":
+            return factor  # the first generation has one scale everywhere
+        return named[scale] if isinstance(scale, str) else float(scale or 0)
+
+    def resolve(self, config: CheckpointConfig) -> Self:
+        """Every open field answered. Raises ValueError naming all that the network can't compute, with the nearest that it can; warns once
+        about what is only outside the published range."""
+        answers = dataclasses.asdict(config.defaults)
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Defaults)}
+        # Dynamic guidance goes with a scale; asking for the scale alone must not undo the checkpoint's choice of the other.
+        request = dataclasses.replace(self, **{name: answers[name] if value is None else value for name, value in given.items()})
+        faults = request._faults()
+        if not faults:
+            faults = [*request._size_faults(config), *request._frame_faults(config)]
+        if faults:
+            raise ValueError("; ".join(faults))
+        outside = request._outside(config)
+        if outside:
+            warnings.warn(f"{config.title} was published for {'; '.join(outside)}: expect worse results", stacklevel=2)
+        return request
+
+    def _faults(self) -> list[str]:
+        """Values that no checkpoint takes."""
+        faults = []
+        for name in ("height", "width", "num_frames", "num_inference_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                faults.append(f"{name} must be a positive integer: got {value!r}")
+        for name, least in (("fps", "positive"), ("guidance_scale", "not negative")):
+            value = getattr(self, name)
+            real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+            if not real or value < 0 or (least == "positive" and value == 0):
+                faults.append(f"{name} must be a finite number and {least}: got {value!r}")
+        if not isinstance(self.use_dynamic_cfg, (bool, np.bool_)):
+            faults.append(f"use_dynamic_cfg must be true or false: got {self.use_dynamic_cfg!r}")
+        scale = self.image_latent_scale
+        if scale not in IMAGE_LATENT_SCALES and not (isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0):
+            faults.append(f"image_latent_scale must be {', '.join(IMAGE_LATENT_SCALES)} or a positive number: got {scale!r}")
+        try:
+            for video in self.videos:
+                if not isinstance(video.prompt, str) or not isinstance(video.negative_prompt, str):
+                    faults.append(f"prompt and negative_prompt must be text: got {video.prompt!r} and {video.negative_prompt!r}")
+                if isinstance(video.seed, bool) or not isinstance(video.seed, numbers.Integral) or not 0 <= video.seed < 2**64:
+                    faults.append(f"seed must be an integer from 0 to 2**64 - 1: got {video.seed!r}")
+                if video.image is None:
+                    faults.append("image must be a path, a PIL image or an array: got None")
+        except ValueError as error:
+            faults.append(str(error))
+        return faults
+
+    def _size_faults(self, config: CheckpointConfig) -> list[str]:
+        assert self.height and self.width
+        t, ratio = config.transformer, config.vae.spatial_ratio
+        if t.use_learned_positional_embeddings:
+            height, width = t.sample_height * ratio, t.sample_width * ratio
+            if (self.height, self.width) != (height, width):
+                return [
+                    f"height x width must be {height}x{width} for {config.title}, whose position table covers no other size: "
+                    f"got {self.height}x{self.width}"
+                ]
+            return []
+        step = ratio * t.patch_size
+        faults = []
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value % step:
+                below, above = value // step * step, (value // step + 1) * step
+                nearest = f"{below} or {above}" if below else f"{above}"
+                faults.append(f"{name} must be a multiple of {step}: got {value}; nearest is {nearest}")
+        return faults
+
+    def _frame_faults(self, config: CheckpointConfig) -> list[str]:
+        """Whole videos come of 8k+1 frames, an odd number of latent ones, and of 8k; any other number the VAE would round."""
+        assert self.num_frames
+        period = 2 * config.vae.temporal_compression_ratio
+        most = math.inf
+        if config.transformer.use_learned_positional_embeddings:
+            most = (config.transformer.table_grid[0] - 1) * config.vae.temporal_compression_ratio + 1
+        if self.num_frames % period in (0, 1) and self.num_frames <= most:
+            return []
+        below = min(self.num_frames - 1, most) // period * period + 1
+        above = below + period
+        nearest = f"{below} or {above}" if above <= most and self.num_frames < most else f"{below}"
+        limit = f" and at most {most} for {config.title}" if most < math.inf else f" for {config.title}"
+        return [f"num_frames must be {period}k+1{limit}: got {self.num_frames}; nearest is {nearest}"]
+
+    def _outside(self, config: CheckpointConfig) -> list[str]:
+        assert self.height and self.width
+        published = config.published
+        short, long = sorted((self.height, self.width))
+        outside = []
+        if published.short_side and not published.short_side[0] <= short <= published.short_side[1]:
+            outside.append(f"a short side of {_span(published.short_side)} pixels (this is {short})")
+        if published.long_side and not published.long_side[0] <= long <= published.long_side[1]:
+            outside.append(f"a long side of {_span(published.long_side)} pixels (this is {long})")
+        if not published.portrait and self.height > self.width:
+            outside.append("landscape (this is portrait)")
+        if published.frames and self.num_frames not in published.frames:
+            outside.append(f"{', '.join(map(str, published.frames))} frames (this is {self.num_frames})")
+        return outside
+
+
+def _span(bounds: tuple[int, int]) -> str:
+    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]} to {bounds[1]}"

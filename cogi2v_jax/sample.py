@@ -1,0 +1,298 @@
+"""`python -m cogi2v_jax.sample`: arguments -> Request -> video file."""
+
+import argparse
+import hashlib
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .config import names
+from .manifest import Job, read_manifest
+from .media import FITS, check_output, read_image, write_video
+from .request import IMAGE_LATENT_SCALES, Request
+
+if TYPE_CHECKING:
+    from .checkpoint import Models
+
+EMBEDDED = "cogi2v-tiny"
+EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
+EXAMPLE_PROMPT = "the cyan triangle grows"
+LATENTS = ".latents.safetensors"
+SETTINGS = (
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "num_inference_steps",
+    "guidance_scale",
+    "use_dynamic_cfg",
+    "scheduler",
+    "fit",
+    "image_latent_scale",
+)
+PHASES = ("load", "text", "image", "compile", "denoise", "decode", "write")
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(
+        prog="python -m cogi2v_jax.sample",
+        description="Makes a video from a still image and a sentence. With no argument it runs the embedded model on its example.",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
+    )
+    main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
+
+    what = main.add_argument_group("what to make")
+    what.add_argument("--image", "--image_or_video_path", metavar="FILE", type=Path, help="the first frame: any image file")
+    what.add_argument("--prompt", metavar="TEXT", help="what should happen")
+    what.add_argument("--negative_prompt", metavar="TEXT", default="", help="what should not")
+    what.add_argument(
+        "--manifest", metavar="FILE", type=Path, help="many at once: .csv, .jsonl or .txt (prompt@@image) instead of the two above"
+    )
+    what.add_argument(
+        "--output", "--output_path", metavar="FILE", type=Path, help=".mp4, .gif, or .png for a folder of frames (default: out.mp4)"
+    )
+    what.add_argument("--num_videos_per_prompt", metavar="N", type=int, default=1, help="with seeds counting up from --seed")
+    what.add_argument("--seed", metavar="N", type=int, default=42)
+
+    how = main.add_argument_group("how to sample (default: what the checkpoint was made for)")
+    how.add_argument("--height", metavar="PX", type=int, help="multiple of 16")
+    how.add_argument("--width", metavar="PX", type=int, help="multiple of 16")
+    how.add_argument("--num_frames", metavar="N", type=int, help="8k+1")
+    how.add_argument("--fps", metavar="N", type=float)
+    how.add_argument("--num_inference_steps", metavar="N", type=int)
+    how.add_argument("--guidance_scale", metavar="X", type=float, help="1 or less samples without guidance, in half the time")
+    how.add_argument("--use_dynamic_cfg", action=argparse.BooleanOptionalAction, help="guidance that varies over the steps")
+    how.add_argument("--scheduler", choices=["dpm", "ddim"])
+    how.add_argument("--fit", choices=FITS, help="how the image meets the size; stretch is the reference's way")
+    how.add_argument(
+        "--image_latent_scale",
+        metavar="X",
+        type=_scale,
+        help=f"{', '.join(IMAGE_LATENT_SCALES)} or a number; sat helps 1.5 videos that start too bright",
+    )
+
+    model = main.add_argument_group("model and machine")
+    model.add_argument(
+        "--model",
+        "--model_path",
+        metavar="NAME",
+        help=f"converted or diffusers folder, hub id, or {', '.join(names())} (default: {EMBEDDED})",
+    )
+    model.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: bfloat16, on CPUs float32)")
+    model.add_argument("--attention", metavar="NAME", default="auto", help="auto, xla or cudnn")
+    model.add_argument("--decode_latents", metavar="FILE", type=Path, help=f"only decode a *{LATENTS} file of an earlier run")
+    model.add_argument(
+        "--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS
+    )  # the official script's; there is one here
+    return main
+
+
+def _scale(text: str) -> str | float:
+    return text if text in IMAGE_LATENT_SCALES else float(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 could not be done, 2 wrong arguments, 130 stopped by the user."""
+    arguments_parser = parser()
+    options = arguments_parser.parse_args(arguments)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        if options.decode_latents:
+            _decode_alone(options)
+        else:
+            _sample(options, _jobs(options, arguments_parser))
+    except (ValueError, OSError) as error:
+        return _fail(str(error))
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(f"the device ran out of memory: {str(error).splitlines()[0]}")
+    except KeyboardInterrupt:
+        print("\nstopped; no half-written video was left", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(line: str) -> int:
+    print(f"cogi2v: {line}", file=sys.stderr)
+    return 1
+
+
+def _jobs(options: argparse.Namespace, arguments_parser: argparse.ArgumentParser) -> list[tuple[Job, int, Path]]:
+    """What to make, each with its seed and its output, checked as far as files can be."""
+    if options.num_videos_per_prompt < 1:
+        arguments_parser.error(f"--num_videos_per_prompt must be at least 1: got {options.num_videos_per_prompt}")
+    if options.manifest:
+        if options.image or options.prompt:
+            arguments_parser.error("--manifest must stand alone: got --image or --prompt beside it")
+        jobs = read_manifest(options.manifest)
+    else:
+        embedded = options.model in (None, EMBEDDED)
+        image = options.image or (EXAMPLE_IMAGE if embedded else None)
+        prompt = options.prompt if options.prompt is not None else (EXAMPLE_PROMPT if embedded and not options.image else None)
+        if image is None or prompt is None:
+            arguments_parser.error("--image and --prompt must be given (only the embedded model has an example)")
+        jobs = [Job(prompt, image)]
+    for job in jobs:
+        read_image(job.image)
+    output = check_output(options.output or Path("out.mp4"))
+    runs = []
+    for job in jobs:
+        first = options.seed if job.seed is None else job.seed
+        runs += [(job, first + number) for number in range(options.num_videos_per_prompt)]
+    width = len(str(len(runs) - 1))
+    numbered = [
+        output if len(runs) == 1 else output.with_name(f"{output.stem}-{number:0{width}d}{output.suffix}") for number in range(len(runs))
+    ]
+    return [(job, seed, path) for (job, seed), path in zip(runs, numbered, strict=True)]
+
+
+def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> None:
+    watch = time.perf_counter()
+    from .hub import load
+    from .pipeline import generate
+
+    name = options.model or EMBEDDED
+    models = load(name, options.dtype, options.attention)
+    loading = time.perf_counter() - watch
+    for job, seed, output in jobs:
+        request = Request(
+            image=job.image,
+            prompt=job.prompt,
+            negative_prompt=options.negative_prompt if job.negative_prompt is None else job.negative_prompt,
+            seed=seed,
+            **{setting: getattr(options, setting) for setting in SETTINGS},
+        )
+        recipe: dict[str, Any] = {}
+
+        def keep(latents: Any, resolved: Request, output: Path = output, recipe: dict[str, Any] = recipe) -> None:
+            recipe.update(_recipe(models, name, resolved))
+            _write_latents(output.with_name(output.stem + LATENTS), latents, recipe)
+
+        result = generate(models, request, on_step=_progress(), on_latents=keep)
+        seconds = {**result.seconds, "load": result.seconds["load"] + loading}
+        _finish(output, result.video[0], recipe, seconds)
+        loading = 0.0
+
+
+def _decode_alone(options: argparse.Namespace) -> None:
+    watch = time.perf_counter()
+    latents, recipe = _read_latents(options.decode_latents)
+    stem = options.decode_latents.name.removesuffix(LATENTS)
+    output = check_output(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
+    from .compiled import Stopwatch
+    from .hub import load
+    from .pipeline import decode
+
+    models = load(options.model or recipe["model"], options.dtype or recipe["dtype"], options.attention)
+    stopwatch = Stopwatch()
+    loading = time.perf_counter() - watch
+    video = decode(models, latents, stopwatch)[0]
+    _finish(output, video, recipe, {**stopwatch.seconds, "load": stopwatch.seconds["load"] + loading})
+
+
+def _recipe(models: "Models", name: str, request: Request) -> dict[str, Any]:
+    """All it takes to make the video again, as JSON."""
+    import jax
+
+    video = request.videos[0]
+    image = Path(video.image)
+    return {
+        "program": f"cogi2v-jax {__version__}",
+        "model": name,
+        "checkpoint": models.config.title,
+        "image": image.name,
+        "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
+        "prompt": video.prompt,
+        "negative_prompt": video.negative_prompt,
+        "seed": video.seed,
+        **{setting: getattr(request, setting) for setting in SETTINGS},
+        "dtype": str(models.dtype),
+        "attention": models.attention,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def _write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
+    """Before decoding starts, so that running out of memory there costs no sampling."""
+    from safetensors.numpy import save_file
+
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file({"latents": latents}, part, metadata={"recipe": json.dumps(recipe)})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"latents must exist: found no {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            latents, recipe = file.get_tensor("latents"), json.loads((file.metadata() or {})["recipe"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"latents must be a *{LATENTS} file of an earlier run: {path} is not ({error})") from None
+    return latents, recipe
+
+
+def _progress() -> Callable[[int, int, Any], None]:
+    """A line that grows old in place: step, seconds a step, time left."""
+    started = time.perf_counter()
+    live = sys.stderr.isatty()
+
+    def show(step: int, steps: int, latents: Any) -> None:
+        nonlocal started
+        if step == 1:  # what came before was compiling and loading
+            started = time.perf_counter()
+        if not live and step not in (1, steps):
+            return
+        each = (time.perf_counter() - started) / max(step - 1, 1)
+        left = f"{each:.2f} s a step, {_clock(each * (steps - step))} left" if step > 1 else "first step done"
+        print(
+            f"{chr(13) if live else ''}step {step} of {steps}: {left}   ",
+            end="\n" if step == steps or not live else "",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return show
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}"
+
+
+def _finish(output: Path, video: Any, recipe: dict[str, Any], seconds: dict[str, float]) -> None:
+    """Writes the video and says what was done."""
+    started = time.perf_counter()
+    written = write_video(output, video, recipe["fps"], recipe)
+    seconds = {**seconds, "write": time.perf_counter() - started}
+    shown = "  ".join(f"{phase} {seconds[phase]:.1f}" for phase in PHASES if phase in seconds)
+    print(f"seconds: {shown}  (total {sum(seconds.values()):.1f})")
+    print(f"peak memory: {_peak_memory()}")
+    frames, height, width, _ = video.shape
+    print(f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps")
+
+
+def _peak_memory() -> str:
+    import jax
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    device = f", device {max(peak for peak in peaks if peak) / 2**30:.1f} GiB" if any(peaks) else ""
+    return f"host {host / 2**30:.1f} GiB{device}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""`cogi2v-convert`: weights between PyTorch folders and ours."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cogi2v_jax import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="cogi2v-convert", description="Converts CogVideoX image-to-video weights between PyTorch and JAX.")
+    main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    flax = commands.add_parser("to-flax", help="a diffusers folder as a folder that `--model` takes", description=_to_flax.__doc__)
+    flax.add_argument("source", metavar="SRC", type=Path, help="diffusers folder: transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
+    flax.add_argument("destination", metavar="DST", type=Path, help="folder to make; it appears only when complete")
+    flax.add_argument("--dtype", choices=["bfloat16", "float32"], help="cast every weight (default: each tensor keeps its own)")
+    flax.set_defaults(run=_to_flax)
+    torch = commands.add_parser("to-torch", help="the way back, bit for bit", description=_to_torch.__doc__)
+    torch.add_argument("source", metavar="SRC", type=Path, help="converted folder")
+    torch.add_argument("destination", metavar="DST", type=Path, help="diffusers folder to make")
+    torch.set_defaults(run=_to_torch)
+    inspect = commands.add_parser("inspect", help="what a folder holds, and whether every tensor has a place", description=_inspect.__doc__)
+    inspect.add_argument("source", metavar="SRC", type=Path, help="diffusers or converted folder")
+    inspect.add_argument("--keys", action="store_true", help="list the matched tensors too, with their places")
+    inspect.set_defaults(run=_inspect)
+    return main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"cogi2v-convert: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cogi2v-convert: stopped; nothing was left behind", file=sys.stderr)
+        return 130
+
+
+def _progress(part: str, done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\r{part}: {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+
+def _to_flax(options: argparse.Namespace) -> int:
+    """Converts a diffusers folder, a layer at a time."""
+    from .conversion import to_flax
+
+    print(to_flax(options.source, options.destination, options.dtype, _progress))
+    return 0
+
+
+def _to_torch(options: argparse.Namespace) -> int:
+    """Gives back the diffusers folder that a converted folder came from."""
+    from .conversion import to_torch
+
+    print(to_torch(options.source, options.destination, _progress))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    """Says what a folder holds. Exits 1 where a tensor has no place or is missing."""
+    from .inspection import report
+
+    lines, whole = report(options.source, options.keys)
+    print("\n".join(lines))
+    return 0 if whole else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""What a folder holds, in lines for a person."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, leaf_names, open_folder
+from cogi2v_jax.config import CheckpointConfig, read_json
+
+from .conversion import homes, match
+from .diffusers import Source
+
+
+def report(folder: Path, keys: bool) -> tuple[list[str], bool]:
+    """The lines, and whether every tensor has its place. Raises as `Source` and `open_folder` do."""
+    converted = (folder / MANIFEST).is_file()
+    source = None if converted else Source(folder)
+    config = source.config if source else open_folder(folder, jnp.dtype(jnp.float32)).config
+    kind = "converted folder" if converted else "diffusers folder"
+    lines = [f"{folder}: {kind}, {config.name or 'weights of its own'} ({config.family})", *_facts(config)]
+    whole = True
+    for part in NETWORKS:
+        if source:
+            matched = match(source, part)
+            names, faults, places = matched.tensors, matched.faults, matched.homes
+            dtypes = sorted({str(tensor.dtype) for tensor in matched.tensors.values()})
+        else:
+            recorded = read_json(folder / MANIFEST)["tensors"][part]
+            names, faults, places = recorded, [], homes(config, part)
+            dtypes = sorted({entry["dtype"] for entry in recorded.values()})
+        count = sum(leaf.size for leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).values())
+        placed = sum(name in places for name in names)
+        lines.append(f"{part}: {count:,} parameters, {placed} of {len(names)} tensors matched, {', '.join(dtypes)}")
+        lines += [f"  ! {fault}" for fault in faults]
+        if keys:
+            lines += [f"  {name} -> {places[name].rule.flax} {places[name].rule.axes}".rstrip() for name in sorted(names) if name in places]
+        whole = whole and not faults
+    return lines, whole
+
+
+def _facts(config: CheckpointConfig) -> list[str]:
+    t = config.transformer
+    positions = " + ".join(
+        name
+        for name, used in (
+            ("rotary", t.use_rotary_positional_embeddings),
+            (f"learned table of {t.table_rows} rows", t.use_learned_positional_embeddings),
+        )
+        if used
+    )
+    scale = f"{config.vae.scaling_factor}" + (", inverted for the image" if config.vae.invert_scale_latents else "")
+    schedule = f"snr shift {config.scheduler.snr_shift_scale:g}, zero SNR {'on' if config.scheduler.rescale_betas_zero_snr else 'off'}"
+    answers = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(config.defaults).items())
+    return [
+        f"network: {t.num_layers} layers of {t.num_attention_heads} heads x {t.attention_head_dim}, patches {t.patch}, "
+        f"positions {positions or 'sine-cosine'}{', ofs' if t.ofs_embed_dim else ''}",
+        f"latents: {config.vae.latent_channels} channels, scale {scale}; schedule: {schedule}; text: {t.max_text_seq_length} tokens",
+        f"defaults: {answers}",
+    ]
