@@ -1,7 +1,7 @@
 """A converted folder: a diffusers folder's JSON and tokenizer files as they were, and the weights as orbax checkpoints in our names and
 layouts, one a layer, so that neither writing nor loading ever holds more than a layer of them on the host.
 
-    checkpoint.json                   format version, layers of each part, and what the conversion recorded
+    checkpoint.json                   format version, the torch tensors' files and dtypes, the weight files' sizes
     model_index.json, scheduler/, tokenizer/, {transformer,vae,text_encoder}/config.json
     {transformer,vae,text_encoder}/weights/{rest,000,001,...}
 """
@@ -73,12 +73,33 @@ def read_unit(folder: Path, part: str, layer: int | None) -> dict[str, np.ndarra
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path.absolute())
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{path} must be a whole orbax checkpoint: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} must be a whole orbax checkpoint: {first_line(error)}") from None
+
+
+def read_leaves(folder: Path, part: str, layer: int | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """A unit's leaves, which are these and no others."""
+    leaves = read_unit(folder, part, layer)
+    found = {name: np.shape(leaf) for name, leaf in leaves.items()}
+    wrong = [f"{name} {list(found[name]) if name in found else 'missing'}" for name, shape in shapes.items() if found.get(name) != shape]
+    wrong += [f"{name} not of this network" for name in leaves if name not in shapes]
+    if wrong:
+        raise ValueError(f"{unit_path(folder, part, layer)} must hold the network's leaves: got {', '.join(wrong[:8])}")
+    return leaves
+
+
+def weight_files(folder: Path) -> dict[str, int]:
+    """The size of every weight file: what tells a folder that was copied by halves before orbax stumbles over it, deep in its threads."""
+    files = (path for part in NETWORKS for path in (folder / part / "weights").rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @dataclass
 class Models:
-    """A checkpoint's configuration and where its weights lie. A phase asks for its own part; parts stay loaded only where all of them fit."""
+    """A checkpoint's configuration and where its weights lie. A phase asks for its own part; parts stay loaded where all of them fit."""
 
     folder: Path
     config: CheckpointConfig
@@ -108,10 +129,15 @@ def memory_limit() -> int:
 
 
 def open_folder(folder: Path, dtype: jnp.dtype, attention: str = "auto") -> Models:
-    """A converted folder. Raises ValueError for one of another format, FileNotFoundError for what is none."""
-    version = read_json(folder / MANIFEST).get("format")
-    if version != FORMAT:
-        raise ValueError(f"{folder} must have format {FORMAT}: got {version!r}; convert its source again with cogi2v-convert to-flax")
+    """A converted folder. Raises ValueError for one of another format or with files missing, FileNotFoundError for what is none."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        got = manifest.get("format")
+        raise ValueError(f"{folder} must have format {FORMAT}: got {got!r}; convert its source again with cogi2v-convert to-flax")
+    found = weight_files(folder)
+    broken = [name for name, size in manifest.get("files", {}).items() if found.get(name) != size]
+    if broken:
+        raise ValueError(f"{folder} must be whole: got {len(broken)} files missing or cut short, first {broken[0]}; copy it anew")
     return Models(folder, read_config(folder), jnp.dtype(dtype), attention)
 
 
@@ -121,11 +147,11 @@ def restore(folder: Path, config: CheckpointConfig, part: str, dtype: jnp.dtype)
     graph, state = nnx.split(network)
     leaves = leaf_names(network)
     stacks = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if is_stacked(name)}
-    flat = {name: leaf for name, leaf in leaves.items() if not is_stacked(name)}
-    filled = jax.device_put({name: leaf.astype(dtype) for name, leaf in _checked(folder, part, None, flat).items()})
-    rows = {name: jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype) for name, stack in stacks.items()}
+    flat = {name: leaf.shape for name, leaf in leaves.items() if not is_stacked(name)}
+    filled = jax.device_put({name: leaf.astype(dtype) for name, leaf in read_leaves(folder, part, None, flat).items()})
+    rows = {name: stack.shape[1:] for name, stack in stacks.items()}
     for layer in range(layer_count(config, part)):
-        stacks = _set_layer(stacks, _checked(folder, part, layer, rows), np.int32(layer))
+        stacks = _set_layer(stacks, read_leaves(folder, part, layer, rows), np.int32(layer))
     filled |= stacks
     pure = nnx.to_flat_state(state)
     return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(filled[".".join(map(str, path))])) for path, leaf in pure]))
@@ -134,16 +160,3 @@ def restore(folder: Path, config: CheckpointConfig, part: str, dtype: jnp.dtype)
 @partial(jax.jit, donate_argnums=0)
 def _set_layer(stacks: dict[str, Array], layer: dict[str, Array], index: Int[Array, ""]) -> dict[str, Array]:
     return {name: lax.dynamic_update_index_in_dim(stack, layer[name].astype(stack.dtype), index, 0) for name, stack in stacks.items()}
-
-
-def _checked(folder: Path, part: str, layer: int | None, expected: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    leaves = read_unit(folder, part, layer)
-    wrong = [
-        f"{name} {getattr(leaves.get(name), 'shape', 'missing')}"
-        for name, leaf in expected.items()
-        if np.shape(leaves.get(name)) != leaf.shape
-    ]
-    wrong += [f"{name} not of this network" for name in leaves if name not in expected]
-    if wrong:
-        raise ValueError(f"{unit_path(folder, part, layer)} must hold the network's leaves: got {', '.join(wrong[:8])}")
-    return leaves

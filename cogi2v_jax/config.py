@@ -4,17 +4,39 @@ and the TOML files of `configs/`, which add what those files don't say (defaults
 import dataclasses
 import functools
 import json
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 PARTS = ("transformer", "vae", "text_encoder", "scheduler")
 
 # Either beside the package (an installed wheel) or one folder up (a checkout, an editable install).
 _HERE = Path(__file__).parent
 CONFIGS = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE / "configs")
+
+
+Part = TypeVar("Part", bound="_Part")
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _measures(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+# What the value of a field must be, by the field's type. Files are JSON: its numbers are ours, but so are its strings and booleans.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a positive integer", _counts),
+    int | None: ("a positive integer or null", lambda value: value is None or _counts(value)),
+    float: ("a positive number", _measures),
+    bool: ("true or false", lambda value: isinstance(value, bool)),
+    tuple[int, ...]: ("a list of positive integers", lambda value: isinstance(value, tuple) and all(map(_counts, value))),
+}
 
 
 class _Part:
@@ -24,8 +46,8 @@ class _Part:
     INERT: ClassVar[frozenset[str]] = frozenset()  # keys that change nothing at inference
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str) -> Self:
-        fields = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    def from_json(cls: type[Part], values: Mapping[str, Any], where: str) -> Part:
+        fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         known, faults = {}, []
         for key, value in values.items():
             if key.startswith("_") or key in cls.INERT:
@@ -47,12 +69,13 @@ class _Part:
         return part
 
     def __post_init__(self) -> None:
+        faults = []
         for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if f.type is int and not (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-                raise ValueError(f"{f.name} must be a positive integer: got {value!r}")
-            if f.type is float and not (isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0):
-                raise ValueError(f"{f.name} must be a positive number: got {value!r}")
+            what, fits = _KINDS[f.type]
+            if not fits(value := getattr(self, f.name)):
+                faults.append(f"{f.name} must be {what}: got {value!r}")
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
 @dataclass(frozen=True)
@@ -177,7 +200,7 @@ class TextEncoderConfig(_Part):
     REQUIRED = {"feed_forward_proj": "gated-gelu"}  # noqa: RUF012
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str) -> Self:
+    def from_json(cls, values: Mapping[str, Any], where: str) -> "TextEncoderConfig":
         # The file of a transformers model also holds dozens of keys about decoding, training and versions, so here only fields are read.
         fields = {f.name for f in dataclasses.fields(cls)} | set(cls.REQUIRED)
         return super().from_json({key: value for key, value in values.items() if key in fields}, where)
@@ -266,7 +289,7 @@ class CheckpointConfig:
             raise ValueError("; ".join(faults))
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, Mapping[str, Any]], where: str) -> Self:
+    def from_parts(cls, parts: Mapping[str, Mapping[str, Any]], where: str) -> "CheckpointConfig":
         """From the four JSON files' contents, keyed as in `PARTS`; the fitting TOML is looked up by architecture, never by name."""
         types = (TransformerConfig, VAEConfig, TextEncoderConfig, SchedulerConfig)
         read = {part: kind.from_json(parts[part], f"{where}: {part}") for part, kind in zip(PARTS, types, strict=True)}

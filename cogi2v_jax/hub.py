@@ -1,13 +1,15 @@
 """Finds a checkpoint by whatever a user calls it, converting it into the cache first where that is needed."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,13 @@ from platformdirs import user_cache_path
 
 from . import config
 from .attention import choose
-from .checkpoint import FORMAT, MANIFEST, Models, open_folder
+from .checkpoint import FORMAT, MANIFEST, Models, first_line, open_folder
 from .compiled import keep_compilations
 
 EMBEDDED = Path(__file__).parent / "assets"
 DTYPES = ("bfloat16", "float32")
+LARGE = 2**26  # bytes from which a file's hash is remembered
+YOUNG = 2 * 10**9  # nanoseconds: the coarsest clock of a common file system
 HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", "transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"]
 
 
@@ -50,7 +54,7 @@ def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) ->
         if "embedded" in source:
             return EMBEDDED / source["embedded"]
         return _fetch(source["hub"], say, source.get("licence"))
-    folder = Path(path_or_name).expanduser()
+    folder = Path(os.path.expanduser(path_or_name))  # pathlib's own raises for a user there isn't
     if folder.is_dir():
         return folder
     if folder.exists():
@@ -67,9 +71,7 @@ def _fetch(hub_id: str, say: Callable[[str], None], licence: str | None = None) 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's client raises a dozen kinds, from missing networks to gated repositories
-        raise FileNotFoundError(
-            f"model {hub_id} must be reachable on the hub or in its cache: {str(error).strip().splitlines()[0]}"
-        ) from None
+        raise FileNotFoundError(f"model {hub_id} must be reachable on the hub or in its cache: {first_line(error)}") from None
 
 
 def _converted(folder: Path, say: Callable[[str], None]) -> Path:
@@ -82,31 +84,33 @@ def _converted(folder: Path, say: Callable[[str], None]) -> Path:
     source = Source(folder)
     cache = user_cache_path("cogi2v-jax") / "converted"
     destination = cache / f"{_digest(source.files, cache)}-{FORMAT}"
+    if destination.is_dir() and not (destination / MANIFEST).is_file():  # somebody emptied it: ours appear complete
+        shutil.rmtree(destination)
     if not destination.is_dir():
         say(f"converting {folder} into {destination}, once")
-        try:
+        with contextlib.suppress(FileExistsError):  # another process was faster, and its folder is complete
             to_flax(folder, destination)
-        except FileExistsError:
-            pass  # another process was faster, and its folder is complete
     return destination
 
 
 def _digest(files: list[Path], cache: Path) -> str:
     """SHA-256 over the files' names and contents. Hashes of large files are remembered under what the file system says of them, change
-    time included, which no program can set back."""
+    time included, which no program can set back; but not while that time is so young that its clock might not tell the next change."""
     memory = cache / "sha256"
     total = hashlib.sha256()
     for file in sorted(files):
         stat = file.stat()
         identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        if stat.st_size > 2**26 and note.is_file():
+        if stat.st_size >= LARGE and note.is_file():
             digest = note.read_text()
         else:
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if stat.st_size > 2**26:
+            if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > YOUNG:
                 memory.mkdir(parents=True, exist_ok=True)
-                note.write_text(digest)
+                part = note.with_suffix(f".{uuid.uuid4().hex[:8]}")
+                part.write_text(digest)
+                part.replace(note)
         total.update(f"{file.parent.name}/{file.name} {digest}\n".encode())
     return total.hexdigest()[:32]

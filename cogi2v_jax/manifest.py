@@ -18,8 +18,8 @@ class Job(NamedTuple):
 
 
 def read_manifest(path: Path) -> list[Job]:
-    """Jobs of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file (`prompt@@image` a line). Image paths are relative
-    to the file's folder. Raises ValueError or FileNotFoundError naming every line at fault."""
+    """Jobs of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file (`prompt@@image` a line). Image paths are
+    relative to the file's folder. Raises ValueError or FileNotFoundError naming every line at fault."""
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _txt}
     if path.suffix.lower() not in readers:
         raise ValueError(f"manifest must end in {', '.join(readers)}: got {path.name}")

@@ -35,7 +35,7 @@ Carry = tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]  # x, and th
 class Result:
     """A batch of videos, and all it takes to make them again."""
 
-    video: UInt8[np.ndarray, "b f h w 3"]
+    video: UInt8[np.ndarray, "b f h2 w2 3"]
     latents: Float[np.ndarray, "b t h w c"]  # scaled; the padding frame of 1.5 is dropped
     request: Request  # resolved
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: load, text, image, compile, denoise, decode
@@ -90,7 +90,7 @@ def _sample(models: Models, request: Request, noise: Noise, on_step: OnStep | No
     return np.asarray(carry[0])[:, shape.padding :]
 
 
-def decode(models: Models, latents: Float[Any, "b t h w c"], watch: Stopwatch | None = None) -> UInt8[np.ndarray, "b f h w 3"]:
+def decode(models: Models, latents: Float[Any, "b t h w c"], watch: Stopwatch | None = None) -> UInt8[np.ndarray, "b f h2 w2 3"]:
     """Scaled latents to frames: 4 (t - 1) + 1 of them where t is odd, 4 t where it is even."""
     watch = watch or Stopwatch()
     with watch("load"):
@@ -153,7 +153,7 @@ def denoise(
     slab: int,
     attend: Attend,
 ) -> Carry:
-    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and seeds are data, never part of the program."""
+    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and seeds are data, not part of it."""
     indices = first + jnp.arange(slab)
     rows, shifts, noise = jax.tree.map(lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts, noise))
     videos = image.shape[0]

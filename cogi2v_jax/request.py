@@ -6,14 +6,28 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .config import CheckpointConfig, Defaults
+from .config import CheckpointConfig
 
 # What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales; the reference's is the default.
 IMAGE_LATENT_SCALES = ("reference", "sat", "trainer")
+
+Whole = int | np.integer
+Real = int | float | np.number
+PLAIN = {
+    "height": int,
+    "width": int,
+    "num_frames": int,
+    "fps": float,
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "use_dynamic_cfg": bool,
+    "image_latent_scale": lambda scale: scale if isinstance(scale, str) else float(scale),
+    "seed": lambda seed: [int(one) for one in seed] if isinstance(seed, (list, tuple)) else int(seed),
+}
 
 
 class Video(NamedTuple):
@@ -43,7 +57,7 @@ class Noise:
     initial: Any = None  # [b t h w c], t padded as the network needs it
     steps: Any = None  # [i b t h w c], the draw each step really uses; ddim ignores it
 
-    def check(self, shape: LatentShape, videos: int, steps: int) -> Self:
+    def check(self, shape: LatentShape, videos: int, steps: int) -> "Noise":
         """The same as float32 arrays. Raises ValueError for a shape the request doesn't have."""
         latents = (videos, *shape[:4])
         expected = {"posterior": (videos, 1, *shape[1:4]), "initial": latents, "steps": (steps, *latents)}
@@ -66,22 +80,17 @@ class Request:
     image: Any
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] | None = ""
-    height: int | None = None  # pixels
-    width: int | None = None
-    num_frames: int | None = None
-    fps: float | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
+    height: Whole | None = None  # pixels
+    width: Whole | None = None
+    num_frames: Whole | None = None
+    fps: Real | None = None
+    num_inference_steps: Whole | None = None
+    guidance_scale: Real | None = None
     use_dynamic_cfg: bool | None = None
     scheduler: str | None = None  # "dpm" or "ddim"
-    seed: int | Sequence[int] = 42
+    seed: Whole | Sequence[Whole] = 42
     fit: str | None = None  # "crop", "pad" or "stretch"
-    image_latent_scale: str | float | None = None  # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number
-
-    @property
-    def guided(self) -> bool:
-        """Whether the unconditional prediction is made at all: decided by the scale alone, dynamic or not."""
-        return self.guidance_scale is not None and self.guidance_scale > 1
+    image_latent_scale: str | Real | None = None  # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number
 
     @property
     def videos(self) -> list[Video]:
@@ -96,39 +105,23 @@ class Request:
         rows = zip(*(column if isinstance(column, (list, tuple)) else [column] * size for column in columns), strict=True)
         return [Video(*row) for row in rows]
 
-    def latent_shape(self, config: CheckpointConfig) -> LatentShape:
-        """Shape of a resolved request's latents: time padded at the front to whole patches."""
-        assert self.num_frames and self.height and self.width
-        frames = (self.num_frames - 1) // config.vae.temporal_compression_ratio + 1
-        padding = -frames % config.transformer.patch[0]
-        ratio = config.vae.spatial_ratio
-        return LatentShape(frames + padding, self.height // ratio, self.width // ratio, config.vae.latent_channels, padding)
-
-    def latent_scale(self, config: CheckpointConfig) -> float:
-        """What the image's latents are multiplied by. The 1.5 files say `invert_scale_latents`, and mean it."""
-        factor = config.vae.scaling_factor
-        named = {"reference": 1 / factor if config.vae.invert_scale_latents else factor, "sat": 1.0, "trainer": factor}
-        scale = self.image_latent_scale
-        if config.family == "cogvideox-i2v" and scale == "sat":
-            return factor  # the first generation has one scale everywhere
-        return named[scale] if isinstance(scale, str) else float(scale or 0)
-
-    def resolve(self, config: CheckpointConfig) -> Self:
+    def resolve(self, config: CheckpointConfig) -> "Resolved":
         """Every open field answered. Raises ValueError naming all that the network can't compute, with the nearest that it can; warns once
         about what is only outside the published range."""
         answers = dataclasses.asdict(config.defaults)
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(Defaults)}
-        # Dynamic guidance goes with a scale; asking for the scale alone must not undo the checkpoint's choice of the other.
-        request = dataclasses.replace(self, **{name: answers[name] if value is None else value for name, value in given.items()})
-        faults = request._faults()
+        open_fields = [name for name in answers if getattr(self, name) is None]
+        answered = dataclasses.replace(self, **{name: answers[name] for name in open_fields})
+        faults = answered._faults()
         if not faults:
-            faults = [*request._size_faults(config), *request._frame_faults(config)]
+            plain = {name: kind(getattr(answered, name)) for name, kind in PLAIN.items()}  # numpy's numbers become Python's
+            resolved = Resolved(**{**vars(answered), **plain})
+            faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
         if faults:
             raise ValueError("; ".join(faults))
-        outside = request._outside(config)
+        outside = resolved._outside(config)
         if outside:
             warnings.warn(f"{config.title} was published for {'; '.join(outside)}: expect worse results", stacklevel=2)
-        return request
+        return resolved
 
     def _faults(self) -> list[str]:
         """Values that no checkpoint takes."""
@@ -139,13 +132,12 @@ class Request:
                 faults.append(f"{name} must be a positive integer: got {value!r}")
         for name, least in (("fps", "positive"), ("guidance_scale", "not negative")):
             value = getattr(self, name)
-            real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-            if not real or value < 0 or (least == "positive" and value == 0):
+            if not _is_real(value) or not 0 <= value < math.inf or (least == "positive" and value == 0):
                 faults.append(f"{name} must be a finite number and {least}: got {value!r}")
         if not isinstance(self.use_dynamic_cfg, (bool, np.bool_)):
             faults.append(f"use_dynamic_cfg must be true or false: got {self.use_dynamic_cfg!r}")
         scale = self.image_latent_scale
-        if scale not in IMAGE_LATENT_SCALES and not (isinstance(scale, numbers.Real) and math.isfinite(scale) and scale > 0):
+        if scale not in IMAGE_LATENT_SCALES and not (_is_real(scale) and 0 < scale < math.inf):
             faults.append(f"image_latent_scale must be {', '.join(IMAGE_LATENT_SCALES)} or a positive number: got {scale!r}")
         try:
             for video in self.videos:
@@ -159,8 +151,44 @@ class Request:
             faults.append(str(error))
         return faults
 
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved(Request):
+    """A request with nothing left open, valid for its checkpoint. Made by `Request.resolve` alone."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+    use_dynamic_cfg: bool
+    scheduler: str
+    fit: str
+    image_latent_scale: str | float
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional prediction is made at all: decided by the scale alone, dynamic or not."""
+        return self.guidance_scale > 1
+
+    def latent_shape(self, config: CheckpointConfig) -> LatentShape:
+        """Shape of a resolved request's latents: time padded at the front to whole patches."""
+        frames = (self.num_frames - 1) // config.vae.temporal_compression_ratio + 1
+        padding = -frames % config.transformer.patch[0]
+        ratio = config.vae.spatial_ratio
+        return LatentShape(frames + padding, self.height // ratio, self.width // ratio, config.vae.latent_channels, padding)
+
+    def latent_scale(self, config: CheckpointConfig) -> float:
+        """What the image's latents are multiplied by. The 1.5 files say `invert_scale_latents`, and mean it."""
+        factor = config.vae.scaling_factor
+        named = {"reference": 1 / factor if config.vae.invert_scale_latents else factor, "sat": 1.0, "trainer": factor}
+        scale = self.image_latent_scale
+        if config.family == "cogvideox-i2v" and scale == "sat":
+            return factor  # the first generation has one scale everywhere
+        return named[scale] if isinstance(scale, str) else scale
+
     def _size_faults(self, config: CheckpointConfig) -> list[str]:
-        assert self.height and self.width
         t, ratio = config.transformer, config.vae.spatial_ratio
         if t.use_learned_positional_embeddings:
             height, width = t.sample_height * ratio, t.sample_width * ratio
@@ -181,7 +209,6 @@ class Request:
 
     def _frame_faults(self, config: CheckpointConfig) -> list[str]:
         """Whole videos come of 8k+1 frames, an odd number of latent ones, and of 8k; any other number the VAE would round."""
-        assert self.num_frames
         period = 2 * config.vae.temporal_compression_ratio
         most = math.inf
         if config.transformer.use_learned_positional_embeddings:
@@ -195,7 +222,6 @@ class Request:
         return [f"num_frames must be {period}k+1{limit}: got {self.num_frames}; nearest is {nearest}"]
 
     def _outside(self, config: CheckpointConfig) -> list[str]:
-        assert self.height and self.width
         published = config.published
         short, long = sorted((self.height, self.width))
         outside = []
@@ -208,6 +234,10 @@ class Request:
         if published.frames and self.num_frames not in published.frames:
             outside.append(f"{', '.join(map(str, published.frames))} frames (this is {self.num_frames})")
         return outside
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _span(bounds: tuple[int, int]) -> str:

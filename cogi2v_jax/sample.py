@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .config import names
@@ -39,8 +39,14 @@ SETTINGS = (
 PHASES = ("load", "text", "image", "compile", "denoise", "decode", "write")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse's own would put nine of usage above it."""
+        self.exit(2, f"cogi2v: {message} (--help lists all options)\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(
+    main = _Parser(
         prog="python -m cogi2v_jax.sample",
         description="Makes a video from a still image and a sentence. With no argument it runs the embedded model on its example.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
@@ -94,27 +100,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _scale(text: str) -> str | float:
-    return text if text in IMAGE_LATENT_SCALES else float(text)
+    try:
+        return text if text in IMAGE_LATENT_SCALES else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(IMAGE_LATENT_SCALES)} or a number: got {text!r}") from None
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 could not be done, 2 wrong arguments, 130 stopped by the user."""
     arguments_parser = parser()
     options = arguments_parser.parse_args(arguments)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        if options.decode_latents:
-            _decode_alone(options)
-        else:
-            _sample(options, _jobs(options, arguments_parser))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            if options.decode_latents:
+                _decode_alone(options)
+            else:
+                _sample(options, _jobs(options, arguments_parser))
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _fail(f"the device ran out of memory: {str(error).splitlines()[0]}")
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _fail(f"the device ran out of memory: {str(error).splitlines()[0]}")
+        if "ffmpeg" in str(error):  # not installed, or it failed
+            return _fail(str(error).splitlines()[0])
+        raise
     except KeyboardInterrupt:
-        print("\nstopped; no half-written video was left", file=sys.stderr)
+        print(f"{chr(10) if sys.stderr.isatty() else ''}cogi2v: stopped; no half-written video was left", file=sys.stderr)
         return 130
     return 0
 
@@ -160,15 +172,13 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
 
     name = options.model or EMBEDDED
     models = load(name, options.dtype, options.attention)
+    requests = [_request(options, job, seed) for job, seed, _ in jobs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `generate` gives them
+        for request in requests:  # so that the last one's fault doesn't wait until all others are sampled
+            request.resolve(models.config)
     loading = time.perf_counter() - watch
-    for job, seed, output in jobs:
-        request = Request(
-            image=job.image,
-            prompt=job.prompt,
-            negative_prompt=options.negative_prompt if job.negative_prompt is None else job.negative_prompt,
-            seed=seed,
-            **{setting: getattr(options, setting) for setting in SETTINGS},
-        )
+    for request, (*_, output) in zip(requests, jobs, strict=True):
         recipe: dict[str, Any] = {}
 
         def keep(latents: Any, resolved: Request, output: Path = output, recipe: dict[str, Any] = recipe) -> None:
@@ -181,6 +191,12 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
         loading = 0.0
 
 
+def _request(options: argparse.Namespace, job: Job, seed: int) -> Request:
+    negative_prompt = options.negative_prompt if job.negative_prompt is None else job.negative_prompt
+    settings = {setting: getattr(options, setting) for setting in SETTINGS}
+    return Request(image=job.image, prompt=job.prompt, negative_prompt=negative_prompt, seed=seed, **settings)
+
+
 def _decode_alone(options: argparse.Namespace) -> None:
     watch = time.perf_counter()
     latents, recipe = _read_latents(options.decode_latents)
@@ -191,6 +207,9 @@ def _decode_alone(options: argparse.Namespace) -> None:
     from .pipeline import decode
 
     models = load(options.model or recipe["model"], options.dtype or recipe["dtype"], options.attention)
+    channels = models.config.vae.latent_channels
+    if latents.shape[-1] != channels:
+        raise ValueError(f"latents must have {channels} channels for {models.config.title}: got {latents.shape[-1]}")
     stopwatch = Stopwatch()
     loading = time.perf_counter() - watch
     video = decode(models, latents, stopwatch)[0]
@@ -222,11 +241,11 @@ def _recipe(models: "Models", name: str, request: Request) -> dict[str, Any]:
 
 def _write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
     """Before decoding starts, so that running out of memory there costs no sampling."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file({"latents": latents}, part, metadata={"recipe": json.dumps(recipe)})
+        part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))  # save_file's files are for their owner alone
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -240,7 +259,9 @@ def _read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             latents, recipe = file.get_tensor("latents"), json.loads((file.metadata() or {})["recipe"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if latents.ndim != 5 or len(latents) != 1 or not {"model", "dtype", "fps"} <= dict(recipe).keys():
+            raise ValueError(f"it holds {list(latents.shape)} and a recipe of {', '.join(recipe) or 'nothing'}")
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"latents must be a *{LATENTS} file of an earlier run: {path} is not ({error})") from None
     return latents, recipe
 

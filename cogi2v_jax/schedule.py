@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 
 from .config import SchedulerConfig
 
-
 Column = Float[Array, "*i"] | Float[np.ndarray, " i"]  # on the device a row of it is a scalar
 
 
@@ -112,7 +111,7 @@ def _dynamic(scale: float, steps: int, timesteps: np.ndarray) -> np.ndarray:
 
 
 def tableau(config: SchedulerConfig, scheduler: str, steps: int, guidance_scale: float, use_dynamic_cfg: bool) -> Tableau:
-    """The whole schedule of a request: `steps` rows, float32 (timesteps int32). Raises ValueError for a step count the reference breaks on."""
+    """The whole schedule of a request: `steps` rows, float32 (timesteps int32). Raises ValueError for counts that break the reference."""
     if scheduler not in SCHEDULES:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULES)}: got {scheduler!r}")
     timesteps = trailing_timesteps(config, steps)

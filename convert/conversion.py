@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +19,18 @@ from cogi2v_jax.checkpoint import (
     MANIFEST,
     NETWORKS,
     abstract,
+    is_stacked,
     layer_count,
     leaf_names,
     open_folder,
-    read_unit,
+    read_leaves,
+    weight_files,
     write_unit,
 )
 from cogi2v_jax.config import CheckpointConfig, read_json
 
 from . import t5, transformer, vae
-from .diffusers import Source, Tensor, open_safetensors, write_index, write_safetensors
+from .diffusers import CODES, Source, Tensor, open_safetensors, write_index, write_safetensors
 from .rules import Home, expand, misfits, refuse
 
 TABLES: dict[str, Callable[[Any], tuple]] = {"transformer": transformer.table, "vae": vae.table, "text_encoder": t5.table}
@@ -62,6 +64,7 @@ def match(source: Source, part: str) -> Match:
                     del places[name]
     leaves = {name: leaf.shape for name, leaf in leaf_names(abstract(source.config, part, jnp.dtype(jnp.float32))).items()}
     faults = misfits(places, leaves, {name: tensor.shape for name, tensor in tensors.items()})
+    faults += [f"{name} is in the index and in no shard" for name in sorted(source.indexed[part] - tensors.keys() - places.keys())]
     return Match(places, tensors, faults, sum(int(np.prod(shape, dtype=np.int64)) for shape in leaves.values()))
 
 
@@ -83,19 +86,17 @@ def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, pr
                     leaves: dict[str, np.ndarray] = {}
                     for name, (rule, home_layer) in matched.homes.items():
                         if home_layer == layer:
-                            value = rule.to_flax(files[matched.tensors[name].file].get_tensor(name))
-                            if rule.flax in leaves and not np.array_equal(
-                                leaves[rule.flax].view(np.uint8), np.ascontiguousarray(value).view(np.uint8)
-                            ):
-                                raise ValueError(f"{source_folder}: {name} must equal its other name's values: got others")
-                            leaves[rule.flax] = np.ascontiguousarray(value if cast is None else value.astype(cast))
-                    write_unit(folder, part, layer, leaves)
+                            value = np.ascontiguousarray(rule.to_flax(files[matched.tensors[name].file].get_tensor(name)))
+                            if rule.flax in leaves and not _same(leaves[rule.flax], value):
+                                raise ValueError(f"{source_folder}: {name} must equal {t5.SAME[name]}, its other name: got other values")
+                            leaves[rule.flax] = value
+                    write_unit(folder, part, layer, leaves if cast is None else {name: leaf.astype(cast) for name, leaf in leaves.items()})
                     if progress:
                         progress(part, done + 1, len(layers))
             recorded[part] = {
                 name: {"file": tensor.file.name, "dtype": str(cast or tensor.dtype)} for name, tensor in sorted(matched.tensors.items())
             }
-        manifest = {"format": FORMAT, "program": f"cogi2v-jax {__version__}", "tensors": recorded}
+        manifest = {"format": FORMAT, "program": f"cogi2v-jax {__version__}", "tensors": recorded, "files": weight_files(folder)}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return destination
 
@@ -103,37 +104,68 @@ def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, pr
 def to_torch(source_folder: Path, destination: Path, progress: Progress | None = None) -> Path:
     """A converted folder as the diffusers folder it came from: the same tensors, bit for bit, in the same files."""
     config = open_folder(source_folder, jnp.dtype(jnp.float32)).config
-    recorded = read_json(source_folder / MANIFEST)["tensors"]
+    recorded = {part: tensors_recorded(source_folder, config, part) for part in NETWORKS}
     with appearing(destination) as folder:
         _copy_settings(source_folder, folder, [path for path in (source_folder / "tokenizer").iterdir() if path.is_file()])
         for part in NETWORKS:
             places = homes(config, part)
             if part == "text_encoder":
                 places |= {alias: places[name] for alias, name in t5.SAME.items()}
-            leaves = leaf_names(abstract(config, part, jnp.dtype(jnp.float32)))
+            shapes = {name: leaf.shape for name, leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).items()}
             tensors = {}
             for name, entry in sorted(recorded[part].items(), key=lambda item: (item[1]["file"], places[item[0]].layer or 0)):
                 rule, layer = places[name]
-                shape = rule.torch_shape(leaves[rule.flax].shape[0 if layer is None else 1 :])
+                shape = rule.torch_shape(shapes[rule.flax][0 if layer is None else 1 :])
                 tensors[name] = Tensor(folder / part / entry["file"], shape, np.dtype(jnp.dtype(entry["dtype"])))
             shards = sorted({tensor.file for tensor in tensors.values()})
             for done, shard in enumerate(shards):
                 inside = {name: tensor for name, tensor in tensors.items() if tensor.file == shard}
-                write_safetensors(shard, inside, _values(source_folder, part, {name: places[name] for name in inside}))
+                write_safetensors(shard, inside, _values(source_folder, part, {name: places[name] for name in inside}, shapes))
                 if progress:
                     progress(part, done + 1, len(shards))
-            if len(shards) > 1:
-                write_index(folder / part, tensors)
+            if len(shards) > 1 or "-of-" in shards[0].name:
+                write_index(folder, part, tensors)
     return destination
 
 
-def _values(folder: Path, part: str, places: dict[str, Home]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors_recorded(folder: Path, config: CheckpointConfig, part: str) -> dict[str, dict[str, str]]:
+    """File and dtype of every torch tensor that a converted folder came from, checked: the folder may be anyone's."""
+    tensors = read_json(folder / MANIFEST).get("tensors")
+    entries = tensors.get(part) if isinstance(tensors, dict) else None
+    places = homes(config, part)
+    same = t5.SAME if part == "text_encoder" else {}
+    if not isinstance(entries, dict) or {same.get(name, name) for name in entries} != places.keys():
+        raise ValueError(f"{folder / MANIFEST} must record the tensors of this {part}: convert its source again")
+    for name, entry in entries.items():
+        file, dtype = (entry.get("file"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+            or dtype not in [str(kind) for kind in CODES]
+        ):
+            raise ValueError(f"{folder / MANIFEST} must give {name} a safetensors file of its folder and a dtype: got {entry}")
+    return entries
+
+
+def _values(folder: Path, part: str, places: dict[str, Home], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors in order; the unstacked ones and one layer are held at a time."""
-    units: dict[int | None, dict[str, np.ndarray]] = {None: read_unit(folder, part, None)}
+
+    def unit(layer: int | None) -> dict[str, np.ndarray]:
+        rest = {name: shape for name, shape in shapes.items() if not is_stacked(name)}
+        rows = {name: shape[1:] for name, shape in shapes.items() if is_stacked(name)}
+        return read_leaves(folder, part, layer, rest if layer is None else rows)
+
+    units: dict[int | None, dict[str, np.ndarray]] = {None: unit(None)}
     for name, (rule, layer) in places.items():
         if layer not in units:
-            units = {None: units[None], layer: read_unit(folder, part, layer)}
+            units = {None: units[None], layer: unit(layer)}
         yield name, rule.to_torch(units[layer][rule.flax])
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Bit for bit, where a comparison of numbers would take -0 for 0 and no NaN for itself."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and np.array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 def _copy_settings(source: Path, folder: Path, tokenizer_files: list[Path]) -> None:

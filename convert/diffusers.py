@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cogi2v_jax.checkpoint import CONFIG_FILES, NETWORKS, read_config
+from cogi2v_jax.checkpoint import CONFIG_FILES, MANIFEST, NETWORKS, read_config
 from cogi2v_jax.config import read_json
 
 # Safetensors' names of the dtypes.
@@ -22,6 +22,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # of weight files and indexes
 
 
 class Tensor(NamedTuple):
@@ -40,7 +41,9 @@ class Source:
         if not (folder / "transformer").is_dir():
             raise FileNotFoundError(f"{folder} must be a diffusers or converted folder: found no transformer/ in it")
         self.config = read_config(folder)
-        self.parts = {part: _weight_files(folder / part) for part in NETWORKS}
+        found = {part: _weight_files(folder / part) for part in NETWORKS}
+        self.parts = {part: files for part, (files, _) in found.items()}
+        self.indexed = {part: names for part, (_, names) in found.items()}
 
     @cached_property
     def files(self) -> list[Path]:
@@ -77,8 +80,8 @@ def open_safetensors(file: Path) -> Any:
         raise ValueError(f"{file} must be a whole safetensors file: {error}") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The shards an index names, else the one safetensors file."""
+def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
+    """The shards an index names and the tensors it promises, else the one safetensors file and no promises."""
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     # A file of another precision or version has a second suffix and stands beside the main one: diffusion_pytorch_model.fp16.safetensors
     plain = [path for path in indexes if path.name.count(".") == 3] or indexes
@@ -93,14 +96,14 @@ def _weight_files(folder: Path) -> list[Path]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{folder} must hold every shard its index names: missing {', '.join(missing)}")
-        return [folder / name for name in names]
+        return [folder / name for name in names], set(weight_map)
     files = sorted(folder.glob("*.safetensors"))
     plain = [path for path in files if path.name.count(".") == 1] or files
     if len(plain) != 1:
         others = [path.name for path in sorted(folder.glob("*.bin"))]
         hint = f" (save {', '.join(others)} as safetensors first)" if others and not plain else ""
         raise FileNotFoundError(f"{folder} must hold one safetensors file or an index of shards: found {len(plain)} files{hint}")
-    return plain
+    return plain, set()
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -116,13 +119,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Iterable[
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for (name, tensor), (read_name, value) in zip(tensors.items(), read, strict=True):
-            assert name == read_name and value.shape == tensor.shape and value.dtype == tensor.dtype
+            assert (name, tensor.shape) == (read_name, value.shape)
+            if value.dtype != tensor.dtype:
+                raise ValueError(f"{name} must be {tensor.dtype}, as {MANIFEST} says: got {value.dtype}")
             file.write(np.ascontiguousarray(value).view(np.uint8).reshape(-1).data if value.ndim else value.tobytes())
 
 
-def write_index(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The index of a sharded part, as transformers and diffusers write it: named for the shards without their numbers."""
-    stem = next(iter(tensors.values())).file.name.split("-0")[0]
+def write_index(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """The index of a sharded part, under the name that transformers and diffusers look for."""
     size = sum(int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": {name: tensor.file.name for name, tensor in sorted(tensors.items())}}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

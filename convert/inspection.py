@@ -6,9 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, leaf_names, open_folder
-from cogi2v_jax.config import CheckpointConfig, read_json
+from cogi2v_jax.config import CheckpointConfig
 
-from .conversion import homes, match
+from . import t5
+from .conversion import homes, match, tensors_recorded
 from .diffusers import Source
 
 
@@ -26,8 +27,9 @@ def report(folder: Path, keys: bool) -> tuple[list[str], bool]:
             names, faults, places = matched.tensors, matched.faults, matched.homes
             dtypes = sorted({str(tensor.dtype) for tensor in matched.tensors.values()})
         else:
-            recorded = read_json(folder / MANIFEST)["tensors"][part]
+            recorded = tensors_recorded(folder, config, part)
             names, faults, places = recorded, [], homes(config, part)
+            places |= {alias: places[name] for alias, name in t5.SAME.items() if alias in names}
             dtypes = sorted({entry["dtype"] for entry in recorded.values()})
         count = sum(leaf.size for leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).values())
         placed = sum(name in places for name in names)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from einops import rearrange
 
@@ -30,7 +29,7 @@ class Rule:
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The torch shape of one layer's tensor, from ours."""
-        return jax.eval_shape(self.to_torch, jax.ShapeDtypeStruct(shape, np.float32)).shape
+        return self.to_torch(np.broadcast_to(np.int8(0), shape)).shape
 
 
 Table = tuple[Rule, ...]
@@ -55,7 +54,7 @@ def expand(table: Table, layers: int) -> dict[str, Home]:
 def misfits(homes: Mapping[str, Home], leaves: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Whatever keeps the tensors `found` (name to shape) from filling the `leaves` (our name to our shape), a line each."""
     faults = [f"{name} has no rule" for name in found if name not in homes]
-    shapes: dict[Rule, tuple[int, ...]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}  # by the rule's identity: a rule's sizes don't hash
     for name, (rule, layer) in homes.items():
         if name not in found:
             faults.append(f"{name} is missing")

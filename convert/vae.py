@@ -1,5 +1,7 @@
 """vae/: AutoencoderKLCogVideoX."""
 
+from collections.abc import Callable
+
 from cogi2v_jax.config import VAEConfig
 
 from .rules import Rule, Table, norm
@@ -30,7 +32,7 @@ def table(config: VAEConfig) -> Table:
     return tuple(rules)
 
 
-def resnets(torch: str, flax: str, shortcuts: list[bool], norm) -> Table:  # noqa: ANN001
+def resnets(torch: str, flax: str, shortcuts: list[bool], norm: Callable[[str, str], Table]) -> Table:
     """Resnets with their kind of norm; `shortcuts` says which of them change their width."""
     rules: list[Rule] = []
     for index, shortcut in enumerate(shortcuts):

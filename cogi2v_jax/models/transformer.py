@@ -18,7 +18,7 @@ QK_EPSILON = 1e-6  # of the norms on q and k; fixed in the reference, unlike the
 
 
 class Shifts(NamedTuple):
-    """All that the timestep decides, evaluated before the loop. Axis 2 of `blocks` is shift, scale, gate for attention, then for the mlp."""
+    """All that the timestep decides, evaluated before the loop. Its axis of 6: shift, scale, gate for attention, then for the mlp."""
 
     blocks: Float[Array, "*steps l 6 stream d"]  # stream: video, text
     out: Float[Array, "*steps 2 d"]  # shift, scale

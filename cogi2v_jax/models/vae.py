@@ -2,8 +2,8 @@
 every convolution's cache; chunk sizes and the statistics taken over a chunk are part of the numerics, not tuning."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -93,8 +93,7 @@ class Stage(nnx.Module):
     def __init__(
         self, widths: Sequence[int], norm: type, resample: nnx.Module | None, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        pairs = zip(widths, widths[1:], strict=False)
-        self.resnets = nnx.List([Resnet(inputs, outputs, norm, config, dtype=dtype, rngs=rngs) for inputs, outputs in pairs])
+        self.resnets = nnx.List([Resnet(inputs, outputs, norm, config, dtype=dtype, rngs=rngs) for inputs, outputs in pairwise(widths)])
         self.resample = resample
 
     def __call__(
