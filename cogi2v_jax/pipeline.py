@@ -20,14 +20,14 @@ from .models.t5 import T5
 from .models.transformer import Modulation, Shifts, Transformer
 from .models.vae import VAE, sample_posterior
 from .positions import Positions, positions, sinusoid
-from .request import Noise, Request
+from .request import Noise, Request, Resolved
 from .schedule import Tableau, step, tableau
 from .tokenizer import tokenize
 
 OFS = 2.0  # the 1.5 network's fixed conditioning value
 
 OnStep = Callable[[int, int, Any], None]  # (step, steps, latents), on the host, after every step
-OnLatents = Callable[[Any, Request], None]  # (latents, resolved request), before they are decoded
+OnLatents = Callable[[Any, Resolved], None]  # (latents, resolved request), before they are decoded
 Carry = tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]  # x, and the last step's x0
 
 
@@ -37,7 +37,7 @@ class Result:
 
     video: UInt8[np.ndarray, "b f h2 w2 3"]
     latents: Float[np.ndarray, "b t h w c"]  # scaled; the padding frame of 1.5 is dropped
-    request: Request  # resolved
+    request: Resolved
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: load, text, image, compile, denoise, decode
 
 
@@ -54,7 +54,7 @@ def generate(
     return Result(decode(models, latents, watch), latents, request, watch.seconds)
 
 
-def _sample(models: Models, request: Request, noise: Noise, on_step: OnStep | None, watch: Stopwatch) -> Float[np.ndarray, "b t h w c"]:
+def _sample(models: Models, request: Resolved, noise: Noise, on_step: OnStep | None, watch: Stopwatch) -> Float[np.ndarray, "b t h w c"]:
     """A resolved request's final latents, scaled, without padding."""
     config = models.config
     videos = request.videos
@@ -159,8 +159,8 @@ def denoise(
     videos = image.shape[0]
     copies = text.shape[0] // videos  # 2 where guided
 
-    def one(carry: Carry, row: tuple) -> tuple[Carry, None]:
-        (x, x0_prev), (index, row, shifts, drawn) = carry, row
+    def one(carry: Carry, column: tuple[Any, ...]) -> tuple[Carry, None]:
+        (x, x0_prev), (index, row, shifts, drawn) = carry, column
         both = jnp.concatenate([x, image], axis=-1).astype(text.dtype)
         v = network(jnp.concatenate([both] * copies), text, shifts, positions, attend).astype(jnp.float32)
         if copies == 2:

@@ -1,10 +1,10 @@
 """Where a token stands: rotary tables on both grids, sine-cosine tables, and the sinusoid of a timestep. Host numpy, once a request."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from .config import TransformerConfig
 
@@ -21,13 +21,13 @@ def sinusoid(values: Float[np.ndarray, " i"] | Int[np.ndarray, " i"], width: int
 class Positions(NamedTuple):
     """What the transformer is told about its joint sequence: text rows first, then the grid's tokens, frames slowest."""
 
-    cos: Float[Array, "s half"] | Float[np.ndarray, "s half"]  # rotary, one column a channel pair; identity rows for text
-    sin: Float[Array, "s half"] | Float[np.ndarray, "s half"]
-    is_text: Bool[Array, " s"] | Bool[np.ndarray, " s"]
-    table: Float[Array, "s d"] | Float[np.ndarray, "s d"] | None  # added to the tokens; None where the network is rotary or learned its own
+    cos: Float[Any, "s half"]  # rotary, one column a channel pair; identity rows for text
+    sin: Float[Any, "s half"]
+    is_text: Bool[Any, " s"]
+    table: Float[Any, "s d"] | None  # added to the tokens; None where the network is rotary or learned its own
 
 
-def positions(config: TransformerConfig, latents: tuple[int, int, int]) -> Positions:
+def positions(config: TransformerConfig, latents: tuple[int, ...]) -> Positions:
     """Positions of latents of so many frames, rows and columns, whose sizes are multiples of the patch."""
     grid = tuple(size // patch for size, patch in zip(latents, config.patch, strict=True))
     text, video = config.max_text_seq_length, math.prod(grid)

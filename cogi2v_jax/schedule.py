@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .config import SchedulerConfig
 
-Column = Float[Array, "*i"] | Float[np.ndarray, " i"]  # on the device a row of it is a scalar
+Column = Float[Any, "*i"]  # numpy on the host, jax on the device, where one row of it is a scalar
 
 
 class Tableau(NamedTuple):
     """One row a step. A step is x0 = alpha x - sigma v, then x = A x + B x0 + C x0_prev + D noise."""
 
-    timestep: Int[Array, "*i"] | Int[np.ndarray, " i"]
+    timestep: Int[Any, "*i"]
     guidance: Column
     alpha: Column
     sigma: Column

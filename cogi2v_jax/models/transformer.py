@@ -61,6 +61,7 @@ class Modulation(nnx.Module):
         """From the sinusoids of every timestep and of `ofs` (None for 1.0)."""
         temb = self.time(time)
         if self.ofs is not None:
+            assert ofs is not None  # the pipeline's to give
             temb = temb + self.ofs(ofs)
         temb = silu(temb).astype(temb.dtype)
         graph, layers = nnx.split(self.blocks)

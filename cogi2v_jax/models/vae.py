@@ -217,7 +217,7 @@ def in_chunks(network: Encoder | Decoder, x: Float[Array, "b f h w c"], chunk: i
     return jnp.concatenate([head, rearrange(tail, "chunks b f h w c -> b (chunks f) h w c")], axis=1)
 
 
-def spread(x: Float[Array, "b t h w c"], size: tuple[int, int, int]) -> Float[Array, "b f h2 w2 c"]:
+def spread(x: Float[Array, "b t h w c"], size: tuple[int, ...]) -> Float[Array, "b f h2 w2 c"]:
     """Nearest-neighbour resize by whole factors to (frames, rows, columns). The first frame of an odd number is not repeated in time."""
     frames, height, width = size
     x = jnp.repeat(jnp.repeat(x, height // x.shape[2], axis=2), width // x.shape[3], axis=3)
