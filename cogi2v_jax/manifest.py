@@ -1,7 +1,9 @@
 """Batches on file: many images and prompts for one command."""
 
 import csv
+import io
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,20 +48,18 @@ Rows = list[tuple[int, object]]
 
 
 def _csv(text: str) -> Rows:
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="cells beyond the header's")
     return [(reader.line_num, row) for row in reader]
 
 
 def _jsonl(text: str) -> Rows:
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines, which also splits at U+2028 and its like: they are text, in JSON too.
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _txt(text: str) -> Rows:
-    rows: Rows = []
-    for number, line in _jsonl(text):
-        prompt, mark, image = str(line).rpartition("@@")
-        rows.append((number, {"prompt": prompt.strip(), "image": image.strip()} if mark else {}))
-    return rows
+    rows = [(number, str(line).rpartition("@@")) for number, line in _jsonl(text)]
+    return [(number, {"prompt": prompt.strip(), "image": image.strip()}) for number, (prompt, _, image) in rows]
 
 
 def _job(row: object, folder: Path) -> Job:
@@ -75,9 +75,12 @@ def _job(row: object, folder: Path) -> Job:
         raise ValueError(f"columns must be among {', '.join(COLUMNS)}: got {', '.join(unknown)}")
     if not row.get("prompt") or not row.get("image"):
         raise ValueError("it must have a prompt and an image (in a .txt file: prompt@@image)")
+    for column in COLUMNS[:3]:
+        if not isinstance(row.get(column) or "", str):
+            raise ValueError(f"{column} must be text: got {row[column]!r}")
     seed = row.get("seed")
-    try:
-        seed = None if seed in (None, "") else int(seed)
-    except (TypeError, ValueError):
-        raise ValueError(f"seed must be an integer: got {seed!r}") from None
-    return Job(str(row["prompt"]), folder / str(row["image"]), row.get("negative_prompt") or None, seed)
+    if seed in (None, ""):
+        seed = None
+    elif not re.fullmatch(r"\s*\d+\s*", str(seed)) or int(seed) >= 2**64:
+        raise ValueError(f"seed must be an integer from 0 to 2**64 - 1: got {seed!r}")
+    return Job(row["prompt"], folder / row["image"], row.get("negative_prompt") or None, None if seed is None else int(seed))

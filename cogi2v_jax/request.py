@@ -215,9 +215,9 @@ class Resolved(Request):
             most = (config.transformer.table_grid[0] - 1) * config.vae.temporal_compression_ratio + 1
         if self.num_frames % period in (0, 1) and self.num_frames <= most:
             return []
-        below = min(self.num_frames - 1, most) // period * period + 1
+        below = min(self.num_frames, most) // period * period + 1
         above = below + period
-        nearest = f"{below} or {above}" if above <= most and self.num_frames < most else f"{below}"
+        nearest = f"{below} or {above}" if above <= most else f"{below}"
         limit = f" and at most {most} for {config.title}" if most < math.inf else f" for {config.title}"
         return [f"num_frames must be {period}k+1{limit}: got {self.num_frames}; nearest is {nearest}"]
 

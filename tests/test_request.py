@@ -1,0 +1,253 @@
+"""A request against a checkpoint: what answers its open fields, what is refused and with which way out, what is only warned about."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jaxtyping
+import numpy as np
+import pytest
+
+from cogi2v_jax.config import CheckpointConfig, Published, named
+from cogi2v_jax.request import LatentShape, Noise, Request, Resolved, Video
+
+FIRST, SECOND, TINY = (named(name) for name in ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny"))
+OWN = dataclasses.replace(FIRST, name=None, transformer=dataclasses.replace(FIRST.transformer, sample_frames=25), published=Published())
+
+
+@pytest.fixture(autouse=True)
+def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the type hooks of the tests: these checks are for programs that have none."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def request(**given: Any) -> Request:
+    return Request(**{"image": "photo.jpg", "prompt": "a panda", **given})
+
+
+def refusal(config: CheckpointConfig = SECOND, **given: Any) -> str:
+    """The one line that refuses it."""
+    with pytest.raises(ValueError, match=r"^.+$") as caught:
+        request(**given).resolve(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "answers"),
+    [
+        (FIRST, (480, 720, 49, 8.0, 50, 6.0, True, "dpm", "crop", "reference")),
+        (SECOND, (768, 1360, 81, 16.0, 50, 6.0, True, "dpm", "crop", "reference")),
+        (TINY, (64, 64, 9, 8.0, 50, 3.0, False, "ddim", "crop", "reference")),
+        (OWN, (480, 720, 25, 8.0, 50, 6.0, True, "dpm", "crop", "reference")),
+    ],
+    ids=lambda value: value.title if isinstance(value, CheckpointConfig) else "",
+)
+def test_open_fields_are_answered_by_the_checkpoint_then_its_family_then_its_folder_without_a_warning(
+    config: CheckpointConfig, answers: tuple
+) -> None:
+    resolved = request().resolve(config)
+    assert tuple(getattr(resolved, name) for name in dataclasses.asdict(config.defaults)) == answers
+    assert (resolved.image, resolved.prompt, resolved.negative_prompt, resolved.seed) == ("photo.jpg", "a panda", "", 42)
+    assert resolved.resolve(config) == resolved
+
+
+def test_what_is_given_is_kept() -> None:
+    given = {"height": 784, "width": 768, "num_frames": 17, "fps": 12.5, "num_inference_steps": 7, "guidance_scale": 0.0}
+    given |= {"use_dynamic_cfg": False, "scheduler": "ddim", "fit": "pad", "image_latent_scale": 0.9, "negative_prompt": "blur", "seed": 0}
+    published = dataclasses.replace(SECOND, published=Published())
+    assert request(**given).resolve(published) == Resolved(image="photo.jpg", prompt="a panda", **given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        *((name, np.int16(768), int) for name in ("height", "width", "num_inference_steps")),
+        ("num_frames", np.uint8(81), int),
+        ("fps", np.int64(16), float),
+        ("guidance_scale", np.float32(6), float),
+        ("use_dynamic_cfg", np.bool_(True), bool),
+        ("image_latent_scale", np.float32(0.5), float),
+        ("seed", np.uint64(2**64 - 1), int),
+    ],
+)
+def test_numpys_values_are_taken_and_become_pythons(name: str, value: np.generic, kind: type) -> None:
+    resolved = getattr(request(**{name: value}).resolve(SECOND), name)
+    assert resolved == value
+    assert type(resolved) is kind
+
+
+@pytest.mark.parametrize("name", ["height", "width", "num_frames", "num_inference_steps"])
+@pytest.mark.parametrize("value", [0, -16, True, 16.0, "16", math.nan])
+def test_a_count_must_be_a_positive_integer(name: str, value: Any) -> None:
+    assert refusal(**{name: value}) == f"{name} must be a positive integer: got {value!r}"
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, True, "6", 1j])
+@pytest.mark.parametrize(("name", "rule"), [("fps", "positive"), ("guidance_scale", "not negative")])
+def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: Any) -> None:
+    assert refusal(**{name: value}) == f"{name} must be a finite number and {rule}: got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"fps": 0}, "fps must be a finite number and positive: got 0"),
+        ({"use_dynamic_cfg": 1}, "use_dynamic_cfg must be true or false: got 1"),
+        ({"prompt": 3}, "prompt and negative_prompt must be text: got 3 and ''"),
+        ({"prompt": ["a"], "negative_prompt": [None]}, "prompt and negative_prompt must be text: got 'a' and None"),
+        ({"image": None}, "image must be a path, a PIL image or an array: got None"),
+        ({"seed": -1}, "seed must be an integer from 0 to 2**64 - 1: got -1"),
+        ({"seed": 2**64}, f"seed must be an integer from 0 to 2**64 - 1: got {2**64}"),
+        ({"seed": True}, "seed must be an integer from 0 to 2**64 - 1: got True"),
+        ({"seed": 1.0}, "seed must be an integer from 0 to 2**64 - 1: got 1.0"),
+        ({"seed": [1, None]}, "seed must be an integer from 0 to 2**64 - 1: got None"),
+        *(
+            ({"image_latent_scale": value}, f"image_latent_scale must be reference, sat, trainer or a positive number: got {value!r}")
+            for value in ("diffusers", 0, -0.7, math.nan, math.inf, True)
+        ),
+    ],
+    ids=str,
+)
+def test_other_values_that_no_checkpoint_takes_are_refused(given: dict[str, Any], line: str) -> None:
+    assert refusal(**given) == line
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, [np.int8(3), 2**63]])
+def test_a_seed_may_be_any_64_bits(seed: int | list[int]) -> None:
+    assert request(seed=seed).resolve(SECOND).seed == seed
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "line"),
+    [
+        (FIRST, {"num_frames": 50}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 50; nearest is 49"),
+        (FIRST, {"num_frames": 57}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 57; nearest is 49"),
+        (FIRST, {"num_frames": 1000}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 1000; nearest is 49"),
+        (FIRST, {"num_frames": 47}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 47; nearest is 41 or 49"),
+        (FIRST, {"num_frames": 2}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 2; nearest is 1 or 9"),
+        (OWN, {"num_frames": 33}, "num_frames must be 8k+1 and at most 25 for this cogvideox-i2v checkpoint: got 33; nearest is 25"),
+        (SECOND, {"num_frames": 85}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v: got 85; nearest is 81 or 89"),
+        (SECOND, {"num_frames": 1002}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v: got 1002; nearest is 1001 or 1009"),
+        (SECOND, {"height": 770}, "height must be a multiple of 16: got 770; nearest is 768 or 784"),
+        (SECOND, {"width": 8}, "width must be a multiple of 16: got 8; nearest is 16"),
+        (
+            FIRST,
+            {"height": 720, "width": 480},
+            "height x width must be 480x720 for cogvideox-5b-i2v, whose position table covers no other size: got 720x480",
+        ),
+    ],
+)
+def test_what_a_network_cannot_compute_is_refused_naming_the_nearest_that_it_can(
+    config: CheckpointConfig, given: dict[str, Any], line: str
+) -> None:
+    assert refusal(config, **given) == line
+
+
+def test_all_faults_come_in_one_error() -> None:
+    assert refusal(height=0, fps=-1, seed=-1, image=None).count("must") == 4
+    assert refusal(height=10, width=20, num_frames=30).count("nearest") == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*was published for")
+@pytest.mark.parametrize(
+    ("config", "given", "shape"),
+    [
+        (FIRST, {}, LatentShape(13, 60, 90, 16, padding=0)),
+        (FIRST, {"num_frames": 48}, LatentShape(12, 60, 90, 16, padding=0)),
+        (FIRST, {"num_frames": 1}, LatentShape(1, 60, 90, 16, padding=0)),
+        (SECOND, {}, LatentShape(22, 96, 170, 16, padding=1)),
+        (SECOND, {"num_frames": 80}, LatentShape(20, 96, 170, 16, padding=0)),
+        (SECOND, {"num_frames": 1000, "height": 16, "width": 4000}, LatentShape(250, 2, 500, 16, padding=0)),
+        (SECOND, {"num_frames": 1, "height": 1360, "width": 768}, LatentShape(2, 170, 96, 16, padding=1)),
+    ],
+)
+def test_latents_have_whole_patches_and_any_size_that_the_network_computes(
+    config: CheckpointConfig, given: dict[str, Any], shape: LatentShape
+) -> None:
+    assert request(**given).resolve(config).latent_shape(config) == shape
+
+
+@pytest.mark.parametrize(
+    ("scale", "first", "second"), [("reference", 0.7, 1 / 0.7), ("sat", 0.7, 1.0), ("trainer", 0.7, 0.7), (0.5, 0.5, 0.5), (2, 2.0, 2.0)]
+)
+def test_the_images_latents_are_scaled_as_each_code_base_scales_them(scale: str | float, first: float, second: float) -> None:
+    assert request(image_latent_scale=scale).resolve(FIRST).latent_scale(FIRST) == first
+    assert request(image_latent_scale=scale).resolve(SECOND).latent_scale(SECOND) == second
+
+
+@pytest.mark.parametrize(("scale", "guided"), [(0, False), (1, False), (1.01, True), (6, True)])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_only_a_scale_above_one_guides_dynamic_or_not(scale: float, guided: bool, dynamic: bool) -> None:
+    assert request(guidance_scale=scale, use_dynamic_cfg=dynamic).resolve(SECOND).guided is guided
+
+
+LANDSCAPE_ONLY = dataclasses.replace(SECOND, published=Published(portrait=False))
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "ranges"),
+    [
+        (FIRST, {"num_frames": 48}, ["9, 17, 25, 33, 41, 49 frames (this is 48)"]),
+        (SECOND, {"num_frames": 80}, ["81, 97, 113, 129, 145, 161 frames (this is 80)"]),
+        (SECOND, {"height": 1376, "width": 768}, ["a long side of 768 to 1360 pixels (this is 1376)"]),
+        (
+            SECOND,
+            {"height": 480, "width": 720},
+            ["a short side of 768 pixels (this is 480)", "a long side of 768 to 1360 pixels (this is 720)"],
+        ),
+        (LANDSCAPE_ONLY, {"height": 1360, "width": 768}, ["landscape (this is portrait)"]),
+    ],
+)
+def test_what_is_only_outside_the_published_range_is_one_warning(
+    config: CheckpointConfig, given: dict[str, Any], ranges: list[str]
+) -> None:
+    with pytest.warns(UserWarning, match=f"^{config.title} was published for .*: expect worse results$") as warned:
+        request(**given).resolve(config)
+    assert len(warned) == 1
+    message = str(warned[0].message)
+    assert message.count("this is") == len(ranges)
+    assert all(bounds in message for bounds in ranges)
+
+
+@pytest.mark.parametrize("given", [{"height": 1360, "width": 768}, {"height": 768, "width": 768}, {"num_frames": 161}])
+def test_what_is_inside_the_published_range_is_not_warned_about(given: dict[str, Any]) -> None:
+    request(**given).resolve(SECOND)  # a warning would raise
+
+
+def test_a_single_value_serves_every_video_of_a_batch() -> None:
+    batch = request(prompt=["a", "b", "c"], seed=(1, 2, 3), negative_prompt=None)
+    assert batch.videos == [Video("photo.jpg", prompt, "", seed) for prompt, seed in zip("abc", (1, 2, 3), strict=True)]
+    assert request(image=np.zeros((3, 4, 3))).videos[0].image.shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "counts"),
+    [
+        ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "prompt 2, seed 3"),
+        ({"prompt": []}, "prompt 0"),
+        ({"image": [], "seed": [1]}, "image 0, seed 1"),
+    ],
+)
+def test_sequences_of_unequal_or_no_length_are_refused(given: dict[str, Any], counts: str) -> None:
+    assert refusal(**given) == f"sequences of a batch must have one length of at least 1: got {counts}"
+
+
+SHAPE = LatentShape(4, 2, 3, 5, padding=1)
+
+
+def test_given_noise_becomes_float32_and_what_is_not_given_stays_open() -> None:
+    given = Noise(posterior=np.ones((2, 1, 2, 3, 5)), steps=np.ones((7, 2, 4, 2, 3, 5)).tolist())
+    noise = given.check(SHAPE, videos=2, steps=7)
+    assert (noise.posterior.dtype, noise.steps.dtype, noise.initial) == (np.float32, np.float32, None)
+    assert Noise().check(SHAPE, videos=1, steps=1) == Noise()
+
+
+def test_noise_of_other_shapes_is_refused_naming_each() -> None:
+    noise = Noise(posterior=np.ones((2, 4, 2, 3, 5)), initial=np.ones((2, 3, 2, 3, 5)), steps=np.ones((6, 2, 4, 2, 3, 5)))
+    with pytest.raises(ValueError, match=r"^noise: posterior") as caught:
+        noise.check(SHAPE, videos=2, steps=7)
+    assert str(caught.value).removeprefix("noise: ").split("; ") == [
+        "posterior must have the shape [2, 1, 2, 3, 5]: got [2, 4, 2, 3, 5]",
+        "initial must have the shape [2, 4, 2, 3, 5]: got [2, 3, 2, 3, 5]",
+        "steps must have the shape [7, 2, 4, 2, 3, 5]: got [6, 2, 4, 2, 3, 5]",
+    ]
