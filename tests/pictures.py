@@ -1,0 +1,22 @@
+"""Pictures to read and to write, and what tests of both ask of them."""
+
+import numpy as np
+
+
+def picture(height=24, width=36) -> np.ndarray:
+    """Smooth, so that lossy codecs come close, and different in every corner and channel, so that no turn goes unseen."""
+    y, x = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
+    return np.stack([255 * x, 255 * y, 255 * (1 - x * y)], -1).round().astype(np.uint8)
+
+
+def close(a, b) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return np.abs(a.astype(float) - b.astype(float)).mean()
+
+
+def one_line(caught) -> str:
+    text = str(caught.value)
+    assert "\n" not in text
+    assert " must " in text
+    assert ": got " in text
+    return text
