@@ -43,12 +43,16 @@ class _Part:
     """Strict reading of one config.json: a key is a field, a value that only one setting computes, inert, or an error by name."""
 
     REQUIRED: ClassVar[Mapping[str, Any]] = {}  # mathematics that has one implementation here: any other value is refused
+    STATED: ClassVar[frozenset[str]] = frozenset()  # those of them that a file may not leave to the reference's default
     INERT: ClassVar[frozenset[str]] = frozenset()  # keys that change nothing at inference
 
     @classmethod
     def from_json(cls: type[Part], values: Mapping[str, Any], where: str) -> Part:
         fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        known, faults = {}, []
+        known, faults = (
+            {},
+            [f"{key} must be stated: the reference takes another value for its absence" for key in cls.STATED - values.keys()],
+        )
         for key, value in values.items():
             if key.startswith("_") or key in cls.INERT:
                 continue
@@ -63,7 +67,7 @@ class _Part:
         try:
             part = cls(**known)
         except (TypeError, ValueError) as error:
-            faults.append(str(error))
+            raise ValueError(f"{where}: " + "; ".join([*faults, str(error)])) from None
         if faults:
             raise ValueError(f"{where}: " + "; ".join(faults))
         return part
@@ -116,7 +120,7 @@ class TransformerConfig(_Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.attention_head_dim % 16:
+        if self.use_rotary_positional_embeddings and self.attention_head_dim % 16:
             raise ValueError(f"attention_head_dim must be a multiple of 16: got {self.attention_head_dim}")
         if self.use_learned_positional_embeddings and self.patch_size_t:
             raise ValueError("use_learned_positional_embeddings must be false where patch_size_t is set: the reference has no such network")
@@ -178,6 +182,11 @@ class VAEConfig(_Part):
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(f"block_out_channels must divide by norm_num_groups {self.norm_num_groups}: got {self.block_out_channels}")
 
+    def decoded_frames(self, latent_frames: int) -> int:
+        """Frames of a video of so many latent ones: only an odd number has a first frame that stands for itself."""
+        ratio = self.temporal_compression_ratio
+        return ratio * (latent_frames - 1) + 1 if latent_frames % 2 else ratio * latent_frames
+
     @property
     def spatial_ratio(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
@@ -198,6 +207,7 @@ class TextEncoderConfig(_Part):
     layer_norm_epsilon: float = 1e-6
 
     REQUIRED = {"feed_forward_proj": "gated-gelu"}  # noqa: RUF012
+    STATED = frozenset(REQUIRED)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str) -> "TextEncoderConfig":
@@ -231,6 +241,7 @@ class SchedulerConfig(_Part):
         "timestep_spacing": "trailing",
         "trained_betas": None,
     }
+    STATED = frozenset({"prediction_type", "timestep_spacing"})
     INERT = frozenset({"clip_sample", "clip_sample_range", "sample_max_value", "steps_offset"})  # never read by the reference's step
 
 
@@ -298,16 +309,21 @@ class CheckpointConfig:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         for name in names():
-            stated = toml(name)
-            if all(config.agrees_with(part, stated[part]) for part in PARTS[:3]):
-                return dataclasses.replace(config, name=name, published=Published(**_tuples(stated.get("published", {}))))
+            if config.agrees_with(name):
+                return dataclasses.replace(config, name=name, published=Published(**_tuples(toml(name).get("published", {}))))
         return config
 
-    def agrees_with(self, part: str, stated: Mapping[str, Any]) -> bool:
-        # The 1.5 files have stated several sample sizes over time, and no number there depends on them.
-        slack = ("sample_height", "sample_width", "sample_frames") if self.family == "cogvideox1.5-i2v" and part == "transformer" else ()
-        mine = dataclasses.asdict(getattr(self, part))
-        return all(mine[key] == value for key, value in _tuples(stated).items() if key not in slack)
+    def agrees_with(self, name: str) -> bool:
+        """Whether the networks are those of a named checkpoint."""
+        mine, its = self.transformer, TransformerConfig.from_json(toml(name)["transformer"], name)
+        if self.family == "cogvideox1.5-i2v":
+            # The 1.5 files have stated several sample sizes over time, and no number there depends on them.
+            mine = dataclasses.replace(mine, **{size: getattr(its, size) for size in ("sample_height", "sample_width", "sample_frames")})
+        others = (
+            (self.vae, VAEConfig.from_json(toml(name)["vae"], name)),
+            (self.text_encoder, TextEncoderConfig.from_json(toml(name)["text_encoder"], name)),
+        )
+        return mine == its and all(one == other for one, other in others)
 
     @property
     def family(self) -> str:
@@ -325,14 +341,11 @@ class CheckpointConfig:
         folder = {
             "height": t.sample_height * self.vae.spatial_ratio,
             "width": t.sample_width * self.vae.spatial_ratio,
-            "num_frames": t.sample_frames,
+            "num_frames": self.vae.decoded_frames(t.table_grid[0]),
         }
         family = _read(CONFIGS / "families" / f"{self.family}.toml").get("defaults", {})
         own = toml(self.name).get("defaults", {}) if self.name else {}
         return Defaults(**{**folder, **family, **own})
-
-    def json(self) -> dict[str, Any]:
-        return {part: dataclasses.asdict(getattr(self, part)) for part in PARTS}
 
 
 def names() -> list[str]:

@@ -1,5 +1,6 @@
 """Image-to-video, top to bottom: encode the text, encode the image, denoise, decode."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ def _sample(models: Models, request: Resolved, noise: Noise, on_step: OnStep | N
     shape = request.latent_shape(config)
     rows = tableau(config.scheduler, request.scheduler, request.num_inference_steps, request.guidance_scale, request.use_dynamic_cfg)
     steps = len(rows.timestep)
+    if not rows.noise.any():
+        noise = dataclasses.replace(noise, steps=None)  # ddim reads none
     noise = noise.check(shape, len(videos), steps)
     attend = choose(models.attention, models.dtype)
     words = streams.seed_words([video.seed for video in videos])

@@ -3,10 +3,11 @@
 import dataclasses
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -26,7 +27,7 @@ PLAIN = {
     "guidance_scale": float,
     "use_dynamic_cfg": bool,
     "image_latent_scale": lambda scale: scale if isinstance(scale, str) else float(scale),
-    "seed": lambda seed: [int(one) for one in seed] if isinstance(seed, (list, tuple)) else int(seed),
+    "seed": lambda seed: int(seed) if isinstance(seed, numbers.Integral) else [int(one) for one in seed],
 }
 
 
@@ -79,7 +80,7 @@ class Request:
 
     image: Any
     prompt: str | Sequence[str]
-    negative_prompt: str | Sequence[str] | None = ""
+    negative_prompt: str | Sequence[str | None] | None = ""
     height: Whole | None = None  # pixels
     width: Whole | None = None
     num_frames: Whole | None = None
@@ -88,14 +89,18 @@ class Request:
     guidance_scale: Real | None = None
     use_dynamic_cfg: bool | None = None
     scheduler: str | None = None  # "dpm" or "ddim"
-    seed: Whole | Sequence[Whole] = 42
+    seed: Whole | Sequence[Whole] | np.ndarray = 42
     fit: str | None = None  # "crop", "pad" or "stretch"
     image_latent_scale: str | Real | None = None  # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number
 
     @property
     def videos(self) -> list[Video]:
         """The batch; single values serve every video of it. Raises ValueError where lengths differ."""
-        columns = [self.image, self.prompt, "" if self.negative_prompt is None else self.negative_prompt, self.seed]
+        negative = (
+            [text or "" for text in self.negative_prompt] if isinstance(self.negative_prompt, (list, tuple)) else self.negative_prompt or ""
+        )
+        seeds = list(self.seed) if isinstance(self.seed, (range, np.ndarray)) else self.seed
+        columns = [self.image, self.prompt, negative, seeds]  # an array as the image is one picture
         counts = {name: len(column) for name, column in zip(Video._fields, columns, strict=True) if isinstance(column, (list, tuple))}
         if len(set(counts.values())) > 1 or 0 in counts.values():
             raise ValueError(
@@ -208,18 +213,22 @@ class Resolved(Request):
         return faults
 
     def _frame_faults(self, config: CheckpointConfig) -> list[str]:
-        """Whole videos come of 8k+1 frames, an odd number of latent ones, and of 8k; any other number the VAE would round."""
+        """An odd number of latent frames decodes to 8k+1 frames, an even one to 8k: no other count comes out as asked for."""
         period = 2 * config.vae.temporal_compression_ratio
-        most = math.inf
-        if config.transformer.use_learned_positional_embeddings:
-            most = (config.transformer.table_grid[0] - 1) * config.vae.temporal_compression_ratio + 1
-        if self.num_frames % period in (0, 1) and self.num_frames <= most:
+        learned = config.transformer.use_learned_positional_embeddings
+        most = config.vae.decoded_frames(config.transformer.table_grid[0]) if learned else sys.maxsize
+
+        def valid(frames: int) -> bool:
+            return 1 <= frames <= most and frames % period in (0, 1)
+
+        if valid(self.num_frames):
             return []
-        below = min(self.num_frames, most) // period * period + 1
-        above = below + period
-        nearest = f"{below} or {above}" if above <= most else f"{below}"
-        limit = f" and at most {most} for {config.title}" if most < math.inf else f" for {config.title}"
-        return [f"num_frames must be {period}k+1{limit}: got {self.num_frames}; nearest is {nearest}"]
+        below = next(filter(valid, range(min(self.num_frames, most), 0, -1)), None)
+        above = next(filter(valid, range(self.num_frames + 1, self.num_frames + period)), None)
+        nearest = " or ".join(str(frames) for frames in (below, above) if frames)
+        limit = f" and at most {most}" if learned else ""
+        rule = f"{period}k+1{limit} for {config.title} ({period}k computes too)"
+        return [f"num_frames must be {rule}: got {self.num_frames}; nearest is {nearest}"]
 
     def _outside(self, config: CheckpointConfig) -> list[str]:
         published = config.published
@@ -236,7 +245,7 @@ class Resolved(Request):
         return outside
 
 
-def _is_real(value: Any) -> bool:
+def _is_real(value: Any) -> TypeGuard[float]:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 

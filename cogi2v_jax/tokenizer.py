@@ -19,6 +19,8 @@ def encoder(folder: Path) -> Callable[[str], list[int]]:
         from tokenizers import Tokenizer
 
         fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        fast.no_padding()  # the file remembers how it was last called
+        fast.no_truncation()
         return lambda text: fast.encode(text, add_special_tokens=False).ids
     raise FileNotFoundError(f"{folder} must hold spiece.model or tokenizer.json: found neither")
 

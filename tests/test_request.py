@@ -12,7 +12,10 @@ from cogi2v_jax.config import CheckpointConfig, Published, named
 from cogi2v_jax.request import LatentShape, Noise, Request, Resolved, Video
 
 FIRST, SECOND, TINY = (named(name) for name in ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny"))
-OWN = dataclasses.replace(FIRST, name=None, transformer=dataclasses.replace(FIRST.transformer, sample_frames=25), published=Published())
+OWN, EVEN = (
+    dataclasses.replace(FIRST, name=None, transformer=dataclasses.replace(FIRST.transformer, sample_frames=frames), published=Published())
+    for frames in (25, 13)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +97,7 @@ def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: 
         ({"fps": 0}, "fps must be a finite number and positive: got 0"),
         ({"use_dynamic_cfg": 1}, "use_dynamic_cfg must be true or false: got 1"),
         ({"prompt": 3}, "prompt and negative_prompt must be text: got 3 and ''"),
-        ({"prompt": ["a"], "negative_prompt": [None]}, "prompt and negative_prompt must be text: got 'a' and None"),
+        ({"prompt": ["a"], "negative_prompt": [3]}, "prompt and negative_prompt must be text: got 'a' and 3"),
         ({"image": None}, "image must be a path, a PIL image or an array: got None"),
         ({"seed": -1}, "seed must be an integer from 0 to 2**64 - 1: got -1"),
         ({"seed": 2**64}, f"seed must be an integer from 0 to 2**64 - 1: got {2**64}"),
@@ -112,22 +115,31 @@ def test_other_values_that_no_checkpoint_takes_are_refused(given: dict[str, Any]
     assert refusal(**given) == line
 
 
-@pytest.mark.parametrize("seed", [0, 2**64 - 1, [np.int8(3), 2**63]])
-def test_a_seed_may_be_any_64_bits(seed: int | list[int]) -> None:
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_a_seed_may_be_any_64_bits(seed: int) -> None:
     assert request(seed=seed).resolve(SECOND).seed == seed
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), [np.int8(0), 1], range(2), np.arange(2)], ids=str)
+def test_the_seeds_of_a_batch_may_be_any_sequence(seeds: Any) -> None:
+    resolved = request(seed=seeds).resolve(SECOND)
+    assert resolved.seed == [0, 1]
+    assert {type(seed) for seed in resolved.seed} == {int}
+    assert [video.seed for video in request(seed=seeds).videos] == [0, 1]
 
 
 @pytest.mark.parametrize(
     ("config", "given", "line"),
     [
-        (FIRST, {"num_frames": 50}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 50; nearest is 49"),
-        (FIRST, {"num_frames": 57}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 57; nearest is 49"),
-        (FIRST, {"num_frames": 1000}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 1000; nearest is 49"),
-        (FIRST, {"num_frames": 47}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 47; nearest is 41 or 49"),
-        (FIRST, {"num_frames": 2}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v: got 2; nearest is 1 or 9"),
-        (OWN, {"num_frames": 33}, "num_frames must be 8k+1 and at most 25 for this cogvideox-i2v checkpoint: got 33; nearest is 25"),
-        (SECOND, {"num_frames": 85}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v: got 85; nearest is 81 or 89"),
-        (SECOND, {"num_frames": 1002}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v: got 1002; nearest is 1001 or 1009"),
+        (FIRST, {"num_frames": 50}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 50; nearest is 49"),
+        (FIRST, {"num_frames": 57}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 57; nearest is 49"),
+        (FIRST, {"num_frames": 1000}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 1000; nearest is 49"),
+        (FIRST, {"num_frames": 47}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 47; nearest is 41 or 48"),
+        (FIRST, {"num_frames": 2}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 2; nearest is 1 or 8"),
+        (OWN, {"num_frames": 32}, "num_frames must be 8k+1 and at most 25 for this cogvideox-i2v checkpoint (8k computes too): got 32; nearest is 25"),
+        (EVEN, {"num_frames": 17}, "num_frames must be 8k+1 and at most 16 for this cogvideox-i2v checkpoint (8k computes too): got 17; nearest is 16"),
+        (SECOND, {"num_frames": 85}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v (8k computes too): got 85; nearest is 81 or 88"),
+        (SECOND, {"num_frames": 1002}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v (8k computes too): got 1002; nearest is 1001 or 1008"),
         (SECOND, {"height": 770}, "height must be a multiple of 16: got 770; nearest is 768 or 784"),
         (SECOND, {"width": 8}, "width must be a multiple of 16: got 8; nearest is 16"),
         (
@@ -218,6 +230,7 @@ def test_a_single_value_serves_every_video_of_a_batch() -> None:
     batch = request(prompt=["a", "b", "c"], seed=(1, 2, 3), negative_prompt=None)
     assert batch.videos == [Video("photo.jpg", prompt, "", seed) for prompt, seed in zip("abc", (1, 2, 3), strict=True)]
     assert request(image=np.zeros((3, 4, 3))).videos[0].image.shape == (3, 4, 3)
+    assert [video.negative_prompt for video in request(negative_prompt=("blur", None)).videos] == ["blur", ""]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ..layers import Conv, GroupNorm, Linear, convolve, param, silu
 
 ENCODE_CHUNK = 8  # pixel frames
 DECODE_CHUNK = 2  # latent frames
+EPSILON = 1e-6  # of the norms that the reference keeps from the config's norm_eps
 
 
 class Past:
@@ -52,7 +53,7 @@ class SpatialNorm(nnx.Module):
     of nearest-resized latents equals exactly, at a fraction of the work."""
 
     def __init__(self, channels: int, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.norm = GroupNorm(channels, config.norm_num_groups, epsilon=1e-6, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(channels, config.norm_num_groups, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.scale = Linear(config.latent_channels, channels, axes=(None, "channels"), dtype=dtype, rngs=rngs)
         self.shift = Linear(config.latent_channels, channels, axes=(None, "channels"), dtype=dtype, rngs=rngs)
 
@@ -62,7 +63,7 @@ class SpatialNorm(nnx.Module):
 
 
 class Resnet(nnx.Module):
-    """norm, silu, conv, twice, around a shortcut. With `config` the norms follow the latents, as in the decoder."""
+    """norm, silu, conv, twice, around a shortcut. The kind of norm says whether it follows the latents, as in the decoder."""
 
     def __init__(self, inputs: int, outputs: int, norm: type, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm_1 = norm(inputs, config, dtype=dtype, rngs=rngs)
@@ -143,7 +144,7 @@ class Encoder(nnx.Module):
             stages.append(Stage((inputs, *[outputs] * config.layers_per_block), PlainNorm, down, config, **keys))
         self.stages = nnx.List(stages)
         self.middle = Stage([widths[-1]] * 3, PlainNorm, None, config, **keys)
-        self.norm_out = PlainNorm(widths[-1], config, **keys)
+        self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, epsilon=EPSILON, **keys)
         self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels, **keys)
 
     def __call__(self, x: Float[Array, "b f h w c"], past: Past) -> Float[Array, "b t h2 w2 c2"]:
