@@ -1,4 +1,5 @@
-"""Compile once: programs that keep their executables apart from their runs, and jax's persistent cache in the user's cache folder."""
+"""Compile once and know how long it took: programs that keep their executables apart from their runs, jax's persistent cache in the
+user's cache folder, and a clock by phase."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from platformdirs import user_cache_path
 
 def keep_compilations() -> None:
     """Lets a second process find what this one compiled, unless the user chose a cache folder or switched the cache off."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    chosen, enabled = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
+    if chosen is None and enabled:
         jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cogi2v-jax") / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -20,7 +22,6 @@ class Program:
     """A jitted function that keeps an executable for every set of shapes, so that compiling can be done, timed and counted apart."""
 
     def __init__(self, function: Callable[..., Any], static: tuple[str, ...] = ()):
-        self.name = function.__name__
         self._jit = jax.jit(function, static_argnames=static)
         self._executables: dict[Any, Callable[..., Any]] = {}
 

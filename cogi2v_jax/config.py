@@ -49,10 +49,8 @@ class _Part:
     @classmethod
     def from_json(cls: type[Part], values: Mapping[str, Any], where: str) -> Part:
         fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        known, faults = (
-            {},
-            [f"{key} must be stated: the reference takes another value for its absence" for key in cls.STATED - values.keys()],
-        )
+        known = {}
+        faults = [f"{key} must be stated: the reference takes another value for its absence" for key in sorted(cls.STATED - values.keys())]
         for key, value in values.items():
             if key.startswith("_") or key in cls.INERT:
                 continue
@@ -303,7 +301,7 @@ class CheckpointConfig:
     def from_parts(cls, parts: Mapping[str, Mapping[str, Any]], where: str) -> "CheckpointConfig":
         """From the four JSON files' contents, keyed as in `PARTS`; the fitting TOML is looked up by architecture, never by name."""
         types = (TransformerConfig, VAEConfig, TextEncoderConfig, SchedulerConfig)
-        read = {part: kind.from_json(parts[part], f"{where}: {part}") for part, kind in zip(PARTS, types, strict=True)}
+        read: dict[str, Any] = {part: kind.from_json(parts[part], f"{where}: {part}") for part, kind in zip(PARTS, types, strict=True)}
         try:
             config = cls(**read)
         except ValueError as error:
@@ -319,11 +317,8 @@ class CheckpointConfig:
         if self.family == "cogvideox1.5-i2v":
             # The 1.5 files have stated several sample sizes over time, and no number there depends on them.
             mine = dataclasses.replace(mine, **{size: getattr(its, size) for size in ("sample_height", "sample_width", "sample_frames")})
-        others = (
-            (self.vae, VAEConfig.from_json(toml(name)["vae"], name)),
-            (self.text_encoder, TextEncoderConfig.from_json(toml(name)["text_encoder"], name)),
-        )
-        return mine == its and all(one == other for one, other in others)
+        others = (VAEConfig.from_json(toml(name)["vae"], name), TextEncoderConfig.from_json(toml(name)["text_encoder"], name))
+        return (mine, self.vae, self.text_encoder) == (its, *others)
 
     @property
     def family(self) -> str:

@@ -78,8 +78,9 @@ def _converted(folder: Path, say: Callable[[str], None]) -> Path:
     """The folder itself if it is a converted one, else its conversion in the cache, made now if need be."""
     if (folder / MANIFEST).is_file():
         return folder
-    from cogi2v_convert.conversion import to_flax
-    from cogi2v_convert.diffusers import Source
+    # The type checker can't follow the package's name to its folder, convert/.
+    from cogi2v_convert.conversion import to_flax  # pyright: ignore[reportMissingImports]
+    from cogi2v_convert.diffusers import Source  # pyright: ignore[reportMissingImports]
 
     source = Source(folder)
     cache = user_cache_path("cogi2v-jax") / "converted"

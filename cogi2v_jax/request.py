@@ -157,6 +157,8 @@ class Request:
         return faults
 
 
+# The point of the class is that what a request may leave out has no default here.
+# pyright: reportGeneralTypeIssues=false
 @dataclass(frozen=True, kw_only=True)
 class Resolved(Request):
     """A request with nothing left open, valid for its checkpoint. Made by `Request.resolve` alone."""

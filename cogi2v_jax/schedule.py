@@ -93,7 +93,7 @@ def _dpm(config: SchedulerConfig, timesteps: np.ndarray) -> dict[str, np.ndarray
         h = np.log(np.sqrt(next_ / (1 - next_))) - half_log_snr
         r = np.diff(half_log_snr, prepend=np.nan) / h
         second = 0.5 / r  # weight of the multistep correction; 1/inf = 0 after an infinite first step
-        x = np.where(np.isinf(h), 0.0, np.sqrt((1 - next_) / (1 - here)) * np.exp(-h))
+        x = np.sqrt((1 - next_) / (1 - here)) * np.exp(-h)
     landing = timesteps - config.num_train_timesteps // len(timesteps)
     second = np.where((np.arange(len(timesteps)) == 0) | (landing < 0), 0.0, second)
     gain = -np.expm1(-2 * h) * np.sqrt(next_)
