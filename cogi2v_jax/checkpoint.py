@@ -7,9 +7,10 @@ layouts, one a layer, so that neither writing nor loading ever holds more than a
 """
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .models.vae import VAE
 FORMAT = 1  # of the folder; a reader refuses any other
 MANIFEST = "checkpoint.json"
 NETWORKS = {"transformer": Transformer, "vae": VAE, "text_encoder": T5}
+_WRITING = threading.Lock()  # orbax's writes stumble over each other when two threads of a process make them
 CONFIG_FILES = {"transformer": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json"}
 
 
@@ -37,8 +39,9 @@ def read_config(folder: Path) -> CheckpointConfig:
     return CheckpointConfig.from_parts({part: read_json(folder / part / CONFIG_FILES[part]) for part in PARTS}, str(folder))
 
 
+@cache  # tracing a VAE takes most of a second
 def abstract(config: CheckpointConfig, part: str, dtype: jnp.dtype) -> nnx.Module:
-    """A network with shapes for parameters: no memory, at any size."""
+    """A network with shapes for parameters: no memory, at any size. Everyone gets the same one, to read."""
     return nnx.eval_shape(lambda: NETWORKS[part](getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0)))
 
 
@@ -63,7 +66,7 @@ def unit_path(folder: Path, part: str, layer: int | None) -> Path:
 
 def write_unit(folder: Path, part: str, layer: int | None, leaves: Mapping[str, np.ndarray]) -> None:
     """One layer's leaves without their layer axis, or (None) all that is not stacked."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _WRITING, ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(unit_path(folder, part, layer).absolute(), dict(leaves))
 
 
@@ -107,7 +110,7 @@ class Models:
     attention: str = "auto"
     _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)
 
-    def part(self, name: str) -> nnx.Module:
+    def part(self, name: str) -> Any:
         if name in self._resident:
             return self._resident[name]
         network = restore(self.folder, self.config, name, self.dtype)

@@ -14,7 +14,12 @@ def keep_compilations() -> None:
     """Lets a second process find what this one compiled, unless the user chose a cache folder or switched the cache off."""
     chosen, enabled = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
     if chosen is None and enabled:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache_path("cogi2v-jax") / "xla"))
+        folder = user_cache_path("cogi2v-jax") / "xla"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # compiling anew is what is left
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -1,15 +1,18 @@
 """Finds a checkpoint by whatever a user calls it, converting it into the cache first where that is needed."""
 
+import atexit
 import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,7 @@ HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", "transformer/*.safet
 
 def load(
     path_or_name: str | os.PathLike[str] = "cogi2v-tiny",
-    dtype: str | None = None,
+    dtype: Any = None,
     attention: str = "auto",
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Models:
@@ -38,8 +41,10 @@ def load(
     FileNotFoundError in one line."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if str(dtype) not in DTYPES:
-        fault = "; float16 overflows in this network" if str(dtype) == "float16" else ""
+    with contextlib.suppress(TypeError):  # what numpy doesn't know is refused by its own name
+        dtype = jnp.dtype(dtype).name
+    if dtype not in DTYPES:
+        fault = "; float16 overflows in this network" if dtype == "float16" else ""
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
     choose(attention, jnp.dtype(dtype))
     keep_compilations()
@@ -53,7 +58,7 @@ def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) ->
         source = config.toml(text)["source"]
         if "embedded" in source:
             return EMBEDDED / source["embedded"]
-        return _fetch(source["hub"], say, source.get("licence"))
+        return _fetch(source["hub"], say)
     folder = Path(os.path.expanduser(path_or_name))  # pathlib's own raises for a user there isn't
     if folder.is_dir():
         return folder
@@ -64,9 +69,12 @@ def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) ->
     raise FileNotFoundError(f"model must be a folder, a hub id or one of {', '.join(config.names())}: found no {text}")
 
 
-def _fetch(hub_id: str, say: Callable[[str], None], licence: str | None = None) -> Path:
+def _fetch(hub_id: str, say: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
 
+    sources = [config.toml(name)["source"] for name in config.names()]
+    same = [source for source in sources if source.get("hub", "").lower() == hub_id.lower().replace("thudm/", "zai-org/")]
+    licence = same[0]["licence"] if same else None
     say(f"fetching {hub_id} from the hub" + (f" (its licence: {licence})" if licence else ""))
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
@@ -83,15 +91,33 @@ def _converted(folder: Path, say: Callable[[str], None]) -> Path:
     from cogi2v_convert.diffusers import Source  # pyright: ignore[reportMissingImports]
 
     source = Source(folder)
-    cache = user_cache_path("cogi2v-jax") / "converted"
+    cache = _cache(say)
     destination = cache / f"{_digest(source.files, cache)}-{FORMAT}"
-    if destination.is_dir() and not (destination / MANIFEST).is_file():  # somebody emptied it: ours appear complete
-        shutil.rmtree(destination)
+    if destination.is_dir():
+        try:
+            open_folder(destination, jnp.dtype(jnp.float32))
+        except (ValueError, OSError):  # damaged since: ours appear complete
+            shutil.rmtree(destination)
     if not destination.is_dir():
         say(f"converting {folder} into {destination}, once")
         with contextlib.suppress(FileExistsError):  # another process was faster, and its folder is complete
             to_flax(folder, destination)
     return destination
+
+
+def _cache(say: Callable[[str], None]) -> Path:
+    """The user's cache of conversions; where it can't be written, one that lasts as long as the process."""
+    cache = user_cache_path("cogi2v-jax") / "converted"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        say(f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place")
+        cache = Path(tempfile.mkdtemp(prefix="cogi2v-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    return cache
 
 
 def _digest(files: list[Path], cache: Path) -> str:

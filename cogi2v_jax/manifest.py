@@ -32,7 +32,11 @@ def read_manifest(path: Path) -> list[Job]:
     except UnicodeDecodeError:
         raise ValueError(f"manifest must be UTF-8 text: {path} is not") from None
     jobs, faults = [], []
-    for number, row in readers[path.suffix.lower()](text):
+    try:
+        rows = readers[path.suffix.lower()](text)
+    except csv.Error as error:
+        raise ValueError(f"{path}: it must be a CSV file: {error}") from None
+    for number, row in rows:
         try:
             jobs.append(_job(row, path.parent))
         except ValueError as error:

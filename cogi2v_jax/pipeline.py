@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from .models.t5 import T5
 from .models.transformer import Modulation, Shifts, Transformer
 from .models.vae import VAE, sample_posterior
 from .positions import Positions, positions, sinusoid
-from .request import Noise, Request, Resolved
+from .request import LatentShape, Noise, Request, Resolved
 from .schedule import Tableau, step, tableau
 from .tokenizer import tokenize
 
@@ -48,28 +48,49 @@ def generate(
     """Makes the request's videos. Noise is drawn from the seeds unless given. `on_step` is called between slabs of the loop, and raising in
     it cancels; `on_latents` before decoding starts. Raises ValueError for what the network can't compute."""
     watch = Stopwatch()
-    request = request.resolve(models.config)
-    latents = _sample(models, request, noise or Noise(), on_step, watch)
+    prepared = prepare(models, request, noise)
+    latents = _sample(models, prepared, on_step, watch)
     if on_latents is not None:
-        on_latents(latents, request)
-    return Result(decode(models, latents, watch), latents, request, watch.seconds)
+        on_latents(latents, prepared.request)
+    return Result(decode(models, latents, watch), latents, prepared.request, watch.seconds)
 
 
-def _sample(models: Models, request: Resolved, noise: Noise, on_step: OnStep | None, watch: Stopwatch) -> Float[np.ndarray, "b t h w c"]:
-    """A resolved request's final latents, scaled, without padding."""
+class Prepared(NamedTuple):
+    """A request with all of it done that needs no weights."""
+
+    request: Resolved
+    shape: LatentShape
+    rows: Tableau
+    noise: Noise
+    words: UInt32[np.ndarray, "b 2"]
+    pixels: Float[np.ndarray, "b 1 h w 3"]
+    ids: Int[np.ndarray, "pairs p"]  # negative prompts first, where guided
+
+
+def prepare(models: Models, request: Request, noise: Noise | None = None) -> Prepared:
+    """Every check there is, before anything slow begins. Raises ValueError as `generate` does."""
     config = models.config
-    videos = request.videos
-    shape = request.latent_shape(config)
-    rows = tableau(config.scheduler, request.scheduler, request.num_inference_steps, request.guidance_scale, request.use_dynamic_cfg)
-    steps = len(rows.timestep)
+    resolved = request.resolve(config)
+    videos = resolved.videos
+    shape = resolved.latent_shape(config)
+    rows = tableau(config.scheduler, resolved.scheduler, resolved.num_inference_steps, resolved.guidance_scale, resolved.use_dynamic_cfg)
+    noise = noise or Noise()
     if not rows.noise.any():
         noise = dataclasses.replace(noise, steps=None)  # ddim reads none
-    noise = noise.check(shape, len(videos), steps)
-    attend = choose(models.attention, models.dtype)
+    noise = noise.check(shape, len(videos), len(rows.timestep))
     words = streams.seed_words([video.seed for video in videos])
-    pixels = np.stack([fit_image(read_image(video.image), request.height, request.width, request.fit)[None] for video in videos])
+    images = [fit_image(read_image(video.image), resolved.height, resolved.width, resolved.fit) for video in videos]
     prompts = [video.prompt for video in videos]
-    ids = _tokens(models, [video.negative_prompt for video in videos] + prompts if request.guided else prompts)
+    ids = _tokens(models, [video.negative_prompt for video in videos] + prompts if resolved.guided else prompts)
+    return Prepared(resolved, shape, rows, noise, words, np.stack(images)[:, None], ids)
+
+
+def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: Stopwatch) -> Float[np.ndarray, "b t h w c"]:
+    """A prepared request's final latents, scaled, without padding."""
+    request, shape, rows, noise, words, pixels, ids = prepared
+    config = models.config
+    attend = choose(models.attention, models.dtype)
+    steps = len(rows.timestep)
 
     with watch("load"):
         t5 = models.part("text_encoder")

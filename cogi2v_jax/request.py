@@ -113,14 +113,11 @@ class Request:
     def resolve(self, config: CheckpointConfig) -> "Resolved":
         """Every open field answered. Raises ValueError naming all that the network can't compute, with the nearest that it can; warns once
         about what is only outside the published range."""
+        self.check()
         answers = dataclasses.asdict(config.defaults)
-        open_fields = [name for name in answers if getattr(self, name) is None]
-        answered = dataclasses.replace(self, **{name: answers[name] for name in open_fields})
-        faults = answered._faults()
-        if not faults:
-            plain = {name: kind(getattr(answered, name)) for name, kind in PLAIN.items()}  # numpy's numbers become Python's
-            resolved = Resolved(**{**vars(answered), **plain})
-            faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
+        answered: dict[str, Any] = {name: answers.get(name) if value is None else value for name, value in vars(self).items()}
+        resolved = Resolved(**answered | {name: plain(answered[name]) for name, plain in PLAIN.items()})
+        faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
         if faults:
             raise ValueError("; ".join(faults))
         outside = resolved._outside(config)
@@ -128,21 +125,21 @@ class Request:
             warnings.warn(f"{config.title} was published for {'; '.join(outside)}: expect worse results", stacklevel=2)
         return resolved
 
-    def _faults(self) -> list[str]:
-        """Values that no checkpoint takes."""
+    def check(self) -> None:
+        """Raises ValueError naming all values that no checkpoint takes. What is None is left to the checkpoint."""
         faults = []
         for name in ("height", "width", "num_frames", "num_inference_steps"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
                 faults.append(f"{name} must be a positive integer: got {value!r}")
         for name, least in (("fps", "positive"), ("guidance_scale", "not negative")):
             value = getattr(self, name)
-            if not _is_real(value) or not 0 <= value < math.inf or (least == "positive" and value == 0):
+            if value is not None and (not _is_real(value) or not 0 <= value < math.inf or (least == "positive" and value == 0)):
                 faults.append(f"{name} must be a finite number and {least}: got {value!r}")
-        if not isinstance(self.use_dynamic_cfg, (bool, np.bool_)):
+        if not isinstance(self.use_dynamic_cfg, (bool, np.bool_, type(None))):
             faults.append(f"use_dynamic_cfg must be true or false: got {self.use_dynamic_cfg!r}")
         scale = self.image_latent_scale
-        if scale not in IMAGE_LATENT_SCALES and not (_is_real(scale) and 0 < scale < math.inf):
+        if scale not in (None, *IMAGE_LATENT_SCALES) and not (_is_real(scale) and 0 < scale < math.inf):
             faults.append(f"image_latent_scale must be {', '.join(IMAGE_LATENT_SCALES)} or a positive number: got {scale!r}")
         try:
             for video in self.videos:
@@ -154,7 +151,8 @@ class Request:
                     faults.append("image must be a path, a PIL image or an array: got None")
         except ValueError as error:
             faults.append(str(error))
-        return faults
+        if faults:
+            raise ValueError("; ".join(faults))
 
 
 # The point of the class is that what a request may leave out has no default here.

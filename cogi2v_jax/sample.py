@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -93,9 +94,10 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: bfloat16, on CPUs float32)")
     model.add_argument("--attention", metavar="NAME", default="auto", help="auto, xla or cudnn")
     model.add_argument("--decode_latents", metavar="FILE", type=Path, help=f"only decode a *{LATENTS} file of an earlier run")
-    model.add_argument(
-        "--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS
-    )  # the official script's; there is one here
+    # Of the official script: there is one type here, and a LoRA file knows its rank.
+    model.add_argument("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)
+    model.add_argument("--lora_path", help=argparse.SUPPRESS)
+    model.add_argument("--lora_rank", type=int, help=argparse.SUPPRESS)
     return main
 
 
@@ -113,7 +115,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            if options.lora_path:
+                arguments_parser.error(
+                    "--lora_path can't be read yet: fuse the LoRA in PyTorch (pipe.fuse_lora()) and give the result as --model"
+                )
             if options.decode_latents:
+                if options.image or options.prompt or options.manifest:
+                    arguments_parser.error("--decode_latents must stand alone: got --image, --prompt or --manifest beside it")
                 _decode_alone(options)
             else:
                 _sample(options, _jobs(options, arguments_parser))
@@ -153,7 +161,7 @@ def _jobs(options: argparse.Namespace, arguments_parser: argparse.ArgumentParser
         jobs = [Job(prompt, image)]
     for job in jobs:
         read_image(job.image)
-    output = check_output(options.output or Path("out.mp4"))
+    output = options.output or Path("out.mp4")
     runs = []
     for job in jobs:
         first = options.seed if job.seed is None else job.seed
@@ -162,21 +170,23 @@ def _jobs(options: argparse.Namespace, arguments_parser: argparse.ArgumentParser
     numbered = [
         output if len(runs) == 1 else output.with_name(f"{output.stem}-{number:0{width}d}{output.suffix}") for number in range(len(runs))
     ]
-    return [(job, seed, path) for (job, seed), path in zip(runs, numbered, strict=True)]
+    return [(job, seed, check_output(path)) for (job, seed), path in zip(runs, numbered, strict=True)]
 
 
 def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> None:
     watch = time.perf_counter()
+    requests = [_request(options, job, seed) for job, seed, _ in jobs]
+    for request in requests:
+        request.check()
     from .hub import load
-    from .pipeline import generate
+    from .pipeline import generate, prepare
 
     name = options.model or EMBEDDED
     models = load(name, options.dtype, options.attention)
-    requests = [_request(options, job, seed) for job, seed, _ in jobs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         for request in requests:  # so that the last one's fault doesn't wait until all others are sampled
-            request.resolve(models.config)
+            prepare(models, request)
     loading = time.perf_counter() - watch
     for request, (*_, output) in zip(requests, jobs, strict=True):
         recipe: dict[str, Any] = {}
@@ -213,6 +223,7 @@ def _decode_alone(options: argparse.Namespace) -> None:
     stopwatch = Stopwatch()
     loading = time.perf_counter() - watch
     video = decode(models, latents, stopwatch)[0]
+    recipe |= {"fps": options.fps or recipe["fps"]}
     _finish(output, video, recipe, {**stopwatch.seconds, "load": stopwatch.seconds["load"] + loading})
 
 
@@ -243,7 +254,7 @@ def _write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
     """Before decoding starts, so that running out of memory there costs no sampling."""
     from safetensors.numpy import save
 
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
     try:
         part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))  # save_file's files are for their owner alone
         part.replace(path)

@@ -32,16 +32,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
-        print(f"cogi2v-convert: {error}", file=sys.stderr)
-        return 1
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
-        print("cogi2v-convert: stopped; nothing was left behind", file=sys.stderr)
-        return 130
+        return _fail("stopped; nothing was left behind", 130)
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"{chr(13) if sys.stderr.isatty() else ''}cogi2v-convert: {line}", file=sys.stderr)  # over the progress, if there is any
+    return code
 
 
 def _progress(part: str, done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\r{part}: {done} of {total}", end=end, file=sys.stderr, flush=True)
+    """A line that grows in place, for those who watch."""
+    if sys.stderr.isatty():
+        print(f"\r{part}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _to_flax(options: argparse.Namespace) -> int:

@@ -49,7 +49,6 @@ class Match(NamedTuple):
     homes: dict[str, Home]
     tensors: dict[str, Tensor]
     faults: list[str]
-    parameters: int
 
 
 def match(source: Source, part: str) -> Match:
@@ -64,8 +63,23 @@ def match(source: Source, part: str) -> Match:
                     del places[name]
     leaves = {name: leaf.shape for name, leaf in leaf_names(abstract(source.config, part, jnp.dtype(jnp.float32))).items()}
     faults = misfits(places, leaves, {name: tensor.shape for name, tensor in tensors.items()})
+    if part == "text_encoder":
+        doubles = {alias: name for alias, name in t5.SAME.items() if alias in tensors and name in tensors}
+        faults += [
+            f"{alias} must equal {name}, its other name: got other values"
+            for alias, name in doubles.items()
+            if not _same(tensors, alias, name)
+        ]
     faults += [f"{name} is in the index and in no shard" for name in sorted(source.indexed[part] - tensors.keys() - places.keys())]
-    return Match(places, tensors, faults, sum(int(np.prod(shape, dtype=np.int64)) for shape in leaves.values()))
+    return Match(places, tensors, faults)
+
+
+def _same(tensors: Mapping[str, Tensor], one: str, other: str) -> bool:
+    """Bit for bit, where a comparison of numbers would take -0 for 0 and no NaN for itself."""
+    if tensors[one][1:] != tensors[other][1:]:
+        return False
+    with open_safetensors(tensors[one].file) as here, open_safetensors(tensors[other].file) as there:
+        return np.array_equal(here.get_tensor(one).view(np.uint8), there.get_tensor(other).view(np.uint8))
 
 
 def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, progress: Progress | None = None) -> Path:
@@ -86,11 +100,9 @@ def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, pr
                     leaves: dict[str, np.ndarray] = {}
                     for name, (rule, home_layer) in matched.homes.items():
                         if home_layer == layer:
-                            value = np.ascontiguousarray(rule.to_flax(files[matched.tensors[name].file].get_tensor(name)))
-                            if rule.flax in leaves and not _same(leaves[rule.flax], value):
-                                raise ValueError(f"{source_folder}: {name} must equal {t5.SAME[name]}, its other name: got other values")
-                            leaves[rule.flax] = value
-                    write_unit(folder, part, layer, leaves if cast is None else {name: leaf.astype(cast) for name, leaf in leaves.items()})
+                            value = rule.to_flax(files[matched.tensors[name].file].get_tensor(name))
+                            leaves[rule.flax] = np.ascontiguousarray(value if cast is None else value.astype(cast))
+                    write_unit(folder, part, layer, leaves)
                     if progress:
                         progress(part, done + 1, len(layers))
             recorded[part] = {
@@ -161,11 +173,6 @@ def _values(folder: Path, part: str, places: dict[str, Home], shapes: Mapping[st
         if layer not in units:
             units = {None: units[None], layer: unit(layer)}
         yield name, rule.to_torch(units[layer][rule.flax])
-
-
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Bit for bit, where a comparison of numbers would take -0 for 0 and no NaN for itself."""
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and np.array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 def _copy_settings(source: Path, folder: Path, tokenizer_files: list[Path]) -> None:

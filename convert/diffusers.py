@@ -44,19 +44,15 @@ class Source:
         found = {part: _weight_files(folder / part) for part in NETWORKS}
         self.parts = {part: files for part, (files, _) in found.items()}
         self.indexed = {part: names for part, (_, names) in found.items()}
+        self.tokenizer_files = sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file())
+        if not any(path.name in ("spiece.model", "tokenizer.json") for path in self.tokenizer_files):
+            raise FileNotFoundError(f"{folder / 'tokenizer'} must hold spiece.model or tokenizer.json: found neither")
 
     @cached_property
     def files(self) -> list[Path]:
         """All that decides what the checkpoint is: configurations, tokenizer and weights."""
         settings = [self.folder / part / name for part, name in CONFIG_FILES.items()]
         return settings + self.tokenizer_files + [file for files in self.parts.values() for file in files]
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        files = sorted(path for path in (self.folder / "tokenizer").glob("*") if path.is_file())
-        if not any(path.name in ("spiece.model", "tokenizer.json") for path in files):
-            raise FileNotFoundError(f"{self.folder / 'tokenizer'} must hold spiece.model or tokenizer.json: found neither")
-        return files
 
     def tensors(self, part: str) -> dict[str, Tensor]:
         """Every tensor of a part, from the headers alone."""

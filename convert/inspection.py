@@ -32,7 +32,7 @@ def report(folder: Path, keys: bool) -> tuple[list[str], bool]:
             places |= {alias: places[name] for alias, name in t5.SAME.items() if alias in names}
             dtypes = sorted({entry["dtype"] for entry in recorded.values()})
         count = sum(leaf.size for leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).values())
-        placed = sum(name in places for name in names)
+        placed = len(names) - sum(fault.split()[0] in names for fault in faults)
         lines.append(f"{part}: {count:,} parameters, {placed} of {len(names)} tensors matched, {', '.join(dtypes)}")
         lines += [f"  ! {fault}" for fault in faults]
         if keys:

@@ -131,15 +131,6 @@ def test_the_seeds_of_a_batch_may_be_any_sequence(seeds: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "given", "line"),
     [
-        (FIRST, {"num_frames": 50}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 50; nearest is 49"),
-        (FIRST, {"num_frames": 57}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 57; nearest is 49"),
-        (FIRST, {"num_frames": 1000}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 1000; nearest is 49"),
-        (FIRST, {"num_frames": 47}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 47; nearest is 41 or 48"),
-        (FIRST, {"num_frames": 2}, "num_frames must be 8k+1 and at most 49 for cogvideox-5b-i2v (8k computes too): got 2; nearest is 1 or 8"),
-        (OWN, {"num_frames": 32}, "num_frames must be 8k+1 and at most 25 for this cogvideox-i2v checkpoint (8k computes too): got 32; nearest is 25"),
-        (EVEN, {"num_frames": 17}, "num_frames must be 8k+1 and at most 16 for this cogvideox-i2v checkpoint (8k computes too): got 17; nearest is 16"),
-        (SECOND, {"num_frames": 85}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v (8k computes too): got 85; nearest is 81 or 88"),
-        (SECOND, {"num_frames": 1002}, "num_frames must be 8k+1 for cogvideox1.5-5b-i2v (8k computes too): got 1002; nearest is 1001 or 1008"),
         (SECOND, {"height": 770}, "height must be a multiple of 16: got 770; nearest is 768 or 784"),
         (SECOND, {"width": 8}, "width must be a multiple of 16: got 8; nearest is 16"),
         (
@@ -149,10 +140,30 @@ def test_the_seeds_of_a_batch_may_be_any_sequence(seeds: Any) -> None:
         ),
     ],
 )
-def test_what_a_network_cannot_compute_is_refused_naming_the_nearest_that_it_can(
+def test_a_size_that_a_network_cannot_compute_is_refused_naming_the_nearest_that_it_can(
     config: CheckpointConfig, given: dict[str, Any], line: str
 ) -> None:
     assert refusal(config, **given) == line
+
+
+@pytest.mark.parametrize(
+    ("config", "frames", "rule", "nearest"),
+    [
+        (FIRST, 50, "8k+1 and at most 49 for cogvideox-5b-i2v", "49"),
+        (FIRST, 57, "8k+1 and at most 49 for cogvideox-5b-i2v", "49"),
+        (FIRST, 1000, "8k+1 and at most 49 for cogvideox-5b-i2v", "49"),
+        (FIRST, 47, "8k+1 and at most 49 for cogvideox-5b-i2v", "41 or 48"),
+        (FIRST, 2, "8k+1 and at most 49 for cogvideox-5b-i2v", "1 or 8"),
+        (OWN, 32, "8k+1 and at most 25 for this cogvideox-i2v checkpoint", "25"),
+        (EVEN, 17, "8k+1 and at most 16 for this cogvideox-i2v checkpoint", "16"),
+        (SECOND, 85, "8k+1 for cogvideox1.5-5b-i2v", "81 or 88"),
+        (SECOND, 1002, "8k+1 for cogvideox1.5-5b-i2v", "1001 or 1008"),
+    ],
+)
+def test_a_count_of_frames_that_does_not_come_out_as_asked_is_refused_naming_the_nearest_that_does(
+    config: CheckpointConfig, frames: int, rule: str, nearest: str
+) -> None:
+    assert refusal(config, num_frames=frames) == f"num_frames must be {rule} (8k computes too): got {frames}; nearest is {nearest}"
 
 
 def test_all_faults_come_in_one_error() -> None:

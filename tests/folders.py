@@ -1,0 +1,140 @@
+"""Diffusers folders as tests change and compare them, byte by byte."""
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+from cogi2v_convert.__main__ import main
+from safetensors.torch import load_file, save_file
+
+PARTS = ("transformer", "vae", "text_encoder")
+FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+SHARED, ALIAS = "shared.weight", "encoder.embed_tokens.weight"
+
+
+def weights(folder: Path, part: str) -> Path:
+    return folder / part / f"{FILES[part]}.safetensors"
+
+
+def rewrite(folder: Path, part: str, change) -> None:
+    """`change` edits a part's tensors by name, in place."""
+    tensors = load_file(weights(folder, part))
+    change(tensors)
+    save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, weights(folder, part))
+
+
+def raw(folder: Path, part: str) -> dict[str, tuple]:
+    """Name to (file, dtype, shape, bytes) of every tensor, read by hand: no library's idea of NaN or of bfloat16 comes between."""
+    found = {}
+    for path in sorted((folder / part).glob("*.safetensors")):
+        data = path.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        for name, entry in json.loads(data[8 : 8 + length]).items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                found[name] = (path.name, entry["dtype"], entry["shape"], data[start:end])
+    return found
+
+
+def settings(folder: Path) -> dict[str, bytes]:
+    """Every file but weights and their indexes."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".safetensors" not in path.name)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def one_line(capsys, arguments: list, code: int = 1) -> str:
+    assert main([str(argument) for argument in arguments]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cogi2v-convert: ")
+    return line
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# kinds of weights, each a change of a folder
+
+
+def keep(folder):
+    pass
+
+
+def to_dtype(dtype):
+    def change(folder):
+        for part in PARTS:
+            rewrite(folder, part, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+
+    return change
+
+
+def mix_dtypes(folder):
+    """Every layer and every kind of tensor of a layer its own dtype."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for part in PARTS:
+
+        def change(tensors):
+            for number, name in enumerate(sorted(tensors)):
+                tensors[name] = tensors[name].to(dtypes[number % 3])
+
+        rewrite(folder, part, change)
+
+
+def double_table(folder):
+    """As trainers save it: the position table in float64, with digits that float32 doesn't hold."""
+
+    def change(tensors):
+        table = tensors["patch_embed.pos_embedding"]
+        tensors["patch_embed.pos_embedding"] = table.double() + torch.randn(table.shape, generator=torch.manual_seed(0)).double() * 1e-12
+
+    rewrite(folder, "transformer", change)
+
+
+def random_bits(folder):
+    """Any bit pattern: quiet and signalling NaNs with payloads, infinities, subnormals; and whole tensors of -0.0 and of 0.0."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(tensors):
+        for number, (name, tensor) in enumerate(sorted(tensors.items())):
+            kind, bits = ((torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16))[number % 3]
+            drawn = torch.randint(torch.iinfo(bits).min, torch.iinfo(bits).max, tensor.shape, dtype=bits, generator=generator)
+            tensors[name] = drawn.view(kind)
+            if number % 7 == 0:
+                tensors[name] = torch.full(tensor.shape, -0.0, dtype=kind)
+            if number % 11 == 0:
+                tensors[name] = torch.zeros(tensor.shape, dtype=kind)
+
+    for part in PARTS:
+        rewrite(folder, part, change)
+
+
+def rename(folder):
+    rewrite(folder, "text_encoder", lambda tensors: tensors.update({ALIAS: tensors.pop(SHARED)}))
+
+
+def double(folder):
+    rewrite(folder, "text_encoder", lambda tensors: tensors.update({ALIAS: tensors[SHARED]}))
+
+
+def double_nan(folder):
+    """Equal by bits, though no NaN equals itself."""
+
+    def change(tensors):
+        tensors[SHARED][0, 0] = float("nan")
+        tensors[ALIAS] = tensors[SHARED]
+
+    rewrite(folder, "text_encoder", change)
+
+
+KINDS = {
+    "float32": keep,
+    "bfloat16": to_dtype(torch.bfloat16),
+    "float16": to_dtype(torch.float16),
+    "mixed": mix_dtypes,
+    "float64 table": double_table,
+    "any bits": random_bits,
+    "embedding by its other name": rename,
+    "embedding twice": double,
+    "embedding twice with NaN": double_nan,
+}

@@ -1,0 +1,349 @@
+"""The command line, run for real on the embedded model: what it makes, and what it says."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import twins
+from runs import QUICK, enter, failed, files, without_sampling
+from safetensors.numpy import load_file
+
+from cogi2v_jax import __version__, media, pipeline, sample
+from cogi2v_jax.media import read_frames, read_recipe
+from cogi2v_jax.sample import LATENTS, PHASES, main
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every run is in a folder of its own, with a photo in it."""
+    return enter(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """What would have been sampled; nothing is."""
+    return without_sampling(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory):
+    """The main job, without a single argument: (folder, exit code, stdout, stderr)."""
+    folder = tmp_path_factory.mktemp("default")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = main([])
+    finally:
+        os.chdir(before)
+    return folder, code, out.getvalue(), err.getvalue()
+
+
+def cyan(frame: np.ndarray) -> int:
+    """Pixels of the shape; every background is darker."""
+    red, green, blue = (frame[..., channel].astype(int) for channel in range(3))
+    return int(((green > 140) & (blue > 140) & (red < 120)).sum())
+
+
+# the main job
+
+
+def test_the_default_run_makes_a_video_with_its_recipe_and_its_latents(default):
+    folder, code, _, _ = default
+    assert code == 0
+    assert {path.name for path in folder.iterdir()} == {"out.mp4", "out.latents.safetensors"}
+    assert read_frames(folder / "out.mp4").shape == (9, 64, 64, 3)
+    recipe = read_recipe(folder / "out.mp4")
+    assert recipe["prompt"] == "the cyan triangle grows"
+    assert (recipe["model"], recipe["checkpoint"], recipe["dtype"]) == ("cogi2v-tiny", "cogi2v-tiny", "float32")
+    assert (recipe["seed"], recipe["num_inference_steps"], recipe["guidance_scale"]) == (42, 50, 3.0)
+    assert recipe["program"] == f"cogi2v-jax {__version__}"
+    assert recipe.keys() >= {"image", "image_sha256", "negative_prompt", "fps", "scheduler", "use_dynamic_cfg", "fit", "jax", "device"}
+    latents = load_file(folder / "out.latents.safetensors")["latents"]
+    assert (latents.shape, latents.dtype) == ((1, 3, 8, 8, 16), np.float32)
+    assert np.isfinite(latents).all()
+
+
+def test_the_shape_grows_as_the_default_prompt_says(default):
+    frames = read_frames(default[0] / "out.mp4")
+    assert cyan(frames[0]) > 50
+    assert cyan(frames[-1]) > 1.6 * cyan(frames[0])
+
+
+def test_the_same_shape_stays_if_the_prompt_says_so():
+    assert main(["--prompt", "the cyan triangle stays still"]) == 0
+    areas = [cyan(frame) for frame in read_frames("out.mp4")]
+    assert areas[0] > 50
+    assert max(areas) < 1.4 * areas[0]
+    assert min(areas) > 0.7 * areas[0]
+
+
+def test_the_run_ends_with_seconds_memory_and_what_was_made(default):
+    _, _, out, err = default
+    seconds, memory, made = out.splitlines()
+    assert re.fullmatch(r"seconds: " + "  ".join(rf"{phase} \d+\.\d" for phase in PHASES) + r"  \(total \d+\.\d\)", seconds)
+    assert re.fullmatch(r"peak memory: host \d+\.\d GiB", memory)
+    assert made == "out.mp4: 9 frames of 64x64 at 8 fps"
+    assert "step 1 of 50: first step done" in err
+    assert re.search(r"step 50 of 50: \d+\.\d\d s a step, 0:00 left", err)
+    assert "Traceback" not in err
+
+
+def test_the_phases_sum_to_the_total(default):
+    *phases, total = (float(number) for number in re.findall(r"\d+\.\d", default[2].splitlines()[0]))
+    assert len(phases) == len(PHASES) == 7
+    assert sum(phases) == pytest.approx(total, abs=0.4)
+    assert total > 0
+
+
+# decoding alone
+
+
+@pytest.mark.parametrize("output", [None, "again.mp4"])
+def test_decoding_the_latents_gives_the_same_frames(output, default, capsys):
+    made = default[0]
+    latents = Path("x.latents.safetensors")
+    latents.write_bytes((made / "out.latents.safetensors").read_bytes())
+    assert main(["--decode_latents", str(latents), *(("--output", output) if output else ())]) == 0
+    path = output or "x.mp4"
+    np.testing.assert_array_equal(read_frames(path), read_frames(made / "out.mp4"))
+    assert read_recipe(path) == read_recipe(made / "out.mp4")
+    seconds, _, line = capsys.readouterr().out.splitlines()
+    assert re.match(r"seconds: load \S+  compile \S+  decode \S+  write \S+  \(total", seconds)
+    assert line == f"{path}: 9 frames of 64x64 at 8 fps"
+
+
+def test_latents_are_readable_by_others(default):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (default[0] / "out.latents.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_latents_are_on_disk_before_decoding_starts(monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate\n and many more lines")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "decode", full)
+        assert main([*QUICK]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "cogi2v: the device ran out of memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
+    assert files() == {"out.latents.safetensors"}
+    assert main(["--decode_latents", "out.latents.safetensors"]) == 0
+    assert read_frames("out.mp4").shape == (9, 64, 64, 3)
+
+
+# what people type
+
+
+def test_every_flag_of_the_official_script_still_works(default, capsys):
+    arguments = {
+        "--prompt": "the cyan triangle moves left",
+        "--image_or_video_path": "photo.png",
+        "--model_path": str(twins.TINY),
+        "--output_path": "./output.mp4",
+        "--guidance_scale": "4.5",
+        "--num_inference_steps": "2",
+        "--num_frames": "9",
+        "--width": "64",
+        "--height": "64",
+        "--fps": "12.0",
+        "--num_videos_per_prompt": "1",
+        "--generate_type": "i2v",
+        "--dtype": "float32",
+        "--seed": "7",
+    }
+    assert main([word for pair in arguments.items() for word in pair]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "output.mp4: 9 frames of 64x64 at 12 fps"
+    recipe = read_recipe("output.mp4")
+    for flag, value in arguments.items():
+        name = flag.removeprefix("--")
+        if name in recipe:
+            assert str(recipe[name]) == value
+    assert recipe["image"] == "photo.png"
+    assert recipe.keys() >= {"prompt", "guidance_scale", "num_inference_steps", "num_frames", "width", "height", "fps", "dtype", "seed"}
+
+
+def test_our_own_flags_reach_the_request(requests, default):
+    arguments = ["--image", "photo.png", "--prompt", "p", "--negative_prompt", "blurry", "--model", "cogi2v-tiny", "--output", "o.gif"]
+    arguments += ["--scheduler", "dpm", "--use_dynamic_cfg", "--fit", "pad", "--image_latent_scale", "0.5", "--attention", "xla"]
+    assert main(arguments) == 0
+    (request,) = requests
+    assert (request.prompt, request.negative_prompt, request.scheduler, request.use_dynamic_cfg) == ("p", "blurry", "dpm", True)
+    assert (request.fit, request.image_latent_scale, str(request.image)) == ("pad", 0.5, "photo.png")
+    assert main(["--no-use_dynamic_cfg", "--image_latent_scale", "sat"]) == 0
+    assert (requests[1].use_dynamic_cfg, requests[1].image_latent_scale) == (False, "sat")
+
+
+def test_what_is_left_out_is_the_checkpoint_s(requests, default):
+    assert main([]) == 0
+    (request,) = requests
+    assert (request.height, request.width, request.num_frames, request.fps) == (64, 64, 9, 8)
+    assert (request.scheduler, request.use_dynamic_cfg, request.fit, request.seed) == ("ddim", False, "crop", 42)
+
+
+@pytest.mark.parametrize("output", ["clip.gif", "clip.png", "clip", "CLIP.MP4"])
+def test_the_output_s_suffix_decides_its_kind(output, default, capsys):
+    assert main([*QUICK, "--output", output, "--seed", "3"]) == 0
+    path = Path(output).with_suffix("") if output.endswith(".png") else Path(output)
+    assert files() == {path.name, f"{Path(output).stem}{LATENTS}"}
+    assert path.is_dir() == (path.suffix == "")
+    assert read_frames(path).shape[1:] == (64, 64, 3)
+    assert read_recipe(path)["seed"] == 3
+    assert capsys.readouterr().out.splitlines()[-1] == f"{path}: 9 frames of 64x64 at 8 fps"
+
+
+def test_the_same_seed_makes_the_same_frames_and_another_makes_others(default):
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert main([*QUICK, "--output", name, "--seed", seed]) == 0
+    np.testing.assert_array_equal(read_frames("a"), read_frames("b"))
+    assert (read_frames("a") != read_frames("c")).any()
+
+
+# many at once
+
+
+def test_several_videos_count_their_seeds_up_and_are_numbered(default, capsys):
+    assert main([*QUICK, "--num_videos_per_prompt", "2", "--seed", "7", "--output", "take.mp4"]) == 0
+    assert files() == {f"take-{number}{suffix}" for number in (0, 1) for suffix in (".mp4", LATENTS)}
+    assert [read_recipe(f"take-{number}.mp4")["seed"] for number in (0, 1)] == [7, 8]
+    assert [line for line in capsys.readouterr().out.splitlines() if "frames of" in line] == [
+        f"take-{number}.mp4: 9 frames of 64x64 at 8 fps" for number in (0, 1)
+    ]
+
+
+def test_numbers_sort_as_they_count(requests, default):
+    assert main(["--num_videos_per_prompt", "11", "--output", "x.gif"]) == 0
+    assert files() >= {"x-00.gif", "x-09.gif", "x-10.gif"}
+
+
+MANIFESTS = {
+    "jobs.txt": "the cyan triangle grows@@photo.png\n\nthe cyan triangle spins@@photo.png\n",
+    "jobs.csv": "prompt,image,seed\nthe cyan triangle grows,photo.png,42\nthe cyan triangle spins,photo.png,\n",
+    "jobs.jsonl": "".join(f'{{"prompt": "the cyan triangle {what}", "image": "photo.png"}}\n' for what in ("grows", "spins")),
+}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_makes_a_video_a_line(name, requests, default):
+    Path("list").mkdir()
+    Path("photo.png").rename("list/photo.png")  # its paths are relative to the manifest
+    Path("list", name).write_text(MANIFESTS[name])
+    assert main(["--manifest", f"list/{name}", "--output", "m.mp4"]) == 0
+    assert [(request.prompt, request.seed) for request in requests] == [("the cyan triangle grows", 42), ("the cyan triangle spins", 42)]
+    assert [read_recipe(f"m-{number}.mp4")["prompt"] for number in (0, 1)] == ["the cyan triangle grows", "the cyan triangle spins"]
+
+
+def test_a_manifest_s_own_seeds_and_negative_prompts_come_first(requests, default):
+    rows = [{"prompt": "a", "image": "photo.png", "seed": 1, "negative_prompt": "x"}, {"prompt": "b", "image": "photo.png"}]
+    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["--manifest", "jobs.jsonl", "--seed", "9", "--negative_prompt", "y", "--num_videos_per_prompt", "2"]) == 0
+    expected = [("a", "x", 1), ("a", "x", 2), ("b", "y", 9), ("b", "y", 10)]
+    assert [(request.prompt, request.negative_prompt, request.seed) for request in requests] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "gone.png"}', "gone.png"),
+        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "photo.png", "seed": -1}', "seed must be an integer from 0"),
+        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b"}', "line 2"),
+        ("", "no jobs"),
+    ],
+)
+def test_a_manifest_at_fault_is_refused_before_its_first_video(text, expected, requests, default, capsys):
+    Path("jobs.jsonl").write_text(text)
+    assert expected in failed(capsys, ["--manifest", "jobs.jsonl"], 1)
+    assert requests == []
+
+
+def test_outputs_are_all_checked_before_the_first_video(requests, default, capsys):
+    Path("x-1").mkdir()
+    Path("x-1", "mine.txt").write_text("mine")
+    assert "x-1" in failed(capsys, ["--num_videos_per_prompt", "2", "--output", "x.png"], 1)
+    assert requests == []
+
+
+# stopping
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["loop", "decode", "write"])
+def test_stopping_leaves_no_half_written_file(moment, default, monkeypatch, capsys):
+    if moment == "loop":
+        monkeypatch.setattr(sample, "_progress", lambda: lambda step, steps, latents: stop() if step == 2 else None)
+    if moment == "decode":
+        monkeypatch.setattr(pipeline, "decode", stop)
+    if moment == "write":
+        monkeypatch.setitem(media.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
+    capsys.readouterr()
+    assert main([*QUICK]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "cogi2v: stopped; no half-written video was left"
+    assert files() == (set() if moment == "loop" else {"out.latents.safetensors"})
+
+
+def test_stopping_keeps_the_video_of_an_earlier_run(default, monkeypatch):
+    Path("out.mp4").write_bytes(b"earlier")
+    monkeypatch.setitem(media.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
+    assert main([*QUICK]) == 130
+    assert Path("out.mp4").read_bytes() == b"earlier"
+
+
+def test_ctrl_c_in_a_terminal_s_program_ends_it_cleanly(default):
+    command = [sys.executable, "-m", "cogi2v_jax.sample", "--num_inference_steps", "999"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "first step done" not in said:
+        line = process.stderr.readline()
+        assert line, f"ended before its first step: {said}"
+        said += line
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err == "cogi2v: stopped; no half-written video was left\n"
+    assert files() == set()
+
+
+# the program
+
+
+def test_the_program_samples_a_diffusers_folder_without_torch(default, tmp_path):
+    """Its conversion included: into a cache of its own, with the compilations of the others."""
+    program = """
+import runpy, sys
+sys.argv = ["sample", *sys.argv[1:]]
+try:
+    runpy.run_module("cogi2v_jax.sample", run_name="__main__")
+except SystemExit as end:
+    print("exit code", end.code)
+print("imported:", *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "transformers", "diffusers", "tensorflow", "jax"}))
+"""
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "cogi2v-jax" / "xla"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *QUICK,
+        "--model",
+        str(twins.TINY),
+        "--image",
+        "photo.png",
+        "--prompt",
+        "the cyan triangle grows",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert f"converting {twins.TINY}" in done.stderr
+    assert done.stdout.splitlines()[-3:] == ["out.mp4: 9 frames of 64x64 at 8 fps", "exit code 0", "imported: jax"]
+    assert read_frames("out.mp4").shape == (9, 64, 64, 3)
