@@ -215,6 +215,14 @@ def test_compilations_are_kept_in_the_user_s_cache(settings, tmp_path, monkeypat
     assert 0 < settings.values[LEAST] < 1
 
 
+def test_without_a_place_for_them_nothing_is_kept(settings, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    settings.update(FOLDER, None)
+    keep_compilations()
+    assert settings.values[FOLDER] is None
+
+
 def test_a_cache_folder_that_the_user_chose_is_kept(settings, tmp_path):
     settings.update(FOLDER, str(tmp_path))
     settings.update(LEAST, 7.0)

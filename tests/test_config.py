@@ -224,6 +224,10 @@ def test_what_no_network_here_computes_is_refused(part: str, values: dict[str, A
     assert rule in str(caught.value)
 
 
+def test_a_head_of_any_width_is_taken_where_nothing_turns_it() -> None:
+    assert TransformerConfig.from_json({"attention_head_dim": 40}, "f").width == 1200
+
+
 def test_several_faults_of_a_file_come_in_one_error() -> None:
     with pytest.raises(ValueError, match=r"^f: ") as caught:
         TransformerConfig.from_json({"activation_fn": "relu", "use_new": True, "num_layers": 0, "patch_size": -1}, "f")

@@ -121,6 +121,12 @@ def test_decoding_the_latents_gives_the_same_frames(output, default, capsys):
     assert line == f"{path}: 9 frames of 64x64 at 8 fps"
 
 
+def test_decoding_alone_may_change_the_speed(default, capsys):
+    assert main(["--decode_latents", str(default[0] / "out.latents.safetensors"), "--output", "fast.gif", "--fps", "25"]) == 0
+    assert read_recipe("fast.gif") == {**read_recipe(default[0] / "out.mp4"), "fps": 25}
+    assert capsys.readouterr().out.splitlines()[-1] == "fast.gif: 9 frames of 64x64 at 25 fps"
+
+
 def test_latents_are_readable_by_others(default):
     umask = os.umask(0)
     os.umask(umask)
@@ -256,6 +262,7 @@ def test_a_manifest_s_own_seeds_and_negative_prompts_come_first(requests, defaul
         ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "gone.png"}', "gone.png"),
         ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "photo.png", "seed": -1}', "seed must be an integer from 0"),
         ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b"}', "line 2"),
+        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "a b c d e f g h i j", "image": "photo.png"}', "at most 10 tokens"),
         ("", "no jobs"),
     ],
 )

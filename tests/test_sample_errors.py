@@ -95,6 +95,8 @@ ERRORS = {
     "manifest and prompt": (["--manifest", "jobs.csv", "--prompt", "p"], 2, r"--manifest must stand alone"),
     "image without a prompt": (["--image", "photo.png"], 2, r"--image and --prompt must be given"),
     "another model without an image": (["--model", "cogvideox-5b-i2v", "--prompt", "p"], 2, r"--image and --prompt must be given"),
+    "latents and a prompt": (["--decode_latents", "x", "--prompt", "p"], 2, r"--decode_latents must stand alone"),
+    "LoRA": (["--lora_path", "x", "--lora_rank", "128"], 2, r"--lora_path can't be read yet: fuse the LoRA in PyTorch"),
     "no videos": (["--num_videos_per_prompt", "0"], 2, r"--num_videos_per_prompt must be at least 1: got 0"),
     "text as a number": (["--height", "tall"], 2, r"--height: invalid int value: 'tall'"),
     "text as a scale": (["--image_latent_scale", "big"], 2, r"must be reference, sat, trainer or a number: got 'big'"),
