@@ -12,30 +12,29 @@ from .layers import precision
 
 Attend = Callable[[Float[Array, "b s n k"], Float[Array, "b s n k"], Float[Array, "b s n k"]], Float[Array, "b s n k"]]
 
-# Logits of one slice of queries stay below this many float32 values (256 MiB): memory is linear in the sequence.
-LOGITS = 64 * 2**20
+# Queries are taken in slices whose float32 logits about fit a CPU's cache (16 MiB), but of no fewer rows than fill a matrix unit.
+LOGITS = 4 * 2**20
+ROWS = 128
 
 
 def xla(q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
-    """Plain attention in slices of queries; runs on every device. Softmax and sums are float32."""
+    """Plain attention in slices of queries, which keeps memory linear in the sequence; for every device. Softmax and sums are float32."""
     b, s, n, width = q.shape
-    rows = max(1, min(s, LOGITS // (b * n * s)))
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))  # once, and not in every slice
+    rows = min(s, max(ROWS, LOGITS // (b * n * s)))
     slices = -(-s // rows)
-    if slices == 1:
-        return _rows(q, k, v)
-    rows = -(-s // slices)  # even slices, so that padding is at most one row each
-    padded = jnp.pad(q, ((0, 0), (0, slices * rows - s), (0, 0), (0, 0)))
-    out = lax.map(partial(_rows, k=k, v=v), jnp.moveaxis(padded.reshape(b, slices, rows, n, width), 1, 0))
-    return jnp.moveaxis(out, 0, 1).reshape(b, slices * rows, n, width)[:, :s]
+    rows = -(-s // slices)  # even slices, so that padding is less than a row each
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, slices * rows - s), (0, 0))).reshape(b, n, slices, rows, width)
+    out = lax.map(partial(_rows, k=k, v=v), jnp.moveaxis(q, 2, 0))
+    return jnp.transpose(out, (1, 0, 3, 2, 4)).reshape(b, slices * rows, n, width)[:, :s]
 
 
-def _rows(q: Float[Array, "b q n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b q n k"]:
+def _rows(q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]) -> Float[Array, "b n q k"]:
     exact = precision(q.dtype)
-    logits = jnp.einsum("bqnk,bsnk->bnqs", q, k, precision=exact, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, precision=exact, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    total = jnp.sum(weights, axis=-1)
-    out = jnp.einsum("bnqs,bsnk->bqnk", weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
-    return (out / jnp.moveaxis(total, 1, 2)[..., None]).astype(q.dtype)
+    out = jnp.einsum("bnqs,bnsk->bnqk", weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
+    return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
 
 def cudnn(q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
