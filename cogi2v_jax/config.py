@@ -356,6 +356,12 @@ def toml(name: str) -> dict[str, Any]:
     return _read(CONFIGS / f"{name}.toml")
 
 
+@functools.cache
+def meshes() -> dict[str, dict[str, Any]]:
+    """`configs/meshes.toml`: tables `generations` and `meshes`, by name."""
+    return _read(CONFIGS / "meshes.toml")
+
+
 def named(name: str) -> CheckpointConfig:
     """The architecture of a named checkpoint, from its TOML alone: what full-size checks without weights build on."""
     stated = toml(name)
