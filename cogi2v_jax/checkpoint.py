@@ -6,11 +6,13 @@ layouts, one a layer, so that neither writing nor loading ever holds more than a
     {transformer,vae,text_encoder}/weights/{rest,000,001,...}
 """
 
+import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
+from orbax.checkpoint.options import MultiprocessingOptions
 
 from .config import PARTS, CheckpointConfig, read_json
 from .models.t5 import T5
 from .models.transformer import Transformer
 from .models.vae import VAE
+from .sharding import parameter_shardings
 
 FORMAT = 1  # of the folder; a reader refuses any other
 MANIFEST = "checkpoint.json"
 NETWORKS = {"transformer": Transformer, "vae": VAE, "text_encoder": T5}
 _WRITING = threading.Lock()  # orbax's writes stumble over each other when two threads of a process make them
+# What a phase loads: a part of the folder, and which of its leaves. The transformer's modulation is needed before its loop, not in it.
+PIECES = {
+    "text_encoder": ("text_encoder", ""),
+    "vae": ("vae", ""),
+    "modulation": ("transformer", "modulation."),
+    "transformer": ("transformer", ""),
+}
+CHUNK = 8 * 2**20  # bytes that are read together: a shard of a leaf is some of its chunks
+WHOLE = 0.75  # of a device's memory: the largest piece that every device may hold; the rest is for activations
 CONFIG_FILES = {"transformer": "config.json", "vae": "config.json", "text_encoder": "config.json", "scheduler": "scheduler_config.json"}
 
 
@@ -43,6 +57,20 @@ def read_config(folder: Path) -> CheckpointConfig:
 def abstract(config: CheckpointConfig, part: str, dtype: jnp.dtype) -> nnx.Module:
     """A network with shapes for parameters: no memory, at any size. Everyone gets the same one, to read."""
     return nnx.eval_shape(lambda: NETWORKS[part](getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+@cache
+def piece(config: CheckpointConfig, name: str, dtype: jnp.dtype) -> nnx.Module:
+    """One of PIECES with shapes for parameters."""
+    part, _ = PIECES[name]
+    if part != "transformer":
+        return abstract(config, part, dtype)
+    network = nnx.clone(abstract(config, part, dtype))
+    modulation = network.modulation
+    if name == "modulation":
+        return modulation
+    del network.modulation
+    return network
 
 
 def leaf_names(network: nnx.Module) -> dict[str, Any]:
@@ -64,30 +92,58 @@ def unit_path(folder: Path, part: str, layer: int | None) -> Path:
     return folder / part / "weights" / ("rest" if layer is None else f"{layer:03d}")
 
 
+def _checkpointer() -> ocp.Checkpointer:
+    """Of this process alone: several may be at different layers, and none waits for another."""
+    me = jax.process_index()
+    alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}")
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
 def write_unit(folder: Path, part: str, layer: int | None, leaves: Mapping[str, np.ndarray]) -> None:
     """One layer's leaves without their layer axis, or (None) all that is not stacked."""
-    with _WRITING, ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(unit_path(folder, part, layer).absolute(), dict(leaves))
+    arguments = ocp.args.PyTreeSave(dict(leaves), save_args={name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in leaves})
+    with _WRITING, _checkpointer() as checkpointer:
+        checkpointer.save(unit_path(folder, part, layer).absolute(), args=arguments)
 
 
 def read_unit(folder: Path, part: str, layer: int | None) -> dict[str, np.ndarray]:
-    path = unit_path(folder, part, layer)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute())
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{path} must be a whole orbax checkpoint: {first_line(error)}") from None
+    with _reading(folder, part, layer) as (checkpointer, path):
+        return checkpointer.restore(path)
 
 
 def read_leaves(folder: Path, part: str, layer: int | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """A unit's leaves, which are these and no others."""
     leaves = read_unit(folder, part, layer)
-    found = {name: np.shape(leaf) for name, leaf in leaves.items()}
-    wrong = [f"{name} {list(found[name]) if name in found else 'missing'}" for name, shape in shapes.items() if found.get(name) != shape]
-    wrong += [f"{name} not of this network" for name in leaves if name not in shapes]
-    if wrong:
-        raise ValueError(f"{unit_path(folder, part, layer)} must hold the network's leaves: got {', '.join(wrong[:8])}")
+    check_leaves(unit_path(folder, part, layer), {name: np.shape(leaf) for name, leaf in leaves.items()}, shapes)
     return leaves
+
+
+def read_shards(folder: Path, part: str, layer: int | None, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
+    """Some of a unit's leaves onto the devices and in the dtype of these shapes; a process reads what its own devices hold."""
+    arguments = {name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()}
+    with _reading(folder, part, layer) as (checkpointer, path):
+        stored = {name: tuple(leaf.shape) for name, leaf in checkpointer.metadata(path).item_metadata.tree.items()}
+    check_leaves(path, {name: stored[name] for name in leaves if name in stored}, {name: leaf.shape for name, leaf in leaves.items()})
+    with _reading(folder, part, layer) as (checkpointer, path):
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(dict(leaves), restore_args=arguments, partial_restore=True))
+
+
+@contextmanager
+def _reading(folder: Path, part: str, layer: int | None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
+    path = unit_path(folder, part, layer).absolute()
+    try:
+        with _checkpointer() as checkpointer:
+            yield checkpointer, path
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{path} must be a whole orbax checkpoint: {first_line(error)}") from None
+
+
+def check_leaves(path: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError where a unit holds other leaves than a network's."""
+    wrong = [f"{name} {list(found[name]) if name in found else 'missing'}" for name, shape in shapes.items() if found.get(name) != shape]
+    wrong += [f"{name} not of this network" for name in found if name not in shapes]
+    if wrong:
+        raise ValueError(f"{path} must hold the network's leaves: got {', '.join(wrong[:8])}")
 
 
 def weight_files(folder: Path) -> dict[str, int]:
@@ -102,36 +158,71 @@ def first_line(error: Exception) -> str:
 
 @dataclass
 class Models:
-    """A checkpoint's configuration and where its weights lie. A phase asks for its own part; parts stay loaded where all of them fit."""
+    """A checkpoint's configuration and where its weights lie: never a bag of weights. A phase asks for its own piece, and pieces that it
+    leaves no room for go."""
 
     folder: Path
     config: CheckpointConfig
     dtype: jnp.dtype
     attention: str = "auto"
-    _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)
+    mesh: str = "auto"  # a name of configs/meshes.toml, sizes spelled out, or "auto"
+    _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)  # the least recently used first
+    _loading: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
-    def part(self, name: str) -> Any:
-        if name in self._resident:
+    def piece(self, name: str, shapes: nnx.Module, workspace: int = 0, ahead: bool = False) -> Any:
+        """One of PIECES, where `shapes` says it lies. If it and `workspace` bytes a device for its phase need the room, others leave first;
+        `ahead` of its phase none leaves, and None is the answer where they'd have to."""
+        with self._loading:
+            network = self._resident.pop(name, None)
+            if network is not None and places(network) != places(shapes):
+                network = None  # it lies elsewhere, and is gone before its successor comes
+            room = memory_limit(places(shapes)[0].mesh) - workspace - bytes_per_device(shapes)
+            while self._used() > room and self._resident and not ahead:
+                del self._resident[next(iter(self._resident))]
+            if ahead and self._used() > room:
+                return None
+            self._resident[name] = restore(self.folder, self.config, name, shapes) if network is None else network
             return self._resident[name]
-        network = restore(self.folder, self.config, name, self.dtype)
-        if self.all_fit:
-            self._resident[name] = network
-        return network
 
-    @cached_property
-    def all_fit(self) -> bool:
-        networks = [abstract(self.config, name, self.dtype) for name in NETWORKS]
-        size = sum(leaf.size * leaf.dtype.itemsize for network in networks for leaf in jax.tree.leaves(nnx.state(network)))
-        return 2 * size < memory_limit()  # the other half is for activations
+    def _used(self) -> int:
+        return sum(map(bytes_per_device, self._resident.values()))
 
 
-def memory_limit() -> int:
-    """Bytes that the default device, or the host it is part of, has in all."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def places(network: nnx.Module) -> list[NamedSharding]:
+    """Where a network's parameters, or their shapes, lie."""
+    return [leaf.sharding for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))]
 
 
-def open_folder(folder: Path, dtype: jnp.dtype, attention: str = "auto") -> Models:
+def bytes_per_device(network: nnx.Module) -> int:
+    """Of a network's parameters, or of their shapes: of all that have no place yet."""
+    leaves = jax.tree.leaves(nnx.state(network, nnx.Param))
+    shapes = [leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True))
+
+
+def memory_limit(mesh: Mesh | None = None) -> int:
+    """Bytes that a device has; CPU devices share their host's."""
+    local = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
+    stats = local[0].memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(local)
+
+
+def fits_whole(network: nnx.Module, memory: int) -> bool:
+    """Whether every device of so many bytes may hold all of a network and still work."""
+    return bytes_per_device(network) <= WHOLE * memory
+
+
+@cache
+def placed(config: CheckpointConfig, name: str, dtype: jnp.dtype, mesh: Mesh, memory: int) -> nnx.Module:
+    """One of PIECES with shapes for parameters, and with their places on devices of so many bytes. T5 is split, so that its weights need
+    never meet; all else lies whole on every device where it fits."""
+    network = piece(config, name, dtype)
+    whole = name != "text_encoder" and fits_whole(network, memory)
+    graph, state = nnx.split(network)
+    return nnx.merge(graph, jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, parameter_shardings(network, mesh, whole)))
+
+
+def open_folder(folder: Path, dtype: jnp.dtype, attention: str = "auto", mesh: str = "auto") -> Models:
     """A converted folder. Raises ValueError for one of another format or with files missing, FileNotFoundError for what is none."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -141,25 +232,34 @@ def open_folder(folder: Path, dtype: jnp.dtype, attention: str = "auto") -> Mode
     broken = [name for name, size in manifest.get("files", {}).items() if found.get(name) != size]
     if broken:
         raise ValueError(f"{folder} must be whole: got {len(broken)} files missing or cut short, first {broken[0]}; copy it anew")
-    return Models(folder, read_config(folder), jnp.dtype(dtype), attention)
+    return Models(folder, read_config(folder), jnp.dtype(dtype), attention, mesh)
 
 
-def restore(folder: Path, config: CheckpointConfig, part: str, dtype: jnp.dtype) -> nnx.Module:
-    """One network onto the default device in `dtype`: layer by layer into its stacked arrays, in place."""
-    network = abstract(config, part, dtype)
-    graph, state = nnx.split(network)
-    leaves = leaf_names(network)
-    stacks = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items() if is_stacked(name)}
-    flat = {name: leaf.shape for name, leaf in leaves.items() if not is_stacked(name)}
-    filled = jax.device_put({name: leaf.astype(dtype) for name, leaf in read_leaves(folder, part, None, flat).items()})
-    rows = {name: stack.shape[1:] for name, stack in stacks.items()}
-    for layer in range(layer_count(config, part)):
-        stacks = _set_layer(stacks, read_leaves(folder, part, layer, rows), np.int32(layer))
+def restore(folder: Path, config: CheckpointConfig, name: str, shapes: nnx.Module) -> nnx.Module:
+    """One piece onto its devices, in the dtype and the places of `shapes`: layer by layer into its stacked arrays, in place. Every process
+    reads what its own devices hold."""
+    part, prefix = PIECES[name]
+    graph, state = nnx.split(shapes)
+    leaves = {prefix + leaf: shape for leaf, shape in leaf_names(shapes).items()}
+    filled = read_shards(folder, part, None, {leaf: shape for leaf, shape in leaves.items() if not is_stacked(leaf)})
+    stacks = {leaf: _zeros(shape) for leaf, shape in leaves.items() if is_stacked(leaf)}
+    rows = {leaf: _of_a_layer(stack) for leaf, stack in stacks.items()}
+    for layer in range(layer_count(config, part) if stacks else 0):
+        stacks = _set_layer(stacks, read_shards(folder, part, layer, rows), np.int32(layer))
     filled |= stacks
     pure = nnx.to_flat_state(state)
-    return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(filled[".".join(map(str, path))])) for path, leaf in pure]))
+    return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(filled[prefix + ".".join(map(str, path))])) for path, leaf in pure]))
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> Array:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=shape.sharding)(shape.shape, shape.dtype)
+
+
+def _of_a_layer(stack: Array) -> jax.ShapeDtypeStruct:
+    place = NamedSharding(stack.sharding.mesh, PartitionSpec(*stack.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=place)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _set_layer(stacks: dict[str, Array], layer: dict[str, Array], index: Int[Array, ""]) -> dict[str, Array]:
-    return {name: lax.dynamic_update_index_in_dim(stack, layer[name].astype(stack.dtype), index, 0) for name, stack in stacks.items()}
+    return {name: lax.dynamic_update_index_in_dim(stack, layer[name], index, 0) for name, stack in stacks.items()}

@@ -70,3 +70,9 @@ class Stopwatch:
             executable = program.compile(*args, **static)
         with self(phase):
             return jax.block_until_ready(executable(*args))
+
+
+def workspace(executable: Any) -> int:
+    """Bytes a device that a program takes beside its arguments."""
+    memory = executable.memory_analysis()
+    return 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

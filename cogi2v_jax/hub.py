@@ -34,6 +34,7 @@ def load(
     path_or_name: str | os.PathLike[str] = "cogi2v-tiny",
     dtype: Any = None,
     attention: str = "auto",
+    mesh: str = "auto",
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Models:
     """A checkpoint, ready to sample: a converted folder, a diffusers folder, a hub id, or one of `config.names()`. Weights are read when a
@@ -48,7 +49,7 @@ def load(
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
     choose(attention, jnp.dtype(dtype))
     keep_compilations()
-    return open_folder(_converted(_locate(path_or_name, say), say), jnp.dtype(dtype), attention)
+    return open_folder(_converted(_locate(path_or_name, say), say), jnp.dtype(dtype), attention, mesh)
 
 
 def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) -> Path:

@@ -27,17 +27,24 @@ class Positions(NamedTuple):
     table: Float[Any, "s d"] | None  # added to the tokens; None where the network is rotary or learned its own
 
 
-def positions(config: TransformerConfig, latents: tuple[int, ...]) -> Positions:
-    """Positions of latents of so many frames, rows and columns, whose sizes are multiples of the patch."""
+def token_count(config: TransformerConfig, latents: tuple[int, ...]) -> int:
+    """Tokens of the joint sequence for latents of so many frames, rows and columns."""
+    return config.max_text_seq_length + math.prod(size // patch for size, patch in zip(latents, config.patch, strict=True))
+
+
+def positions(config: TransformerConfig, latents: tuple[int, ...], rows: int | None = None) -> Positions:
+    """Positions of latents of so many frames, rows and columns, whose sizes are multiples of the patch. `rows`, where given, makes the
+    rotary tables longer than the sequence, for tokens that only even it out."""
     grid = tuple(size // patch for size, patch in zip(latents, config.patch, strict=True))
     text, video = config.max_text_seq_length, math.prod(grid)
     turns = (
         _turns(config, grid) if config.use_rotary_positional_embeddings else np.zeros((video, config.attention_head_dim // 2), np.float32)
     )
-    turns = np.concatenate([np.zeros((text, turns.shape[1]), np.float32), turns])
+    rows = text + video if rows is None else rows
+    turns = np.pad(turns, ((text, rows - text - video), (0, 0)))
     fixed = not (config.use_rotary_positional_embeddings or config.use_learned_positional_embeddings)
     table = np.concatenate([np.zeros((text, config.width), np.float32), _sincos(config, grid)]) if fixed else None
-    return Positions(np.cos(turns), np.sin(turns), np.arange(text + video) < text, table)
+    return Positions(np.cos(turns), np.sin(turns), np.arange(rows) < text, table)
 
 
 def _turns(config: TransformerConfig, grid: tuple[int, ...]) -> Float[np.ndarray, "video half"]:

@@ -82,7 +82,7 @@ def misfits(sizes: Sizes, work: Sequence[Work]) -> list[str]:
     return lines
 
 
-def choose(text: str, work: Sequence[Work], devices: Sequence[Any]) -> Sizes:
+def choose_sizes(text: str, work: Sequence[Work], devices: Sequence[Any]) -> Sizes:
     """The mesh asked for, or ("auto") the one that keeps most of the devices busy: videos first, then guidance pairs, then sequences.
     Raises ValueError where the devices are too few or an axis does not divide, naming the nearest mesh that works."""
     fitting = [sizes for sizes in _all_sizes(len(devices)) if not misfits(sizes, work)]
@@ -149,17 +149,30 @@ def spatial(mesh: Mesh, rows: int, columns: int) -> Mesh:
 
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """Where an array lies whose axes have these names; None and unnamed axes are not split."""
-    return NamedSharding(mesh, PartitionSpec(*(RULES.get(axis) if axis else None for axis in axes)))
+    """Where an array lies whose axes have these names; None and unnamed axes are not split. In the one spelling that jax itself gives a
+    result's place: nothing of mesh axes of size 1, nothing after the last axis that is split."""
+    spec: list[Any] = []
+    for axis in axes:
+        over = RULES.get(axis, ()) if axis else ()
+        ways = [name for name in ((over,) if isinstance(over, str) else over) if mesh.shape[name] > 1]
+        spec.append(tuple(ways) if len(ways) > 1 else ways[0] if ways else None)
+    while spec and spec[-1] is None:
+        spec.pop()
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def pin(x: Array, mesh: Mesh, *axes: str | None) -> Array:
+    """Holds an array inside a program to its split."""
+    return lax.with_sharding_constraint(x, split(mesh, *axes))
 
 
 def parameter_shardings(network: nnx.Module, mesh: Mesh, whole: bool) -> nnx.State:
     """Where a network's parameters lie: `whole` on every device, or split as their axes' names say."""
 
-    def place(parameter: nnx.Param) -> NamedSharding:
+    def place(parameter: nnx.Param) -> nnx.Param:
         named = () if whole else parameter.get_metadata()["axes"]
-        value = parameter.get_value()
-        return split(mesh, *([None] * (value.ndim - len(named)) if named else []), *named)  # a stack's layers come first
+        stacked = [None] * (parameter.get_value().ndim - len(named)) if named else []  # a stack's layers come first
+        return parameter.replace(split(mesh, *stacked, *named))
 
     return jax.tree.map(place, nnx.state(network, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
@@ -168,6 +181,13 @@ def put(value: Any, sharding: NamedSharding) -> Array:
     """Host data that every process has, onto a mesh that may reach beyond this process."""
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(x: Array) -> np.ndarray:
+    """An array's values on every process, wherever they lie."""
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        x = jax.jit(lambda x: x, out_shardings=split(x.sharding.mesh))(x)
+    return np.asarray(x)
 
 
 @dataclass(frozen=True)
@@ -207,11 +227,11 @@ class Layout:
 
     def gather(self, layer: Any) -> Any:
         """A layer's weights, brought to every device for as long as it needs them."""
-        return layer if self.whole else jax.tree.map(lambda leaf: lax.with_sharding_constraint(leaf, split(self.mesh)), layer)
+        return layer if self.whole else jax.tree.map(lambda leaf: pin(leaf, self.mesh), layer)
 
     def pin(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         """Holds the joint sequence to its split."""
-        return lax.with_sharding_constraint(x, split(self.mesh, "batch", "sequence"))
+        return pin(x, self.mesh, "batch", "sequence")
 
 
 def work_of(checkpoint: config.CheckpointConfig, networks: Mapping[str, nnx.Module], videos: int, guided: bool) -> list[Work]:

@@ -69,7 +69,7 @@ class T5(nnx.Module):
 
     def __init__(self, config: TextEncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.embedding = param((config.vocab_size, config.d_model), ("vocabulary", "embed"), dtype, rngs, 1.0)
-        self.position_bias = param((config.relative_attention_num_buckets, config.num_heads), (None, "heads"), dtype, rngs, 1.0)
+        self.position_bias = param((config.relative_attention_num_buckets, config.num_heads), (None, None), dtype, rngs, 1.0)
         self.blocks = stacked(config.num_layers, lambda keys: Block(config, dtype=dtype, rngs=keys), rngs)
         self.norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 

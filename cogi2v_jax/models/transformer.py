@@ -13,6 +13,7 @@ from ..attention import Attend
 from ..config import TransformerConfig
 from ..layers import LayerNorm, Linear, gelu, silu, stacked
 from ..positions import Positions
+from ..sharding import Layout
 
 QK_EPSILON = 1e-6  # of the norms on q and k; fixed in the reference, unlike the blocks' own
 
@@ -140,8 +141,8 @@ class Transformer(nnx.Module):
         latents: Float[Array, "b t h w c"],  # noisy latents, then the image's, on channels
         text: Float[Array, "b p e"],
         shifts: Shifts,  # of one step
-        positions: Positions,
-        attend: Attend,
+        positions: Positions,  # as many rows as the joint sequence, rounded up to what the layout splits
+        layout: Layout,
     ) -> Float[Array, "b t h w c2"]:
         (t, r, c), (_, frames, rows, columns, _) = self.patch, latents.shape
         video = self.video_in(rearrange(latents, "b (f t) (h r) (w c) z -> b (f h w) (t r c z)", t=t, r=r, c=c))
@@ -150,18 +151,20 @@ class Transformer(nnx.Module):
         table = positions.table if self.table is None else self.table[: x.shape[1]]
         if table is not None:
             x = x + table.astype(x.dtype)
+        tokens = x.shape[1]
+        x = layout.pin(jnp.pad(x, ((0, 0), (0, layout.padded - tokens), (0, 0))))
 
         graph, layers = nnx.split(self.blocks)
 
         def block(x: Float[Array, "b s d"], layer: tuple) -> tuple[Float[Array, "b s d"], None]:
             params, shifts = layer
-            return nnx.merge(graph, params)(x, shifts, positions, attend), None
+            return layout.pin(nnx.merge(graph, layout.gather(params))(x, shifts, positions, layout.attend)), None
 
         x, _ = lax.scan(block, x, (layers, shifts.blocks))
-        y = x[:, text.shape[1] :]
-        y = self.out_norm(self.norm(y).astype(x.dtype))
+        y = self.out_norm(self.norm(x).astype(x.dtype))
         shift, scale = shifts.out.astype(jnp.float32)
         v = self.out((y * (1 + scale) + shift).astype(x.dtype))
+        v = v[:, text.shape[1] : tokens]  # only here, where a token is narrow: cutting a split sequence moves it
         sizes = {"f": frames // t, "h": rows // r, "w": columns // c, "t": t, "r": r, "c": c}
         return rearrange(v, "b (f h w) (t r c z) -> b (f t) (h r) (w c) z", **sizes)
 

@@ -1,0 +1,235 @@
+"""What runs on the devices: a compiled program for each phase, and all that one is compiled for. The pipeline calls them with weights and
+values, `benchmarks/tpu_compile.py` with shapes alone, for machines that are not there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, UInt8, UInt32
+
+from . import noise as streams
+from .attention import choose
+from .checkpoint import fits_whole, piece, placed, places
+from .compiled import Program
+from .config import CheckpointConfig
+from .models.t5 import T5
+from .models.transformer import Modulation, Shifts, Transformer
+from .models.vae import VAE, sample_posterior
+from .positions import Positions, positions, sinusoid, token_count
+from .request import LatentShape, Resolved
+from .schedule import Tableau, step, tableau
+from .sharding import GUIDED, Layout, choose_sizes, make_mesh, pin, put, spatial, split, work_of
+
+OFS = 2.0  # the 1.5 network's fixed conditioning value
+
+Carry = tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]  # x, and the last step's x0
+
+
+def encode_text(t5: T5, ids: Int[Array, "pairs p"], mesh: Mesh) -> Float[Array, "pairs p d"]:
+    return pin(t5(ids), mesh, "batch")
+
+
+def encode_image(
+    vae: VAE,
+    pixels: Float[Array, "b 1 h w 3"],
+    noise: Float[Array, "b 1 h2 w2 c"] | None,
+    words: UInt32[Array, "b 2"],
+    scale: Float[Array, ""],
+    frames: int,
+    mesh: Mesh,
+) -> Float[Array, "b t h2 w2 c"]:
+    """The image's scaled latents in the first latent frame, zeros in all others: zeros of latent space, not an encoded black frame."""
+    pixels = pin(pixels.astype(vae.encoder.conv_in.kernel.dtype), mesh, "video", None, "rows", "columns")
+    mean, log_variance = vae.encode(pixels)
+    if noise is None:
+        noise = streams.draw(words, streams.POSTERIOR, mean.shape[1:])
+    latents = scale * sample_posterior(mean, log_variance, noise).astype(jnp.float32)
+    return pin(jnp.pad(latents, ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))), mesh, "video")
+
+
+def modulate(modulation: Modulation, time: Float[Array, "i d"], ofs: Float[Array, "1 e"] | None, mesh: Mesh) -> Shifts:
+    return jax.tree.map(lambda shifts: pin(shifts, mesh), modulation(time, ofs))
+
+
+def draw_start(noise: Float[Array, "b t h w c"] | None, words: UInt32[Array, "b 2"], shape: tuple[int, ...], mesh: Mesh) -> Carry:
+    start = pin(streams.draw(words, streams.INITIAL, shape) if noise is None else noise, mesh, "video")
+    return start, pin(jnp.zeros_like(start), mesh, "video")
+
+
+def denoise(
+    network: Transformer,
+    carry: Carry,
+    first: Int[Array, ""],
+    rows: Tableau,
+    shifts: Shifts,
+    noise: Float[Array, "i b t h w c"] | None,
+    words: UInt32[Array, "b 2"],
+    image: Float[Array, "b t h w c"],
+    text: Float[Array, "pairs p d"],  # negative prompts first, where guided
+    positions: Positions,
+    slab: int,
+    layout: Layout,
+) -> Carry:
+    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and seeds are data, not part of it."""
+    indices = first + jnp.arange(slab)
+    rows, shifts, noise = jax.tree.map(lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts, noise))
+    copies = text.shape[0] // image.shape[0]  # 2 where guided
+
+    def one(carry: Carry, column: tuple[Any, ...]) -> tuple[Carry, None]:
+        (x, x0_prev), (index, row, shifts, drawn) = carry, column
+        both = jnp.concatenate([x, image], axis=-1).astype(text.dtype)
+        v = network(jnp.concatenate([both] * copies), text, shifts, positions, layout).astype(jnp.float32)
+        if copies == GUIDED:
+            unconditional, conditional = jnp.split(v, GUIDED)
+            v = unconditional + row.guidance * (conditional - unconditional)
+        if drawn is None:
+            drawn = streams.draw(words, streams.STEPS, x.shape[1:], index)
+        x, x0 = step(row, x, v, x0_prev, drawn)
+        return (pin(x, layout.mesh, "video"), pin(x0, layout.mesh, "video")), None
+
+    carry, _ = lax.scan(one, carry, (indices, rows, shifts, noise))
+    return carry
+
+
+def decode_latents(vae: VAE, latents: Float[Array, "b t h w c"], scaling_factor: Float[Array, ""], mesh: Mesh) -> UInt8[Array, "b f h2 w2 3"]:
+    """Every device ends with the whole video, so that whichever process writes it has it."""
+    latents = pin((latents / scaling_factor).astype(vae.decoder.conv_in.kernel.dtype), mesh, "video", None, "rows", "columns")
+    video = vae.decode(latents).astype(jnp.float32)
+    return pin(jnp.round(jnp.clip(video * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8), mesh)
+
+
+TEXT = Program(encode_text, static=("mesh",))
+IMAGE = Program(encode_image, static=("frames", "mesh"))
+SHIFTS = Program(modulate, static=("mesh",))
+START = Program(draw_start, static=("shape", "mesh"))
+DENOISE = Program(denoise, static=("slab", "layout"))
+DECODE = Program(decode_latents, static=("mesh",))
+
+
+class Call(NamedTuple):
+    """A program with its arguments, or with their shapes. The network that comes first is asked for by its name in `checkpoint.PIECES`."""
+
+    program: Program
+    piece: str | None
+    args: tuple[Any, ...]
+    static: dict[str, Any]
+
+    def compile(self, place: "Place") -> Any:
+        """The executable, from the network's shapes alone."""
+        network = () if self.piece is None else (place.network(self.piece),)
+        return self.program.compile(*network, *self.args, **self.static)
+
+
+def mesh_for(config: CheckpointConfig, dtype: jnp.dtype, text: str, videos: int, guided: bool, devices: Sequence[Any], memory: int) -> Mesh:
+    """The mesh asked for, or ("auto") the one that suits a request for so many videos. Raises ValueError as `sharding.choose` does."""
+    networks = {"text_encoder": piece(config, "text_encoder", dtype)}
+    if not fits_whole(transformer := piece(config, "transformer", dtype), memory):
+        networks["transformer"] = transformer
+    return make_mesh(choose_sizes(text, work_of(config, networks, videos, guided), devices), devices)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A checkpoint on a mesh whose devices have `memory` bytes each."""
+
+    config: CheckpointConfig
+    dtype: jnp.dtype
+    mesh: Mesh
+    memory: int
+
+    def network(self, name: str) -> nnx.Module:
+        """A piece's shapes, and where they lie."""
+        return placed(self.config, name, self.dtype, self.mesh, self.memory)
+
+    def decode(self, latents: Float[Any, "b t h w c"]) -> Call:
+        """Of scaled latents without padding."""
+        mesh = spatial(self.mesh, *latents.shape[2:4])
+        return Call(DECODE, "vae", (latents, np.float32(self.config.vae.scaling_factor)), {"mesh": mesh})
+
+
+@dataclass(frozen=True)
+class Phases(Place):
+    """What a request's programs are compiled for."""
+
+    request: Resolved
+    attention: str
+
+    @cached_property
+    def shape(self) -> LatentShape:
+        return self.request.latent_shape(self.config)
+
+    @cached_property
+    def rows(self) -> Tableau:
+        """Raises ValueError for a schedule that does not exist."""
+        r = self.request
+        return tableau(self.config.scheduler, r.scheduler, r.num_inference_steps, r.guidance_scale, r.use_dynamic_cfg)
+
+    @cached_property
+    def layout(self) -> Layout:
+        backend = choose(self.attention, self.dtype, self.mesh.devices.flat[0])
+        tokens = token_count(self.config.transformer, self.shape[:3])
+        whole = all(place.is_fully_replicated for place in places(self.network("transformer")))
+        return Layout(self.mesh, backend, tokens, whole)
+
+    def text(self, ids: Int[Any, "pairs p"]) -> Call:
+        return Call(TEXT, "text_encoder", (ids,), {"mesh": self.mesh})
+
+    def image(self, pixels: Float[Any, "b 1 h w 3"], noise: Float[Any, "b 1 h2 w2 c"] | None, words: UInt32[Any, "b 2"]) -> Call:
+        scale = np.float32(self.request.latent_scale(self.config))
+        return Call(IMAGE, "vae", (pixels, noise, words, scale), {"frames": self.shape.frames, "mesh": spatial(self.mesh, *self.shape[1:3])})
+
+    def shifts(self) -> Call:
+        network = self.config.transformer
+        ofs = sinusoid(np.array([OFS]), network.ofs_embed_dim) if network.ofs_embed_dim else None
+        return Call(SHIFTS, "modulation", (sinusoid(self.rows.timestep, network.width), ofs), {"mesh": self.mesh})
+
+    def start(self, noise: Float[Any, "b t h w c"] | None, words: UInt32[Any, "b 2"]) -> Call:
+        return Call(START, None, (noise, words), {"shape": tuple(self.shape[:4]), "mesh": self.mesh})
+
+    def denoise(self, carry: Any, first: int, shifts: Any, noise: Any, words: Any, image: Any, text: Any, where: Positions, slab: int) -> Call:
+        args = (carry, np.int32(first), self.rows, shifts, noise, words, image, text, where)
+        return Call(DENOISE, "transformer", args, {"slab": slab, "layout": self.layout})
+
+    def positions(self) -> Positions:
+        """Every token's place, on the devices: they are read in every step."""
+        where = positions(self.config.transformer, self.shape[:3], self.layout.padded)
+        rows = split(self.mesh, "sequence")
+        table = None if where.table is None else put(where.table, split(self.mesh))
+        return Positions(put(where.cos, rows), put(where.sin, rows), put(where.is_text, rows), table)
+
+    def loop(self, videos: int, slab: int, noise: Float[Any, "i b t h w c"] | None = None) -> Call:
+        """`denoise` before its arguments are there."""
+        network, copies = self.config.transformer, GUIDED if self.request.guided else 1
+        image = self._shape((videos, *self.shape[:4]), jnp.float32, "video")
+        text = self._shape((copies * videos, network.max_text_seq_length, network.text_embed_dim), self.dtype, "batch")
+        shifts = jax.eval_shape(partial(modulate, mesh=self.mesh), self.network("modulation"), *self.shifts().args)
+        shifts = jax.tree.map(lambda leaf: self._shape(leaf.shape, leaf.dtype), shifts)
+        where = jax.eval_shape(lambda: positions(network, self.shape[:3], self.layout.padded))
+        rows = jax.tree.map(lambda leaf: self._shape(leaf.shape, leaf.dtype, "sequence"), where._replace(table=None))
+        where = rows._replace(table=None if where.table is None else self._shape(where.table.shape, where.table.dtype))
+        words = np.zeros((videos, 2), np.uint32)
+        return self.denoise((image, image), 0, shifts, noise, words, image, text, where, slab)
+
+    def _shape(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split(self.mesh, *axes))
+
+    def calls(self, videos: int = 1) -> dict[str, list[Call]]:
+        """Every program of a request for so many videos, by phase, with nothing but shapes: to be compiled, for machines anywhere."""
+        shape, copies = self.shape, GUIDED if self.request.guided else 1
+        ids = np.zeros((copies * videos, self.config.transformer.max_text_seq_length), np.int32)
+        words = np.zeros((videos, 2), np.uint32)
+        pixels = np.zeros((videos, 1, self.request.height, self.request.width, self.config.vae.in_channels), np.float32)
+        latents = np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)
+        return {
+            "text": [self.text(ids)],
+            "encode": [self.image(pixels, None, words)],
+            "denoise": [self.shifts(), self.start(None, words), self.loop(videos, self.request.num_inference_steps)],
+            "decode": [self.decode(latents)],
+        }
