@@ -29,13 +29,13 @@ import numpy as np
 from PIL import Image
 
 import cogi2v_jax
-from cogi2v_jax.attention import choose
+from cogi2v_jax.compiled import Stopwatch
 from cogi2v_jax.hub import EMBEDDED
 from cogi2v_jax.media import fit_image, read_image
 from cogi2v_jax.noise import seed_words
-from cogi2v_jax.pipeline import DECODE, DENOISE, IMAGE, SHIFTS, START, TEXT, Stopwatch
-from cogi2v_jax.positions import positions, sinusoid
-from cogi2v_jax.schedule import tableau
+from cogi2v_jax.phases import Call
+from cogi2v_jax.pipeline import phases_of, run
+from cogi2v_jax.sharding import put, split
 from cogi2v_jax.tokenizer import tokenize
 
 try:
@@ -106,12 +106,15 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     pipe.set_progress_bar_config(disable=True)
     models = cogi2v_jax.load(folder, dtype=dtype, say=lambda line: None)
     config, words, length = models.config, seed_words([0]), models.config.transformer.max_text_seq_length
-    t5, vae, transformer = (models.part(part) for part in ("text_encoder", "vae", "transformer"))
     picture = Image.open(EMBEDDED / "example.png").convert("RGB").resize((size.width, size.height))
     asked: dict[str, Any] = {"height": size.height, "width": size.width, "num_frames": size.frames, "num_inference_steps": size.steps}
     asked |= {"guidance_scale": GUIDANCE, "use_dynamic_cfg": False}
     request = cogi2v_jax.Request(picture, PROMPT, scheduler="ddim", fit="stretch", **asked).resolve(config)
-    shape = request.latent_shape(config)
+    phases = phases_of(models, request)
+    shape = phases.shape
+
+    def ours(call: Call) -> Any:
+        return run(models, phases, watch, "run", call)
 
     def their_text() -> torch.Tensor:
         prompt, negative = pipe.encode_prompt(PROMPT, "", do_classifier_free_guidance=True, max_sequence_length=length)
@@ -126,7 +129,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     # The reference draws the posterior's noise first, then the initial latents.
     posterior = torch.randn((1, 1, shape.channels, shape.height, shape.width), generator=torch.manual_seed(5))
     noise = cogi2v_jax.Noise(posterior=frames_last(posterior), initial=frames_last(start))
-    inputs = [jax.device_put(array) for array in (frames_last(image), text.float().numpy().astype(models.dtype))]
+    inputs = [put(array, split(phases.mesh)) for array in (frames_last(image), text.float().numpy().astype(models.dtype))]
 
     def their_steps() -> torch.Tensor:
         pipe.scheduler.set_timesteps(size.steps)
@@ -139,21 +142,19 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
             x = pipe.scheduler.step(unconditional + GUIDANCE * (conditional - unconditional), t, x, return_dict=False)[0].to(text.dtype)
         return x
 
-    latents, factor = their_steps(), np.float32(config.vae.scaling_factor)
+    latents, where = their_steps(), phases.positions()
 
     def our_text() -> Any:
-        return watch.run("run", TEXT, t5, tokenize(models.folder / "tokenizer", ["", PROMPT], length)[0])
+        return ours(phases.text(tokenize(models.folder / "tokenizer", ["", PROMPT], length)[0]))
 
     def our_image() -> Any:
-        given = (fit_image(read_image(picture), size.height, size.width, "stretch")[None, None], noise.posterior, words)
-        return watch.run("run", IMAGE, vae, *given, np.float32(request.latent_scale(config)), frames=shape.frames)
+        pixels = fit_image(read_image(picture), size.height, size.width, "stretch")[None, None]
+        return ours(phases.image(pixels, noise.posterior, words))
 
     def our_steps() -> Any:
-        rows = tableau(config.scheduler, "ddim", size.steps, GUIDANCE, False)
-        shifts = watch.run("run", SHIFTS, transformer.modulation, sinusoid(rows.timestep, config.transformer.width), None)
-        carry = watch.run("run", START, noise.initial, words, shape=shape[:4])
-        given = (transformer, carry, np.int32(0), rows, shifts, None, words, *inputs, positions(config.transformer, shape[:3]))
-        return watch.run("run", DENOISE, *given, slab=size.steps, attend=choose(models.attention, models.dtype))[0]
+        shifts = ours(phases.shifts())
+        carry = ours(phases.start(noise.initial, words))
+        return ours(phases.denoise(carry, 0, shifts, None, words, *inputs, where, slab=size.steps))[0]
 
     def their_video() -> np.ndarray:
         return pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="np")
@@ -165,7 +166,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
         Stage("text", our_text, lambda: their_text().float().numpy()),
         Stage("image encode", our_image, lambda: frames_last(their_image()[1])),
         Stage("one denoising step", our_steps, lambda: frames_last(their_steps()), parts=size.steps),
-        Stage("VAE decode", lambda: watch.run("run", DECODE, vae, frames_last(latents), factor), their_video),
+        Stage("VAE decode", lambda: ours(phases.decode(frames_last(latents))), their_video),
         Stage("whole", lambda: cogi2v_jax.generate(models, request, noise).video, their_whole),
     ]
 

@@ -1,9 +1,10 @@
 """Attention behind one call: `attend(q, k, v)`. A backend is a function and a row of BACKENDS; models are handed one and know no other."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,46 +47,74 @@ def cudnn(q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-# Rows of queries and of keys that the TPU kernel holds at once, by generation: what the compiler schedules fastest within on-chip memory.
-# (The library's own 128 x 128 leave the matrix unit idle four fifths of the time.)
-TILES = {"v4": (1280, 1792), "v5e": (1280, 1792), "v5p": (1280, 1792), "v6e": (1280, 1792)}
-LANES = 128
+class Tile(NamedTuple):
+    """What the TPU kernel holds on the chip: so many rows of queries, and of keys, which it takes a few at once. Near enough: a sequence is
+    cut evenly."""
+
+    queries: int
+    keys: int
+    at_once: int
+
+
+# What the compiler schedules fastest at 17,776 tokens, by generation. The library's own tiles of 128 leave the matrix unit idle most of the
+# time; more keys at once than here don't fit the registers, more in all don't fit the memory. v4 has little of it.
+TILES = {
+    "v4": Tile(1280, 1280, 1280),
+    "v5e": Tile(1280, 8960, 896),
+    "v5p": Tile(1280, 8960, 896),
+    "v6e": Tile(2560, 3584, 1792),
+}
+LANES = 128  # of a TPU's vectors: sizes are multiples
+# What the compiler's schedules say of other tiles: a step over a block of keys takes the time of so many more rows of them, and a tile of
+# half the size is slower by this share.
+STEP, SMALL = 200, 0.07
+FAR = -1e30  # a logit whose weight is zero
 
 
 @dataclass(frozen=True)
 class Splash:
-    """jax's TPU kernel, one tile of logits at a time. Sequences are evened out to whole tiles; the keys that this adds are told apart by one
-    more channel, of ones for queries and of zeros for real keys, which costs nothing: the kernel's lanes have room for it."""
+    """jax's TPU kernel, a tile of logits at a time. Sequences are evened out to whole tiles, and the keys that this adds are told apart by
+    one more channel, of ones for queries and of zeros for real keys: free, since a head's 64 channels take 128 lanes."""
 
-    queries: int  # rows of a tile, about
-    keys: int
+    tile: Tile
     interpret: bool = False
 
     def __call__(self, q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
-        tokens, heads = q.shape[1:3]
-        q_tile, k_tile = (even_tile(tokens, rows) for rows in (self.queries, self.keys))
-        q_rows, k_rows = (-(-tokens // tile) * tile for tile in (q_tile, k_tile))
-        # Half of a head's 128 lanes are empty at the width of 64; a power of two scales without rounding.
-        q = jnp.pad((q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype), ((0, 0),) * 3 + ((0, 1),), constant_values=1)
-        k = jnp.pad(k, ((0, 0),) * 3 + ((0, 1),))
-        k = jnp.pad(k, ((0, 0), (0, k_rows - tokens), (0, 0), (0, 0)))
-        k = k.at[:, tokens:, :, -1].set(FAR)
-        q = jnp.pad(q, ((0, 0), (0, q_rows - tokens), (0, 0), (0, 0)))
-        v = jnp.pad(v, ((0, 0), (0, k_rows - tokens), (0, 0), (0, 0)))
+        tokens, heads, width = q.shape[1:]
+        tile, q_rows, k_rows = fitted(self.tile, tokens)
+        q = q * jnp.asarray(width**-0.5, q.dtype) if width == 64 else (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
+        q = jnp.pad(jnp.pad(q, _after(3, 1), constant_values=1), _after(1, q_rows - tokens))
+        k = jnp.pad(jnp.pad(k, _after(3, 1)), _after(1, k_rows - tokens))
+        k = jnp.where((jnp.arange(k_rows) >= tokens)[:, None, None] & (jnp.arange(width + 1) == width), jnp.asarray(FAR, k.dtype), k)
+        v = jnp.pad(v, _after(1, k_rows - tokens))
         mask = splash_mask.MultiHeadMask([splash_mask.FullMask((q_rows, k_rows))] * heads)
-        sizes = splash_kernel.BlockSizes(block_q=q_tile, block_kv=k_tile, block_kv_compute=k_tile)
+        sizes = splash_kernel.BlockSizes(block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.at_once)
         kernel = splash_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=self.interpret)
         out = jax.vmap(kernel)(*(jnp.moveaxis(x, 2, 1) for x in (q, k, v)))
-        return jnp.moveaxis(out, 1, 2)[:, :tokens].astype(q.dtype)
+        return jnp.moveaxis(out, 1, 2)[:, :tokens]
 
 
-def even_tile(tokens: int, rows: int) -> int:
-    """The rows of a tile, near the wanted number, that leave the least over at the end of a sequence."""
-    tiles = max(1, round(tokens / rows))
-    return -(-(-(-tokens // tiles)) // LANES) * LANES
+def _after(axis: int, count: int) -> list[tuple[int, int]]:
+    """`jnp.pad`'s widths for the end of one of four axes."""
+    return [(0, count if axis == which else 0) for which in range(4)]
 
 
-FAR = -1e30  # a logit whose weight is zero
+def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int, int]:
+    """(the quickest tile no larger than the wanted one, rows of queries that even a sequence out, rows of keys)."""
+
+    def even(count: int, unit: int) -> int:
+        return math.ceil(count / unit) * unit
+
+    def sizes(most: int) -> range:
+        return range(LANES, even(most, LANES) + LANES, LANES)
+
+    def cost(keys: int, once: int) -> float:
+        return even(tokens, keys) * (1 + STEP / keys + SMALL * wanted.at_once / once)
+
+    groups = range(1, wanted.keys // wanted.at_once + 1)
+    keys, once = min(((group * once, once) for group in groups for once in sizes(wanted.at_once)), key=lambda block: cost(*block))
+    queries = min(sizes(wanted.queries), key=lambda rows: even(tokens, rows) * (1 + SMALL * wanted.queries / rows))
+    return Tile(queries, keys, once), even(tokens, queries), even(tokens, keys)
 
 
 BACKENDS: dict[str, Attend] = {"xla": xla, "cudnn": cudnn}

@@ -30,7 +30,7 @@ from .config import PARTS, CheckpointConfig, read_json
 from .models.t5 import T5
 from .models.transformer import Transformer
 from .models.vae import VAE
-from .sharding import parameter_shardings
+from .sharding import Sizes, make_mesh, parameter_shardings
 
 FORMAT = 1  # of the folder; a reader refuses any other
 MANIFEST = "checkpoint.json"
@@ -83,6 +83,13 @@ def is_stacked(name: str) -> bool:
     return "blocks" in name.split(".")
 
 
+def unit_shapes(config: CheckpointConfig, part: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of a part's leaves as its units hold them: of all that is not stacked, and of a layer's."""
+    leaves = {name: leaf.shape for name, leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).items()}
+    rest = {name: shape for name, shape in leaves.items() if not is_stacked(name)}
+    return rest, {name: shape[1:] for name, shape in leaves.items() if is_stacked(name)}
+
+
 def layer_count(config: CheckpointConfig, part: str) -> int:
     """Layers that are stacked; the VAE has none."""
     return getattr(getattr(config, part), "num_layers", 0)
@@ -118,12 +125,14 @@ def read_leaves(folder: Path, part: str, layer: int | None, shapes: Mapping[str,
     return leaves
 
 
-def read_shards(folder: Path, part: str, layer: int | None, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Array]:
-    """Some of a unit's leaves onto the devices and in the dtype of these shapes; a process reads what its own devices hold."""
+def read_shards(
+    folder: Path, part: str, layer: int | None, leaves: Mapping[str, jax.ShapeDtypeStruct], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Array]:
+    """Some of a unit's leaves, which are of these `shapes` and no others, onto their devices; a process reads what its own hold."""
     arguments = {name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()}
     with _reading(folder, part, layer) as (checkpointer, path):
         stored = {name: tuple(leaf.shape) for name, leaf in checkpointer.metadata(path).item_metadata.tree.items()}
-    check_leaves(path, {name: stored[name] for name in leaves if name in stored}, {name: leaf.shape for name, leaf in leaves.items()})
+    check_leaves(path, stored, shapes)
     with _reading(folder, part, layer) as (checkpointer, path):
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(dict(leaves), restore_args=arguments, partial_restore=True))
 
@@ -169,9 +178,11 @@ class Models:
     _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)  # the least recently used first
     _loading: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
-    def piece(self, name: str, shapes: nnx.Module, workspace: int = 0, ahead: bool = False) -> Any:
-        """One of PIECES, where `shapes` says it lies. If it and `workspace` bytes a device for its phase need the room, others leave first;
-        `ahead` of its phase none leaves, and None is the answer where they'd have to."""
+    def piece(self, name: str, shapes: nnx.Module | None = None, workspace: int = 0, ahead: bool = False) -> Any:
+        """One of PIECES, where `shapes` says it lies (None: on one device). If it and `workspace` bytes a device for its phase need the room,
+        others leave first; `ahead` of its phase none leaves, and None is the answer where they'd have to."""
+        if shapes is None:
+            shapes = placed(self.config, name, self.dtype, make_mesh(Sizes(), jax.local_devices()[:1]), memory_limit())
         with self._loading:
             network = self._resident.pop(name, None)
             if network is not None and places(network) != places(shapes):
@@ -241,18 +252,15 @@ def restore(folder: Path, config: CheckpointConfig, name: str, shapes: nnx.Modul
     part, prefix = PIECES[name]
     graph, state = nnx.split(shapes)
     leaves = {prefix + leaf: shape for leaf, shape in leaf_names(shapes).items()}
-    filled = read_shards(folder, part, None, {leaf: shape for leaf, shape in leaves.items() if not is_stacked(leaf)})
-    stacks = {leaf: _zeros(shape) for leaf, shape in leaves.items() if is_stacked(leaf)}
+    all_rest, all_rows = unit_shapes(config, part)
+    filled = read_shards(folder, part, None, {leaf: shape for leaf, shape in leaves.items() if not is_stacked(leaf)}, all_rest)
+    stacks = {leaf: jnp.zeros(shape.shape, shape.dtype, device=shape.sharding) for leaf, shape in leaves.items() if is_stacked(leaf)}
     rows = {leaf: _of_a_layer(stack) for leaf, stack in stacks.items()}
     for layer in range(layer_count(config, part) if stacks else 0):
-        stacks = _set_layer(stacks, read_shards(folder, part, layer, rows), np.int32(layer))
+        stacks = _set_layer(stacks, read_shards(folder, part, layer, rows, all_rows), np.int32(layer))
     filled |= stacks
     pure = nnx.to_flat_state(state)
     return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(filled[prefix + ".".join(map(str, path))])) for path, leaf in pure]))
-
-
-def _zeros(shape: jax.ShapeDtypeStruct) -> Array:
-    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=shape.sharding)(shape.shape, shape.dtype)
 
 
 def _of_a_layer(stack: Array) -> jax.ShapeDtypeStruct:

@@ -98,7 +98,9 @@ def denoise(
     return carry
 
 
-def decode_latents(vae: VAE, latents: Float[Array, "b t h w c"], scaling_factor: Float[Array, ""], mesh: Mesh) -> UInt8[Array, "b f h2 w2 3"]:
+def decode_latents(
+    vae: VAE, latents: Float[Array, "b t h w c"], scaling_factor: Float[Array, ""], mesh: Mesh
+) -> UInt8[Array, "b f h2 w2 3"]:
     """Every device ends with the whole video, so that whichever process writes it has it."""
     latents = pin((latents / scaling_factor).astype(vae.decoder.conv_in.kernel.dtype), mesh, "video", None, "rows", "columns")
     video = vae.decode(latents).astype(jnp.float32)
@@ -183,7 +185,9 @@ class Phases(Place):
 
     def image(self, pixels: Float[Any, "b 1 h w 3"], noise: Float[Any, "b 1 h2 w2 c"] | None, words: UInt32[Any, "b 2"]) -> Call:
         scale = np.float32(self.request.latent_scale(self.config))
-        return Call(IMAGE, "vae", (pixels, noise, words, scale), {"frames": self.shape.frames, "mesh": spatial(self.mesh, *self.shape[1:3])})
+        return Call(
+            IMAGE, "vae", (pixels, noise, words, scale), {"frames": self.shape.frames, "mesh": spatial(self.mesh, *self.shape[1:3])}
+        )
 
     def shifts(self) -> Call:
         network = self.config.transformer
@@ -193,7 +197,9 @@ class Phases(Place):
     def start(self, noise: Float[Any, "b t h w c"] | None, words: UInt32[Any, "b 2"]) -> Call:
         return Call(START, None, (noise, words), {"shape": tuple(self.shape[:4]), "mesh": self.mesh})
 
-    def denoise(self, carry: Any, first: int, shifts: Any, noise: Any, words: Any, image: Any, text: Any, where: Positions, slab: int) -> Call:
+    def denoise(
+        self, carry: Any, first: int, shifts: Any, noise: Any, words: Any, image: Any, text: Any, where: Positions, slab: int
+    ) -> Call:
         args = (carry, np.int32(first), self.rows, shifts, noise, words, image, text, where)
         return Call(DENOISE, "transformer", args, {"slab": slab, "layout": self.layout})
 

@@ -65,7 +65,7 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Pre
     """Every check there is, before anything slow begins. Raises ValueError as `generate` does."""
     resolved = request.resolve(models.config)
     videos = resolved.videos
-    phases = Phases(*_where(models, len(videos), resolved.guided), resolved, models.attention)
+    phases = phases_of(models, resolved)
     noise = noise or Noise()
     if not phases.rows.noise.any():
         noise = dataclasses.replace(noise, steps=None)  # ddim reads none
@@ -84,15 +84,15 @@ def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: S
     slab = steps if on_step is None else 1
     with ThreadPoolExecutor(1) as background:
         ahead = background.submit(_get_ready, models, phases, phases.loop(len(words), slab, noise.steps))
-        text = _run(models, phases, watch, "text", phases.text(ids))
-        image = _run(models, phases, watch, "image", phases.image(pixels, noise.posterior, words))
-        shifts = _run(models, phases, watch, "denoise", phases.shifts())
+        text = run(models, phases, watch, "text", phases.text(ids))
+        image = run(models, phases, watch, "image", phases.image(pixels, noise.posterior, words))
+        shifts = run(models, phases, watch, "denoise", phases.shifts())
         with watch("compile"):
             ahead.result()
-    carry = _run(models, phases, watch, "denoise", phases.start(noise.initial, words))
+    carry = run(models, phases, watch, "denoise", phases.start(noise.initial, words))
     given = (shifts, noise.steps, words, image, text, phases.positions())
     for first in range(0, steps, slab):
-        carry = _run(models, phases, watch, "denoise", phases.denoise(carry, first, *given, slab=slab))
+        carry = run(models, phases, watch, "denoise", phases.denoise(carry, first, *given, slab=slab))
         if on_step is not None:
             on_step(first + slab, steps, carry[0])
     return fetch(carry[0])[:, phases.shape.padding :]
@@ -104,7 +104,8 @@ def _get_ready(models: Models, phases: Phases, call: Call) -> None:
     models.piece(call.piece, phases.network(call.piece), workspace(call.compile(phases)), ahead=True)
 
 
-def _run(models: Models, place: Place, watch: Stopwatch, phase: str, call: Call) -> Any:
+def run(models: Models, place: Place, watch: Stopwatch, phase: str, call: Call) -> Any:
+    """A program with its network, which is loaded when it is known what else the devices must hold."""
     if call.piece is None:
         return watch.run(phase, call.program, *call.args, **call.static)
     with watch("compile"):
@@ -119,7 +120,12 @@ def decode(
 ) -> UInt8[np.ndarray, "b f h2 w2 3"]:
     """Scaled latents to frames: 4 (t - 1) + 1 of them where t is odd, 4 t where it is even."""
     place = place or Place(*_where(models, videos=len(latents), guided=True))
-    return fetch(_run(models, place, watch or Stopwatch(), "decode", place.decode(np.asarray(latents, np.float32))))
+    return fetch(run(models, place, watch or Stopwatch(), "decode", place.decode(np.asarray(latents, np.float32))))
+
+
+def phases_of(models: Models, request: Resolved) -> Phases:
+    """A request's programs on this machine."""
+    return Phases(*_where(models, len(request.videos), request.guided), request, models.attention)
 
 
 def _where(models: Models, videos: int, guided: bool) -> tuple[CheckpointConfig, jnp.dtype, Mesh, int]:

@@ -113,7 +113,9 @@ def make_mesh(sizes: Sizes, devices: Sequence[Any]) -> Mesh:
     if len({device.process_index for device in devices}) > 1:
         copies = len(devices) // sizes.devices
     elif len(devices) > sizes.devices and devices[0].platform != "cpu":
-        warnings.warn(f"{len(devices) - sizes.devices} of {len(devices)} devices stay idle: mesh {sizes} has no work for them", stacklevel=2)
+        warnings.warn(
+            f"{len(devices) - sizes.devices} of {len(devices)} devices stay idle: mesh {sizes} has no work for them", stacklevel=2
+        )
     chosen = by_squares(devices, sizes.context)[: copies * sizes.devices]
     return Mesh(np.array(chosen, object).reshape(copies, *sizes), ("copies", *AXES))
 
@@ -166,8 +168,8 @@ def pin(x: Array, mesh: Mesh, *axes: str | None) -> Array:
     return lax.with_sharding_constraint(x, split(mesh, *axes))
 
 
-def parameter_shardings(network: nnx.Module, mesh: Mesh, whole: bool) -> nnx.State:
-    """Where a network's parameters lie: `whole` on every device, or split as their axes' names say."""
+def parameter_shardings(network: nnx.Module, mesh: Mesh, whole: bool) -> Any:
+    """Where a network's parameters lie, as its state: `whole` on every device, or split as their axes' names say."""
 
     def place(parameter: nnx.Param) -> nnx.Param:
         named = () if whole else parameter.get_metadata()["axes"]

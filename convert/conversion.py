@@ -19,11 +19,11 @@ from cogi2v_jax.checkpoint import (
     MANIFEST,
     NETWORKS,
     abstract,
-    is_stacked,
     layer_count,
     leaf_names,
     open_folder,
     read_leaves,
+    unit_shapes,
     weight_files,
     write_unit,
 )
@@ -132,7 +132,7 @@ def to_torch(source_folder: Path, destination: Path, progress: Progress | None =
             shards = sorted({tensor.file for tensor in tensors.values()})
             for done, shard in enumerate(shards):
                 inside = {name: tensor for name, tensor in tensors.items() if tensor.file == shard}
-                write_safetensors(shard, inside, _values(source_folder, part, {name: places[name] for name in inside}, shapes))
+                write_safetensors(shard, inside, _values(source_folder, config, part, {name: places[name] for name in inside}))
                 if progress:
                     progress(part, done + 1, len(shards))
             if len(shards) > 1 or "-of-" in shards[0].name:
@@ -160,12 +160,11 @@ def tensors_recorded(folder: Path, config: CheckpointConfig, part: str) -> dict[
     return entries
 
 
-def _values(folder: Path, part: str, places: dict[str, Home], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str, Home]) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors in order; the unstacked ones and one layer are held at a time."""
+    rest, rows = unit_shapes(config, part)
 
     def unit(layer: int | None) -> dict[str, np.ndarray]:
-        rest = {name: shape for name, shape in shapes.items() if not is_stacked(name)}
-        rows = {name: shape[1:] for name, shape in shapes.items() if is_stacked(name)}
         return read_leaves(folder, part, layer, rest if layer is None else rows)
 
     units: dict[int | None, dict[str, np.ndarray]] = {None: unit(None)}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,14 +17,16 @@ from cogi2v_jax import checkpoint
 from cogi2v_jax.checkpoint import (
     MANIFEST,
     NETWORKS,
+    PIECES,
     Models,
     abstract,
+    bytes_per_device,
     is_stacked,
     layer_count,
     leaf_names,
     open_folder,
+    piece,
     read_unit,
-    restore,
     unit_path,
     write_unit,
 )
@@ -52,13 +55,13 @@ def folder(converted, tmp_path):
 def reads(monkeypatch):
     """Every unit that is read, in order."""
     seen = []
-    read = checkpoint.read_unit
+    read = checkpoint.read_shards
 
-    def watch(folder, part, layer):
+    def watch(folder, part, layer, *arguments):
         seen.append((part, layer))
-        return read(folder, part, layer)
+        return read(folder, part, layer, *arguments)
 
-    monkeypatch.setattr(checkpoint, "read_unit", watch)
+    monkeypatch.setattr(checkpoint, "read_shards", watch)
     return seen
 
 
@@ -78,7 +81,8 @@ def bits(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("part", NETWORKS)
 def test_restoring_gives_what_was_written_in_the_dtype_asked_for(part, dtype, converted, pipeline):
     models = open_folder(converted, jnp.dtype(dtype))
-    leaves = {name: np.asarray(leaf) for name, leaf in leaf_names(models.part(part)).items()}
+    pieces = {prefix: models.piece(name) for name, (owner, prefix) in PIECES.items() if owner == part}
+    leaves = {prefix + name: np.asarray(leaf) for prefix, network in pieces.items() for name, leaf in leaf_names(network).items()}
     tensors = getattr(pipeline, part).state_dict()
     places = homes(models.config, part)
     assert {leaf.dtype.name for leaf in leaves.values()} == {dtype}
@@ -89,7 +93,7 @@ def test_restoring_gives_what_was_written_in_the_dtype_asked_for(part, dtype, co
 
 
 def test_a_network_that_was_restored_computes(converted):
-    text = open_folder(converted, FLOAT32).part("text_encoder")(jnp.zeros((1, 12), jnp.int32))
+    text = open_folder(converted, FLOAT32).piece("text_encoder")(jnp.zeros((1, 12), jnp.int32))
     assert text.shape == (1, 12, 20)
     assert bool(jnp.isfinite(text).all())
 
@@ -153,29 +157,66 @@ def test_shapes_are_known_without_memory(converted):
 def test_a_part_is_not_read_before_it_is_asked_for(converted, reads):
     models = open_folder(converted, FLOAT32)
     assert reads == []
-    models.part("vae")
+    models.piece("vae")
     assert reads == [("vae", None)]
-    models.part("text_encoder")
+    models.piece("text_encoder")
     assert reads == [("vae", None), *(("text_encoder", layer) for layer in (None, 0, 1, 2))]
 
 
-@pytest.mark.parametrize(("memory", "times"), [(2**40, 1), (2**20, 3)])
-def test_parts_stay_loaded_only_where_all_of_them_fit(memory, times, converted, reads, monkeypatch):
-    monkeypatch.setattr(checkpoint, "memory_limit", lambda: memory)
-    models = open_folder(converted, FLOAT32)
-    networks = [models.part("vae") for _ in range(3)]
-    assert reads == [("vae", None)] * times
-    assert (networks[0] is networks[1]) == (times == 1)
+def size(models, *names) -> int:
+    return sum(bytes_per_device(piece(models.config, name, FLOAT32)) for name in names)
 
 
-def test_all_fit_means_twice_their_size(converted, monkeypatch):
+def test_pieces_stay_loaded_where_they_fit_together(converted, reads, monkeypatch):
     models = open_folder(converted, FLOAT32)
-    size = sum(leaf.nbytes for part in NETWORKS for leaf in leaf_names(restore(converted, models.config, part, FLOAT32)).values())
-    monkeypatch.setattr(checkpoint, "memory_limit", lambda: 2 * size + 1)
-    assert models.all_fit
-    monkeypatch.setattr(checkpoint, "memory_limit", lambda: 2 * size)
-    assert not open_folder(converted, FLOAT32).all_fit
-    assert open_folder(converted, jnp.dtype(jnp.bfloat16)).all_fit
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, *PIECES) + 1000)
+    first = [models.piece(name, workspace=1000) for name in PIECES]
+    count = len(reads)
+    assert [models.piece(name, workspace=1000) for name in PIECES] == first
+    assert len(reads) == count
+
+
+def test_what_was_used_longest_ago_leaves_first_and_only_for_want_of_room(converted, monkeypatch):
+    models = open_folder(converted, FLOAT32)
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, *PIECES) + 1000)
+    for name in ("text_encoder", "vae", "modulation", "transformer", "text_encoder"):
+        models.piece(name)
+    assert list(models._resident) == ["vae", "modulation", "transformer", "text_encoder"]
+    models.piece("transformer", workspace=1001)
+    assert list(models._resident) == ["modulation", "text_encoder", "transformer"]
+    models.piece("transformer", workspace=2**40)  # alone, and the device will say if even that is too much
+    assert list(models._resident) == ["transformer"]
+
+
+def test_a_piece_that_leaves_is_not_kept_alive(converted, monkeypatch):
+    models = open_folder(converted, FLOAT32)
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, "transformer"))
+    gone = weakref.ref(models.piece("text_encoder").norm.scale.get_value())
+    models.piece("transformer")
+    assert gone() is None
+
+
+def test_ahead_of_its_phase_a_piece_is_loaded_only_beside_the_others(converted, monkeypatch):
+    models = open_folder(converted, FLOAT32)
+    models.piece("text_encoder")
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, "text_encoder", "transformer"))
+    assert models.piece("transformer", workspace=1, ahead=True) is None
+    assert list(models._resident) == ["text_encoder"]
+    ahead = models.piece("transformer", ahead=True)
+    assert models.piece("transformer") is ahead
+
+
+def test_the_transformers_pieces_are_all_of_it(converted):
+    config = open_folder(converted, FLOAT32).config
+    whole = leaf_names(abstract(config, "transformer", FLOAT32))
+    pieces = {
+        prefix + name
+        for piece_, (part, prefix) in PIECES.items()
+        if part == "transformer"
+        for name in leaf_names(piece(config, piece_, FLOAT32))
+    }
+    assert pieces == whole.keys()
+    assert not any(name.startswith("modulation") for name in leaf_names(piece(config, "transformer", FLOAT32)))
 
 
 def test_the_memory_limit_is_the_machine_s():
@@ -184,14 +225,14 @@ def test_the_memory_limit_is_the_machine_s():
 
 def test_a_converted_folder_loads_wherever_it_is_moved(folder, converted, tmp_path):
     moved = folder.rename(tmp_path / "elsewhere, with a space")
-    ours, theirs = (leaf_names(open_folder(path, FLOAT32).part("vae")) for path in (moved, converted))
+    ours, theirs = (leaf_names(open_folder(path, FLOAT32).piece("vae")) for path in (moved, converted))
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_relative_path_does(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     assert isinstance(open_folder(Path("flax"), FLOAT32), Models)
-    open_folder(Path("flax"), FLOAT32).part("vae")
+    open_folder(Path("flax"), FLOAT32).piece("vae")
 
 
 # broken folders
@@ -251,7 +292,7 @@ def test_a_unit_that_breaks_later_is_refused_by_name(part, layer, damage, folder
         shutil.rmtree(unit)
         if damage == "not a folder":
             unit.write_text("x")
-    assert f"{unit} must be a whole orbax checkpoint" in refused(models.part, part)
+    assert f"{unit} must be a whole orbax checkpoint" in refused(models.piece, part)
 
 
 @pytest.mark.parametrize(
@@ -270,4 +311,4 @@ def test_a_unit_of_another_network_is_refused_by_its_leaves(change, expected, fo
     change(leaves)
     shutil.rmtree(unit)
     write_unit(folder, "text_encoder", None, leaves)
-    assert f"{unit} must hold the network's leaves: got {expected}" in refused(models.part, "text_encoder")
+    assert f"{unit} must hold the network's leaves: got {expected}" in refused(models.piece, "text_encoder")

@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert"}
 FLOORS = {
     0: "config",
-    1: "request schedule positions media tokenizer noise manifest",
+    1: "request schedule positions media tokenizer noise manifest sharding",
     2: "layers",
     3: "attention",
     4: "models.t5 models.vae models.transformer",
     5: "checkpoint compiled",
-    6: "pipeline",
+    6: "phases",
+    6.5: "pipeline",
     # The conversion package is one floor with an order of its own.
     7.0: "cogi2v_convert.rules cogi2v_convert.diffusers",
     7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer",

@@ -7,49 +7,73 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cogi2v_jax import config
-from cogi2v_jax.attention import xla
-from cogi2v_jax.checkpoint import abstract
-from cogi2v_jax.pipeline import decode_latents, denoise, encode_image, encode_text, modulate
-from cogi2v_jax.positions import positions, sinusoid
+from cogi2v_jax import config, phases
+from cogi2v_jax.checkpoint import piece
 from cogi2v_jax.request import Request
-from cogi2v_jax.schedule import tableau
+from cogi2v_jax.sharding import misfits, sizes_of, work_of
 
 NATIVE = {
     "cogvideox-5b-i2v": ((13, 60, 90, 16), (49, 480, 720, 3), 17776),
     "cogvideox1.5-5b-i2v": ((22, 96, 170, 16), (81, 768, 1360, 3), 45106),
 }
+HALF = jnp.dtype(jnp.bfloat16)
 
 
+def traced(call: phases.Call, place: phases.Phases) -> object:
+    """Shapes and dtypes of a program's results."""
+    network = () if call.piece is None else (place.network(call.piece),)
+    function = {program: function for function, program in vars(phases).items() if isinstance(program, phases.Program)}
+    results = jax.eval_shape(partial(PROGRAMS[function[call.program]], **call.static), *network, *call.args)
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), results)
+
+
+PROGRAMS = {
+    "TEXT": phases.encode_text,
+    "IMAGE": phases.encode_image,
+    "SHIFTS": phases.modulate,
+    "START": phases.draw_start,
+    "DENOISE": phases.denoise,
+    "DECODE": phases.decode_latents,
+}
+
+
+@pytest.mark.parametrize("mesh", ["cpu", "v5e-8"])
 @pytest.mark.parametrize("name", NATIVE)
-def test_every_phase_of_a_released_checkpoint_has_its_published_shapes(name: str) -> None:
+def test_every_phase_of_a_released_checkpoint_has_its_published_shapes(name: str, mesh: str) -> None:
     latents, video, tokens = NATIVE[name]
     checkpoint = config.named(name)
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
-    shape = request.latent_shape(checkpoint)
-    assert (*shape[:4],) == latents
-    networks = {part: abstract(checkpoint, part, jnp.dtype(jnp.bfloat16)) for part in ("transformer", "vae", "text_encoder")}
-    half = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    full = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    words = jax.ShapeDtypeStruct((1, 2), np.uint32)
+    where = phases.mesh_for(checkpoint, HALF, mesh, 1, True, jax.devices(), 2**40)
+    place = phases.Phases(checkpoint, HALF, where, 2**40, request, "xla")
+    assert (*place.shape[:4],) == latents
+    assert place.layout.tokens == tokens
+    assert place.layout.padded % sizes_of(mesh).context == 0
+    calls = place.calls()
+    assert traced(calls["text"][0], place) == ((2, 226, 4096), "bfloat16")
+    assert traced(calls["encode"][0], place) == ((1, *latents), "float32")
+    shifts, start, loop = (traced(call, place) for call in calls["denoise"])
+    assert shifts.blocks == ((50, 42, 6, 2, 3072), "bfloat16")
+    assert start == loop == (((1, *latents), "float32"),) * 2
+    assert traced(calls["decode"][0], place) == ((1, *video), "uint8")
 
-    text = jax.eval_shape(encode_text, networks["text_encoder"], jax.ShapeDtypeStruct((2, 226), np.int32))
-    assert text == half((2, 226, 4096))
 
-    pixels = full((1, 1, *video[1:]))
-    image = jax.eval_shape(partial(encode_image, noise=None, frames=shape.frames), networks["vae"], pixels, words=words, scale=full(()))
-    assert image == full((1, *latents))
+@pytest.mark.parametrize("mesh", config.meshes()["meshes"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_every_axis_divides_on_every_named_mesh(name: str, mesh: str) -> None:
+    checkpoint = config.named(name)
+    networks = {name: piece(checkpoint, name, HALF) for name in ("text_encoder", "transformer")}
+    assert misfits(sizes_of(mesh), work_of(checkpoint, networks, videos=1, guided=True)) == []
 
-    rows = tableau(checkpoint.scheduler, request.scheduler, request.num_inference_steps, request.guidance_scale, request.use_dynamic_cfg)
-    ofs = sinusoid(np.array([2.0]), 512) if checkpoint.transformer.ofs_embed_dim else None
-    shifts = jax.eval_shape(modulate, networks["transformer"].modulation, sinusoid(rows.timestep, 3072), ofs)
-    assert shifts.blocks == half((50, 42, 6, 2, 3072))
 
-    where = positions(checkpoint.transformer, latents[:3])
-    assert len(where.is_text) == tokens
-    walk = partial(denoise, slab=50, attend=xla)
-    x, x0 = jax.eval_shape(walk, networks["transformer"], (image, image), np.int32(0), rows, shifts, None, words, image, text, where)
-    assert (x, x0) == (image, image)
-
-    decoded = jax.eval_shape(decode_latents, networks["vae"], full((1, shape.frames - shape.padding, *latents[1:])), full(()))
-    assert decoded == jax.ShapeDtypeStruct((1, *video), np.uint8)
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_split_sequence_is_evened_out_and_no_more(name: str) -> None:
+    checkpoint = config.named(name)
+    request = Request("photo.jpg", "a prompt").resolve(checkpoint)
+    for ways in (1, 2, 3, 4, 8):
+        where = phases.mesh_for(checkpoint, HALF, f"context={ways}", 1, True, jax.devices(), 2**40)
+        layout = phases.Phases(checkpoint, HALF, where, 2**40, request, "xla").layout
+        assert layout.padded == -(-NATIVE[name][2] // ways) * ways
+        assert (
+            np.shape(jax.eval_shape(lambda: phases.positions(checkpoint.transformer, NATIVE[name][0][:3], layout.padded)).cos)[0]
+            == layout.padded
+        )

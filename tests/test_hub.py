@@ -94,7 +94,7 @@ def test_a_diffusers_folder_is_converted_into_the_cache(kind, source, cache):
     assert models.folder.parent == cache
     assert models.folder.name.endswith(f"-{FORMAT}")
     assert models.config.family == "cogvideox1.5-i2v"
-    bias = leaf_names(models.part("transformer"))["out.bias"]
+    bias = leaf_names(models.piece("transformer"))["out.bias"]
     assert float(bias[0]) == pytest.approx(float(load_file(source / WEIGHTS)["proj_out.bias"][0]))
 
 

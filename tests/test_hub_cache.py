@@ -55,7 +55,7 @@ def nudge(source: Path) -> None:
 
 
 def first_bias(models) -> float:
-    return float(leaf_names(models.part("transformer"))["out.bias"][0])
+    return float(leaf_names(models.piece("transformer"))["out.bias"][0])
 
 
 def test_the_same_folder_converts_once(source, cache):
@@ -148,7 +148,7 @@ def test_a_damaged_cache_folder_is_made_anew(damage, source, cache):
     models = load(source, say=said.append)
     assert models.folder == whole
     assert len(said) == 1
-    models.part("vae")
+    models.piece("vae")
 
 
 @pytest.mark.parametrize("obstacle", ["a file in its place", "no permission"])
@@ -165,7 +165,7 @@ def test_without_a_cache_a_model_is_converted_for_this_process_alone(obstacle, s
     assert said[0] == f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place"
     assert said[1].startswith(f"converting {source} into ")
     assert cache not in models.folder.parents
-    models.part("text_encoder")
+    models.piece("text_encoder")
     (((remove, folder), named),) = leave
     remove(folder, **named)
     assert not models.folder.exists()
@@ -210,7 +210,7 @@ def test_a_folder_that_another_process_finishes_meanwhile_is_taken(moment, sourc
 
 
 def test_two_processes_that_load_at_once_both_succeed(source, cache):
-    program = "import sys, cogi2v_jax; print(cogi2v_jax.load(sys.argv[1]).part('transformer').out.bias[0])"
+    program = "import sys, cogi2v_jax; print(cogi2v_jax.load(sys.argv[1]).piece('transformer').out.bias[0])"
     command = [sys.executable, "-c", program, str(source)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]

@@ -17,6 +17,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 import cogi2v_jax
 from cogi2v_jax.checkpoint import NETWORKS, is_stacked, leaf_names
 from cogi2v_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from cogi2v_jax.sharding import Layout, Sizes, make_mesh
 
 TINY = Path(cogi2v_jax.__file__).parent / "assets" / "cogi2v-tiny"
 VAE_BLOCKS = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
@@ -127,3 +128,8 @@ def positions_of(config: TransformerConfig, latents: tuple[int, int, int]) -> An
     from cogi2v_jax.positions import positions
 
     return jax.tree.map(jnp.asarray, positions(config, latents))
+
+
+def one_device(tokens: int, attention: Any) -> Layout:
+    """The layout of a transformer that is not spread at all."""
+    return Layout(make_mesh(Sizes(), jax.devices()[:1]), attention, tokens)
