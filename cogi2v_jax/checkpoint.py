@@ -121,7 +121,9 @@ def read_unit(folder: Path, part: str, layer: int | None) -> dict[str, np.ndarra
 def read_leaves(folder: Path, part: str, layer: int | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """A unit's leaves, which are these and no others."""
     leaves = read_unit(folder, part, layer)
-    check_leaves(unit_path(folder, part, layer), {name: np.shape(leaf) for name, leaf in leaves.items()}, shapes)
+    found = {name: np.shape(leaf) for name, leaf in leaves.items()}
+    if found != shapes:
+        raise ValueError(_misfits(unit_path(folder, part, layer), found, shapes))
     return leaves
 
 
@@ -131,10 +133,13 @@ def read_shards(
     """Some of a unit's leaves, which are of these `shapes` and no others, onto their devices; a process reads what its own hold."""
     arguments = {name: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding) for name, leaf in leaves.items()}
     with _reading(folder, part, layer) as (checkpointer, path):
-        stored = {name: tuple(leaf.shape) for name, leaf in checkpointer.metadata(path).item_metadata.tree.items()}
-    check_leaves(path, stored, shapes)
-    with _reading(folder, part, layer) as (checkpointer, path):
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(dict(leaves), restore_args=arguments, partial_restore=True))
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise ValueError("its metadata can't be read")
+        found = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
+        if found == shapes:
+            return checkpointer.restore(path, args=ocp.args.PyTreeRestore(dict(leaves), restore_args=arguments, partial_restore=True))
+    raise ValueError(_misfits(path, found, shapes))
 
 
 @contextmanager
@@ -147,12 +152,10 @@ def _reading(folder: Path, part: str, layer: int | None) -> Iterator[tuple[ocp.C
         raise ValueError(f"{path} must be a whole orbax checkpoint: {first_line(error)}") from None
 
 
-def check_leaves(path: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError where a unit holds other leaves than a network's."""
+def _misfits(path: Path, found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> str:
     wrong = [f"{name} {list(found[name]) if name in found else 'missing'}" for name, shape in shapes.items() if found.get(name) != shape]
     wrong += [f"{name} not of this network" for name in found if name not in shapes]
-    if wrong:
-        raise ValueError(f"{path} must hold the network's leaves: got {', '.join(wrong[:8])}")
+    return f"{path} must hold the network's leaves: got {', '.join(wrong[:8])}"
 
 
 def weight_files(folder: Path) -> dict[str, int]:

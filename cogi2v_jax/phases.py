@@ -85,7 +85,8 @@ def denoise(
     def one(carry: Carry, column: tuple[Any, ...]) -> tuple[Carry, None]:
         (x, x0_prev), (index, row, shifts, drawn) = carry, column
         both = jnp.concatenate([x, image], axis=-1).astype(text.dtype)
-        v = network(jnp.concatenate([both] * copies), text, shifts, positions, layout).astype(jnp.float32)
+        v = layout.in_turn(lambda both, text: network(both, text, shifts, positions, layout), jnp.concatenate([both] * copies), text)
+        v = v.astype(jnp.float32)
         if copies == GUIDED:
             unconditional, conditional = jnp.split(v, GUIDED)
             v = unconditional + row.guidance * (conditional - unconditional)
