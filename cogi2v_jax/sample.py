@@ -1,42 +1,24 @@
 """`python -m cogi2v_jax.sample`: arguments -> Request -> video file."""
 
 import argparse
-import hashlib
-import json
 import resource
 import sys
 import time
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from . import __version__
 from .config import names
 from .manifest import Job, read_manifest
 from .media import FITS, check_output, read_image, write_video
+from .recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
 from .request import IMAGE_LATENT_SCALES, Request
-
-if TYPE_CHECKING:
-    from .checkpoint import Models
 
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
-LATENTS = ".latents.safetensors"
-SETTINGS = (
-    "height",
-    "width",
-    "num_frames",
-    "fps",
-    "num_inference_steps",
-    "guidance_scale",
-    "use_dynamic_cfg",
-    "scheduler",
-    "fit",
-    "image_latent_scale",
-)
 PHASES = ("load", "text", "image", "compile", "denoise", "decode", "write")
 
 
@@ -192,8 +174,8 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
         recipe: dict[str, Any] = {}
 
         def keep(latents: Any, resolved: Request, output: Path = output, recipe: dict[str, Any] = recipe) -> None:
-            recipe.update(_recipe(models, name, resolved))
-            _write_latents(output.with_name(output.stem + LATENTS), latents, recipe)
+            recipe.update(recipe_of(models, name, resolved))
+            write_latents(output.with_name(output.stem + LATENTS), latents, recipe)
 
         result = generate(models, request, on_step=_progress(), on_latents=keep)
         seconds = {**result.seconds, "load": result.seconds["load"] + loading}
@@ -209,7 +191,7 @@ def _request(options: argparse.Namespace, job: Job, seed: int) -> Request:
 
 def _decode_alone(options: argparse.Namespace) -> None:
     watch = time.perf_counter()
-    latents, recipe = _read_latents(options.decode_latents)
+    latents, recipe = read_latents(options.decode_latents)
     stem = options.decode_latents.name.removesuffix(LATENTS)
     output = check_output(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
     from .compiled import Stopwatch
@@ -225,56 +207,6 @@ def _decode_alone(options: argparse.Namespace) -> None:
     video = decode(models, latents, stopwatch)[0]
     recipe |= {"fps": options.fps or recipe["fps"]}
     _finish(output, video, recipe, {**stopwatch.seconds, "load": stopwatch.seconds["load"] + loading})
-
-
-def _recipe(models: "Models", name: str, request: Request) -> dict[str, Any]:
-    """All it takes to make the video again, as JSON."""
-    import jax
-
-    video = request.videos[0]
-    image = Path(video.image)
-    return {
-        "program": f"cogi2v-jax {__version__}",
-        "model": name,
-        "checkpoint": models.config.title,
-        "image": image.name,
-        "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
-        "prompt": video.prompt,
-        "negative_prompt": video.negative_prompt,
-        "seed": video.seed,
-        **{setting: getattr(request, setting) for setting in SETTINGS},
-        "dtype": str(models.dtype),
-        "attention": models.attention,
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-
-
-def _write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
-    """Before decoding starts, so that running out of memory there costs no sampling."""
-    from safetensors.numpy import save
-
-    part = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
-    try:
-        part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))  # save_file's files are for their owner alone
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"latents must exist: found no {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            latents, recipe = file.get_tensor("latents"), json.loads((file.metadata() or {})["recipe"])
-        if latents.ndim != 5 or len(latents) != 1 or not {"model", "dtype", "fps"} <= dict(recipe).keys():
-            raise ValueError(f"it holds {list(latents.shape)} and a recipe of {', '.join(recipe) or 'nothing'}")
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"latents must be a *{LATENTS} file of an earlier run: {path} is not ({error})") from None
-    return latents, recipe
 
 
 def _progress() -> Callable[[int, int, Any], None]:
