@@ -182,7 +182,7 @@ class Models:
     _loading: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def piece(self, name: str, shapes: nnx.Module | None = None, workspace: int = 0, ahead: bool = False) -> Any:
-        """One of PIECES, where `shapes` says it lies (None: on one device). If it and `workspace` bytes a device for its phase need the room,
+        """One of PIECES, where `shapes` says it lies (None: on one device). If it and `workspace` bytes a device for its phase need room,
         others leave first; `ahead` of its phase none leaves, and None is the answer where they'd have to."""
         if shapes is None:
             shapes = placed(self.config, name, self.dtype, make_mesh(Sizes(), jax.local_devices()[:1]), memory_limit())

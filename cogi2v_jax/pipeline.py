@@ -128,6 +128,11 @@ def phases_of(models: Models, request: Resolved) -> Phases:
     return Phases(*_where(models, len(request.videos), request.guided), request, models.attention)
 
 
+def videos_at_once(models: Models, request: Request) -> int:
+    """How many of a request's videos the mesh for all of them makes side by side. Raises ValueError as `generate` does."""
+    return phases_of(models, request.resolve(models.config)).mesh.shape["data"]
+
+
 def _where(models: Models, videos: int, guided: bool) -> tuple[CheckpointConfig, jnp.dtype, Mesh, int]:
     """A checkpoint's place on this machine."""
     memory = memory_limit()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .request import Request
+from .request import Request, Video
 
 if TYPE_CHECKING:
     from .checkpoint import Models
@@ -27,11 +27,10 @@ SETTINGS = (
 )
 
 
-def recipe_of(models: "Models", name: str, request: Request) -> dict[str, Any]:
-    """What JSON can hold of a request of one video with an image file, and of the checkpoint loaded as `name`."""
+def recipe_of(models: "Models", name: str, request: Request, video: Video) -> dict[str, Any]:
+    """What JSON can hold of one of a request's videos, made from an image file, and of the checkpoint loaded as `name`."""
     import jax
 
-    video = request.videos[0]
     image = Path(video.image)
     return {
         "program": f"cogi2v-jax {__version__}",

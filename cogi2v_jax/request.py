@@ -110,6 +110,13 @@ class Request:
         rows = zip(*(column if isinstance(column, (list, tuple)) else [column] * size for column in columns), strict=True)
         return [Video(*row) for row in rows]
 
+    def batches(self, size: int) -> list["Request"]:
+        """The same for so many of its videos at a time."""
+        videos = self.videos
+        parts = [videos[first : first + size] for first in range(0, len(videos), size)]
+        columns = [part[0] if len(part) == 1 else map(list, zip(*part, strict=True)) for part in parts]
+        return [dataclasses.replace(self, **dict(zip(Video._fields, column, strict=True))) for column in columns]
+
     def resolve(self, config: CheckpointConfig) -> "Resolved":
         """Every open field answered. Raises ValueError naming all that the network can't compute, with the nearest that it can; warns once
         about what is only outside the published range."""

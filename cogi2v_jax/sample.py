@@ -1,11 +1,12 @@
 """`python -m cogi2v_jax.sample`: arguments -> Request -> video file."""
 
 import argparse
+import itertools
 import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from .config import names
 from .manifest import Job, read_manifest
 from .media import FITS, check_output, read_image, write_video
 from .recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
-from .request import IMAGE_LATENT_SCALES, Request
+from .request import IMAGE_LATENT_SCALES, Request, Video
 
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
@@ -74,7 +75,13 @@ def parser() -> argparse.ArgumentParser:
         help=f"converted or diffusers folder, hub id, or {', '.join(names())} (default: {EMBEDDED})",
     )
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: bfloat16, on CPUs float32)")
-    model.add_argument("--attention", metavar="NAME", default="auto", help="auto, xla or cudnn")
+    model.add_argument("--attention", metavar="NAME", default="auto", help="auto, xla, cudnn, splash (TPU) or tokamax (GPU)")
+    model.add_argument(
+        "--mesh",
+        metavar="NAME",
+        default="auto",
+        help="how devices share the work: auto, a machine (v5e-1, v5e-8, v6e-8, ...) or sizes (data=1,pair=2,context=4)",
+    )
     model.add_argument("--decode_latents", metavar="FILE", type=Path, help=f"only decode a *{LATENTS} file of an earlier run")
     # Of the official script: there is one type here, and a LoRA file knows its rank.
     model.add_argument("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)
@@ -157,36 +164,43 @@ def _jobs(options: argparse.Namespace, arguments_parser: argparse.ArgumentParser
 
 def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> None:
     watch = time.perf_counter()
-    requests = [_request(options, job, seed) for job, seed, _ in jobs]
-    for request in requests:
-        request.check()
+    request = _request(options, jobs)
+    request.check()
     from .hub import load
-    from .pipeline import generate, prepare
+    from .pipeline import generate, prepare, videos_at_once
 
     name = options.model or EMBEDDED
-    models = load(name, options.dtype, options.attention)
+    models = load(name, options.dtype, options.attention, options.mesh)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
-        for request in requests:  # so that the last one's fault doesn't wait until all others are sampled
-            prepare(models, request)
+        batches = request.batches(videos_at_once(models, request))
+        for batch in batches:  # so that the last one's fault doesn't wait until all others are sampled
+            prepare(models, batch)
     loading = time.perf_counter() - watch
-    for request, (*_, output) in zip(requests, jobs, strict=True):
-        recipe: dict[str, Any] = {}
+    outputs = iter([output for *_, output in jobs])
+    for batch in batches:
+        made = list(itertools.islice(outputs, len(batch.videos)))
+        recipes: list[dict[str, Any]] = []
 
-        def keep(latents: Any, resolved: Request, output: Path = output, recipe: dict[str, Any] = recipe) -> None:
-            recipe.update(recipe_of(models, name, resolved))
-            write_latents(output.with_name(output.stem + LATENTS), latents, recipe)
+        def keep(latents: Any, resolved: Request, made: list[Path] = made, recipes: list[dict[str, Any]] = recipes) -> None:
+            for number, (video, output) in enumerate(zip(resolved.videos, made, strict=True)):
+                recipes.append(recipe_of(models, name, resolved, video))
+                write_latents(output.with_name(output.stem + LATENTS), latents[number : number + 1], recipes[-1])
 
-        result = generate(models, request, on_step=_progress(), on_latents=keep)
+        result = generate(models, batch, on_step=_progress(), on_latents=keep)
         seconds = {**result.seconds, "load": result.seconds["load"] + loading}
-        _finish(output, result.video[0], recipe, seconds)
+        _finish(zip(made, result.video, recipes, strict=True), seconds)
         loading = 0.0
 
 
-def _request(options: argparse.Namespace, job: Job, seed: int) -> Request:
-    negative_prompt = options.negative_prompt if job.negative_prompt is None else job.negative_prompt
-    settings = {setting: getattr(options, setting) for setting in SETTINGS}
-    return Request(image=job.image, prompt=job.prompt, negative_prompt=negative_prompt, seed=seed, **settings)
+def _request(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> Request:
+    """All jobs in one."""
+    videos = [
+        Video(job.image, job.prompt, options.negative_prompt if job.negative_prompt is None else job.negative_prompt, seed)
+        for job, seed, _ in jobs
+    ]
+    columns = dict(zip(Video._fields, map(list, zip(*videos, strict=True)), strict=True))
+    return Request(**columns, **{setting: getattr(options, setting) for setting in SETTINGS})
 
 
 def _decode_alone(options: argparse.Namespace) -> None:
@@ -198,7 +212,7 @@ def _decode_alone(options: argparse.Namespace) -> None:
     from .hub import load
     from .pipeline import decode
 
-    models = load(options.model or recipe["model"], options.dtype or recipe["dtype"], options.attention)
+    models = load(options.model or recipe["model"], options.dtype or recipe["dtype"], options.attention, options.mesh)
     channels = models.config.vae.latent_channels
     if latents.shape[-1] != channels:
         raise ValueError(f"latents must have {channels} channels for {models.config.title}: got {latents.shape[-1]}")
@@ -206,7 +220,7 @@ def _decode_alone(options: argparse.Namespace) -> None:
     loading = time.perf_counter() - watch
     video = decode(models, latents, stopwatch)[0]
     recipe |= {"fps": options.fps or recipe["fps"]}
-    _finish(output, video, recipe, {**stopwatch.seconds, "load": stopwatch.seconds["load"] + loading})
+    _finish([(output, video, recipe)], {**stopwatch.seconds, "load": stopwatch.seconds["load"] + loading})
 
 
 def _progress() -> Callable[[int, int, Any], None]:
@@ -237,16 +251,18 @@ def _clock(seconds: float) -> str:
     return f"{minutes}:{seconds:02d}"
 
 
-def _finish(output: Path, video: Any, recipe: dict[str, Any], seconds: dict[str, float]) -> None:
-    """Writes the video and says what was done."""
+def _finish(videos: Iterable[tuple[Path, Any, dict[str, Any]]], seconds: dict[str, float]) -> None:
+    """Writes videos with their recipes, and says what was done."""
     started = time.perf_counter()
-    written = write_video(output, video, recipe["fps"], recipe)
+    lines = []
+    for output, video, recipe in videos:
+        frames, height, width, _ = video.shape
+        lines.append(f"{write_video(output, video, recipe['fps'], recipe)}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps")
     seconds = {**seconds, "write": time.perf_counter() - started}
     shown = "  ".join(f"{phase} {seconds[phase]:.1f}" for phase in PHASES if phase in seconds)
     print(f"seconds: {shown}  (total {sum(seconds.values()):.1f})")
     print(f"peak memory: {_peak_memory()}")
-    frames, height, width, _ = video.shape
-    print(f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps")
+    print("\n".join(lines))
 
 
 def _peak_memory() -> str:

@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from cogi2v_jax import config, phases
@@ -73,7 +72,5 @@ def test_a_split_sequence_is_evened_out_and_no_more(name: str) -> None:
         where = phases.mesh_for(checkpoint, HALF, f"context={ways}", 1, True, jax.devices(), 2**40)
         layout = phases.Phases(checkpoint, HALF, where, 2**40, request, "xla").layout
         assert layout.padded == -(-NATIVE[name][2] // ways) * ways
-        assert (
-            np.shape(jax.eval_shape(lambda: phases.positions(checkpoint.transformer, NATIVE[name][0][:3], layout.padded)).cos)[0]
-            == layout.padded
-        )
+        where = jax.eval_shape(partial(phases.positions, checkpoint.transformer, NATIVE[name][0][:3], layout.padded))
+        assert where.cos.shape[0] == where.is_text.shape[0] == layout.padded

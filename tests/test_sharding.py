@@ -7,19 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import twins
-from conftest import assert_close
-from PIL import Image
 
-import cogi2v_jax
-from cogi2v_jax import config
-from cogi2v_jax.checkpoint import Models, piece, placed, places
-from cogi2v_jax.pipeline import phases_of, run
-from cogi2v_jax.compiled import Stopwatch
-from cogi2v_jax.request import Request
+from cogi2v_jax import config, pipeline
+from cogi2v_jax.checkpoint import piece, placed
 from cogi2v_jax.sharding import (
-    AXES,
-    Layout,
     Sizes,
     Work,
     by_squares,
@@ -58,7 +49,9 @@ def test_a_mesh_is_named_or_spelled_out() -> None:
     assert sizes_of(str(Sizes(3, 2, 5))) == Sizes(3, 2, 5)
 
 
-@pytest.mark.parametrize("text", ["", "v5e-9", "pair", "pair=", "pair=0", "pair=-1", "pair=2,pair=2", "rows=2", "pair=2;context=4", "context=1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "v5e-9", "pair", "pair=", "pair=0", "pair=-1", "pair=2,pair=2", "rows=2", "pair=2;context=4", "context=1.5"]
+)
 def test_what_is_no_mesh_is_refused_with_the_known_ones(text: str) -> None:
     with pytest.raises(ValueError, match=r"mesh must be auto, v5e-1, .*cpu, or sizes like data=1,pair=2,context=4: got"):
         sizes_of(text)
@@ -116,7 +109,11 @@ def test_auto_does_not_split_the_threads_of_one_cpu_but_takes_every_process() ->
 @pytest.mark.parametrize(
     ("text", "work", "line"),
     [
-        ("context=5", asked(), "transformer blocks.attn: axis heads of size 48 must divide by 5 (context) for mesh data=1,pair=1,context=5"),
+        (
+            "context=5",
+            asked(),
+            "transformer blocks.attn: axis heads of size 48 must divide by 5 (context) for mesh data=1,pair=1,context=5",
+        ),
         ("data=2", asked(), "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1"),
         ("v5e-8", asked(guided=False), "request: axis pair of size 1 must divide by 2 (pair) for mesh data=1,pair=2,context=4"),
         ("v5e-16", asked(), "mesh v5e-16 must have at most the 8 devices that there are: got 16"),
@@ -140,7 +137,9 @@ def test_the_nearest_mesh_is_near() -> None:
 def test_a_parameter_that_does_not_divide_is_named() -> None:
     checkpoint = config.named("cogi2v-tiny")
     work = work_of(checkpoint, {"text_encoder": piece(checkpoint, "text_encoder", FLOAT32)}, videos=1, guided=True)
-    with pytest.raises(ValueError, match=r"text_encoder blocks.mlp.gate.kernel: axis mlp of size 128 must divide by 5 \(data x pair x context\)"):
+    with pytest.raises(
+        ValueError, match=r"text_encoder blocks.mlp.gate.kernel: axis mlp of size 128 must divide by 5 \(data x pair x context\)"
+    ):
         choose_sizes("context=5", work, [device(number) for number in range(8)])
 
 
@@ -206,12 +205,107 @@ def test_weights_lie_whole_where_they_fit_and_split_where_not_and_t5_is_always_s
     half = jnp.dtype(jnp.bfloat16)
 
     def bytes_on_a_device(name: str, memory: float) -> float:
-        network = placed(checkpoint, name, half, mesh, int(memory * 2**30))
-        from cogi2v_jax.checkpoint import bytes_per_device
-
-        return bytes_per_device(network) / 2**30
+        return bytes_per_device(placed(checkpoint, name, half, mesh, int(memory * 2**30))) / 2**30
 
     assert bytes_on_a_device("transformer", 15.75) == pytest.approx(9.0, abs=0.1)
     assert bytes_on_a_device("transformer", 10) < 1.6
     assert bytes_on_a_device("text_encoder", 95) < 1.5
     assert bytes_on_a_device("vae", 15.75) == pytest.approx(0.4, abs=0.05)
+
+
+# numbers
+
+VIDEOS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A checkpoint whose every axis divides by eight, but for a sequence that does not."""
+    pipe = twins.pipeline("1.0")
+    heads = {"num_attention_heads": 8, "attention_head_dim": 16, "num_layers": 2}
+    pipe.transformer = twins.transformer(**{**twins.FAMILIES["1.0"], **heads, "sample_height": 8, "sample_width": 8, "sample_frames": 9})
+    pipe.text_encoder = twins.t5(1, d_ff=40)
+    pipe.vae = twins.vae(2, layers_per_block=1)
+    return twins.save(pipe, tmp_path_factory.mktemp("source") / "even")
+
+
+@pytest.fixture(scope="module")
+def request_of_eight() -> Request:
+    pictures = np.random.default_rng(0).integers(0, 256, (VIDEOS, 64, 64, 3), dtype=np.uint8)
+    prompts = ["the red circle", "a blue square", "grows", "spins", "the", "a", "moves left", "stays still"]
+    return Request([Image.fromarray(p) for p in pictures], prompts, seed=list(range(VIDEOS)), num_inference_steps=2, num_frames=9)
+
+
+def stages(models: Models, request: Request, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Every stage's result on the host, each from the same inputs: those `given`, or what the stages before it made."""
+    prepared = pipeline.prepare(models, request)
+    phases, mesh, results = prepared.phases, prepared.phases.mesh, {}
+
+    def stage(name: str, call: Any) -> Any:
+        results[name] = jax.tree.map(fetch, pipeline.run(models, phases, Stopwatch(), "run", call))
+        return (given or results)[name]
+
+    def on(value: Any, *axes: str) -> Any:
+        return jax.tree.map(lambda leaf: put(leaf, split(mesh, *axes)), value)
+
+    text = on(stage("text", phases.text(prepared.ids)), "batch")
+    image = on(stage("image", phases.image(prepared.pixels, None, prepared.words)), "video")
+    shifts = on(stage("shifts", phases.shifts()))
+    start = on(stage("start", phases.start(None, prepared.words)), "video")
+    given_to_loop = (shifts, None, prepared.words, image, text, phases.positions())
+    x, _ = stage("denoised", phases.denoise(start, 0, *given_to_loop, slab=2))
+    results["video"] = pipeline.decode(models, x, place=phases)
+    return results
+
+
+@pytest.fixture(scope="module")
+def unsharded(folder: Any, request_of_eight: Request) -> dict[str, Any]:
+    return stages(cogi2v_jax.load(folder, "float32"), request_of_eight)
+
+
+@pytest.mark.parametrize("sizes", EIGHT, ids=str)
+def test_no_stage_depends_on_the_mesh(sizes: Sizes, folder: Any, request_of_eight: Request, unsharded: dict[str, Any]) -> None:
+    models = cogi2v_jax.load(folder, "float32", mesh=str(sizes))
+    sharded = stages(models, request_of_eight, unsharded)
+    assert pipeline.prepare(models, request_of_eight).phases.mesh.shape == {"copies": 1, **sizes._asdict()}
+    for name in ("text", "image"):
+        assert_close(sharded[name], unsharded[name], 1e-5)
+    for ours, theirs in zip(jax.tree.leaves(sharded["shifts"]), jax.tree.leaves(unsharded["shifts"]), strict=True):
+        assert_close(ours, theirs, 1e-5)
+    np.testing.assert_array_equal(sharded["start"][0], unsharded["start"][0])  # a seed's noise is the same anywhere
+    assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
+    assert np.abs(sharded["video"].astype(int) - unsharded["video"]).max() <= 1  # a rounding to bytes may fall either way
+
+
+def test_the_same_seed_is_the_same_video_on_any_mesh(folder: Any, request_of_eight: Request) -> None:
+    first, *_ = request_of_eight.batches(1)
+    alone = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32"), first)
+    for mesh in ("pair=2,context=4", "context=8"):
+        spread = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32", mesh=mesh), first)
+        assert_close(spread.latents, alone.latents, 1e-5)
+        assert np.abs(spread.video.astype(int) - alone.video).max() <= 1
+
+
+def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
+    folder: Any, request_of_eight: Request, unsharded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogi2v_jax.checkpoint.WHOLE", 0.0)
+    placed.cache_clear()
+    models = cogi2v_jax.load(folder, "float32", mesh="data=2,pair=2,context=2")
+    phases = pipeline.prepare(models, request_of_eight).phases
+    assert not phases.layout.whole
+    network = phases.network("transformer")
+    assert bytes_per_device(network) < bytes_per_device(piece(models.config, "transformer", FLOAT32)) / 4
+    sharded = stages(models, request_of_eight, unsharded)
+    assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
+    placed.cache_clear()
+
+
+@pytest.mark.parametrize("mesh", ["cpu", "pair=2", "data=2,pair=2", "data=2"])
+def test_long_sequences_go_in_turn_with_the_same_result(
+    mesh: str, folder: Any, request_of_eight: Request, unsharded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogi2v_jax.sharding.LONG", 1)
+    jax.clear_caches()
+    results = stages(cogi2v_jax.load(folder, "float32", mesh=mesh), request_of_eight, unsharded)
+    assert_close(results["denoised"][0], unsharded["denoised"][0], 1e-5)
