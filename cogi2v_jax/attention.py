@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float
 
+from . import config
 from .layers import precision
 
 Attend = Callable[[Float[Array, "b s n k"], Float[Array, "b s n k"], Float[Array, "b s n k"]], Float[Array, "b s n k"]]
@@ -82,7 +84,7 @@ class Splash:
     def __call__(self, q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
         tokens, heads, width = q.shape[1:]
         tile, q_rows, k_rows = fitted(self.tile, tokens)
-        q = q * jnp.asarray(width**-0.5, q.dtype) if width == 64 else (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)
+        q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # exact at a width of 64: a power of two
         q = jnp.pad(jnp.pad(q, _after(3, 1), constant_values=1), _after(1, q_rows - tokens))
         k = jnp.pad(jnp.pad(k, _after(3, 1)), _after(1, k_rows - tokens))
         k = jnp.where((jnp.arange(k_rows) >= tokens)[:, None, None] & (jnp.arange(width + 1) == width), jnp.asarray(FAR, k.dtype), k)
@@ -117,14 +119,35 @@ def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int, int]:
     return Tile(queries, keys, once), even(tokens, queries), even(tokens, keys)
 
 
-BACKENDS: dict[str, Attend] = {"xla": xla, "cudnn": cudnn}
+def tokamax(q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+    """The tokamax library's kernels for NVIDIA devices: Mosaic where it has one for the device, else Triton."""
+    from tokamax import dot_product_attention
+
+    return dot_product_attention(q, k, v, implementation=("mosaic_gpu", "triton"))
+
+
+BACKENDS: dict[str, Attend] = {"xla": xla, "cudnn": cudnn, "splash": Splash(TILES["v5e"]), "tokamax": tokamax}
+NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}  # which computes bfloat16 there and nothing else: their float32 is not float32
+FASTEST = {"gpu": "cudnn", "tpu": "splash"}
 
 
 def choose(name: str, dtype: jnp.dtype, device: Any = None) -> Attend:
-    """A backend by name; `auto` takes the fastest that computes `dtype` on the device, or on the default one."""
-    platform = jax.default_backend() if device is None else device.platform
+    """A backend by name; `auto` takes the fastest that computes `dtype` on the device, or on the default one. Raises ValueError for a name
+    that is unknown or no good there."""
+    device = jax.devices()[0] if device is None else device
     if name == "auto":
-        name = "cudnn" if platform == "gpu" and dtype == jnp.bfloat16 else "xla"
+        name = FASTEST.get(device.platform, "xla") if dtype == jnp.bfloat16 else "xla"
     if name not in BACKENDS:
         raise ValueError(f"attention must be auto, {', '.join(BACKENDS)}: got {name!r}")
-    return BACKENDS[name]
+    needs = NEEDS.get(name, device.platform)
+    if device.platform != needs or (name in NEEDS and dtype != jnp.bfloat16):
+        raise ValueError(
+            f"attention {name} must have bfloat16 on a {needs.upper()}: got {dtype} on {device.device_kind}; auto or xla will do"
+        )
+    if name == "tokamax" and not find_spec("tokamax"):
+        raise ValueError("attention tokamax must have its library: pip install tokamax")
+    backend = BACKENDS[name]
+    if isinstance(backend, Splash):
+        kinds = {generation["kind"]: name for name, generation in config.meshes()["generations"].items()}
+        backend = replace(backend, tile=TILES.get(kinds.get(device.device_kind, ""), backend.tile))
+    return backend

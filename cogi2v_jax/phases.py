@@ -27,6 +27,7 @@ from .request import LatentShape, Resolved
 from .schedule import Tableau, step, tableau
 from .sharding import GUIDED, Layout, choose_sizes, make_mesh, pin, put, spatial, split, work_of
 
+LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
 OFS = 2.0  # the 1.5 network's fixed conditioning value
 
 Carry = tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]  # x, and the last step's x0
@@ -179,7 +180,7 @@ class Phases(Place):
         backend = choose(self.attention, self.dtype, self.mesh.devices.flat[0])
         tokens = token_count(self.config.transformer, self.shape[:3])
         whole = all(place.is_fully_replicated for place in places(self.network("transformer")))
-        return Layout(self.mesh, backend, tokens, whole)
+        return Layout(self.mesh, backend, tokens, whole, turns=tokens >= LONG)
 
     def text(self, ids: Int[Any, "pairs p"]) -> Call:
         return Call(TEXT, "text_encoder", (ids,), {"mesh": self.mesh})

@@ -82,6 +82,11 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="how devices share the work: auto, a machine (v5e-1, v5e-8, v6e-8, ...) or sizes (data=1,pair=2,context=4)",
     )
+    model.add_argument(
+        "--plan", metavar="NAME", help="only print what it takes on a machine (v5e-8, ...), here or not: memory, static time"
+    )
+    model.add_argument("--vae_tiling", action="store_true", help="encode and decode in the reference's blended tiles, as its script does")
+    model.add_argument("--verbose", action="store_true", help="print mesh, attention and compiler options")
     model.add_argument("--decode_latents", metavar="FILE", type=Path, help=f"only decode a *{LATENTS} file of an earlier run")
     # Of the official script: there is one type here, and a LoRA file knows its rank.
     model.add_argument("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)

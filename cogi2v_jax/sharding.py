@@ -30,7 +30,6 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": AXES,
     "mlp": AXES,
 }
-LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
 GUIDED = 2  # predictions of a guidance pair
 
 
@@ -201,6 +200,7 @@ class Layout:
     attention: Callable[[Any, Any, Any], Any]  # a backend of attention.py, for one device
     tokens: int  # of the joint sequence, without what evens it out
     whole: bool = True  # whether every device holds all weights
+    turns: bool = False  # whether a device takes one video of a batch after another
 
     @property
     def padded(self) -> int:
@@ -229,10 +229,10 @@ class Layout:
         return trade(jnp.pad(out, ((0, 0), (0, self.padded - self.tokens), (0, 0), (0, 0))), 1, 2)
 
     def in_turn(self, predict: Callable[..., Array], *batch: Array) -> Array:
-        """A long sequence fills a device alone: of a batch, each device takes one video after another, which needs less memory and no more
-        time. Short ones go together."""
+        """Predictions of a batch: all at once, or on each device one after another. A long sequence fills a device alone, so that turns
+        cost no time there, and need less memory."""
         ways = math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
-        if self.tokens < LONG or len(batch[0]) == ways:
+        if not self.turns or len(batch[0]) == ways:
             return predict(*batch)
         turns = [jnp.moveaxis(x.reshape(ways, -1, *x.shape[1:]), 1, 0) for x in batch]
         y = lax.map(lambda parts: predict(*parts), turns)

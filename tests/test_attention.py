@@ -1,5 +1,8 @@
 """Every backend against plain attention in float64."""
 
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,13 +41,104 @@ def test_memory_is_linear_in_the_sequence() -> None:
     assert temporaries(16 * 4096) < 20 * temporaries(4096)
 
 
+@pytest.mark.parametrize("tokens", [7, 131, 300, 1000])
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_tpu_kernels_tiles_do_not_change_the_result(tokens: int, width: int, rng: np.random.Generator) -> None:
+    q, k, v = rng.normal(size=(3, 2, tokens, 3, width)).astype(np.float32)
+    splash = attention.Splash(attention.Tile(256, 768, 384), interpret=True)
+    ours = splash(*map(jnp.asarray, (q, k, v)))
+    assert_close(ours, exact(q, k, v), 2e-6)
+    assert_close(ours, attention.xla(*map(jnp.asarray, (q, k, v))), 2e-6)
+
+
+def test_keys_that_only_fill_a_tile_have_no_weight_even_where_all_real_logits_are_far_below_zero(rng: np.random.Generator) -> None:
+    q = np.ones((1, 130, 1, 64), np.float32)
+    k = -100 * q + rng.normal(size=q.shape).astype(np.float32)
+    v = rng.normal(size=q.shape).astype(np.float32)
+    ours = attention.Splash(attention.Tile(128, 256, 128), interpret=True)(*map(jnp.asarray, (q, k, v)))
+    assert_close(ours, exact(q, k, v), 1e-4)
+
+
+@pytest.mark.parametrize("generation", attention.TILES)
+@pytest.mark.parametrize("tokens", [1, 58, 2146, 8922, 17776, 45106, 85906])
+def test_tiles_even_a_sequence_out_with_little_left_over(generation: str, tokens: int) -> None:
+    wanted = attention.TILES[generation]
+    tile, queries, keys = attention.fitted(wanted, tokens)
+    assert tokens <= min(queries, keys)
+    assert queries % tile.queries == keys % tile.keys == tile.keys % tile.at_once == 0
+    assert {size % attention.LANES for size in tile} == {0}
+    assert all(size <= most for size, most in zip(tile, wanted, strict=True))
+    assert max(queries, keys) <= max(1.04 * tokens, tokens + 4 * attention.LANES)
+    assert tile.queries >= min(1024, attention.LANES * (tokens // attention.LANES))  # never the library's default
+
+
+def device(platform: str, kind: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(platform=platform, device_kind=kind)
+
+
+V5E, V6E, H100, CPU = (
+    device("tpu", "TPU v5 lite"),
+    device("tpu", "TPU v6 lite"),
+    device("gpu", "NVIDIA H100 80GB HBM3"),
+    device("cpu", "cpu"),
+)
+HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "expected"),
+    [
+        (V5E, HALF, attention.Splash(attention.TILES["v5e"])),
+        (V6E, HALF, attention.Splash(attention.TILES["v6e"])),
+        (device("tpu", "TPU v9"), HALF, attention.Splash(attention.TILES["v5e"])),
+        (V5E, FULL, attention.xla),
+        (H100, HALF, attention.cudnn),
+        (H100, FULL, attention.xla),
+        (CPU, HALF, attention.xla),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_exact(where: types.SimpleNamespace, dtype: jnp.dtype, expected: attention.Attend) -> None:
+    assert attention.choose("auto", dtype, where) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "where"),
+    [("splash", HALF, CPU), ("splash", FULL, V5E), ("cudnn", HALF, V5E), ("cudnn", FULL, H100), ("tokamax", HALF, CPU)],
+)
+def test_a_backend_is_refused_where_it_cannot_run(name: str, dtype: jnp.dtype, where: types.SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=rf"attention {name} must have bfloat16 on a (TPU|GPU): got .*; auto or xla will do"):
+        attention.choose(name, dtype, where)
+
+
+def test_tokamax_is_asked_for_by_its_kernels_and_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tokamax"):
+        attention.choose("tokamax", HALF, H100)
+    asked = []
+    library = types.SimpleNamespace(dot_product_attention=lambda q, k, v, implementation: asked.append(implementation) or q)
+    monkeypatch.setitem(sys.modules, "tokamax", library)
+    x = jnp.ones((1, 2, 3, 4))
+    assert attention.tokamax(x, x, x) is x
+    assert asked == [("mosaic_gpu", "triton")]
+
+
 @pytest.mark.parametrize("name", ["", "flash", "XLA"])
 def test_an_unknown_backend_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ValueError, match="attention must be auto, xla, cudnn: got"):
+    with pytest.raises(ValueError, match="attention must be auto, xla, cudnn, splash, tokamax: got"):
         attention.choose(name, jnp.dtype(jnp.float32))
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs an NVIDIA device")
-def test_cudnn_is_as_exact_as_bfloat16_allows(rng: np.random.Generator) -> None:
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="these kernels need an NVIDIA device")
+@pytest.mark.parametrize("name", ["cudnn", "tokamax"])
+def test_a_gpu_kernel_is_as_exact_as_bfloat16_allows(name: str, rng: np.random.Generator) -> None:
+    if name == "tokamax":
+        pytest.importorskip("tokamax")
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 131, 3, 64)))
-    assert_close(np.float32(attention.cudnn(q, k, v)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
+    assert_close(np.float32(attention.BACKENDS[name](q, k, v)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
+
+
+@pytest.mark.skipif(jax.default_backend() != "tpu", reason="the kernel needs a TPU")
+def test_the_tpu_kernel_is_as_exact_as_bfloat16_allows(rng: np.random.Generator) -> None:
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 2146, 3, 64)))
+    backend = attention.choose("splash", HALF)
+    assert_close(np.float32(backend(q, k, v)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
