@@ -25,7 +25,7 @@ FLOORS = {
     7.2: "cogi2v_convert.conversion",
     7.3: "cogi2v_convert.inspection",
     7.4: "cogi2v_convert.__main__",
-    8: "hub",
+    8: "hub plan",
     9: "sample",
 }
 FLOOR = {
