@@ -26,7 +26,7 @@ FLOORS = {
     7.3: "cogi2v_convert.inspection",
     7.4: "cogi2v_convert.__main__",
     8: "hub plan",
-    9: "sample",
+    9: "sample preflight",
 }
 FLOOR = {
     name if name.startswith("cogi2v_") else f"cogi2v_jax.{name}": floor for floor, residents in FLOORS.items() for name in residents.split()

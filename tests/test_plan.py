@@ -121,10 +121,10 @@ def test_what_was_not_compiled_is_not_guessed(tables):
 
 
 def test_the_nearest_is_the_same_machine_at_another_size_before_any_other_machine(tables):
-    other_size = row("denoise", "v5e-8", 6, 10, num_frames=9)
-    tables(row("denoise", "v5e-16", 5, 20), other_size, row("denoise", "v5e-8", 8, 30, num_frames=41))
+    smaller = [row("denoise", "v5e-8", gib, 10, num_frames=frames) for frames, gib in ((9, 6), (17, 8))]
+    tables(row("denoise", "v5e-16", 5, 20), *smaller)
     assert plan.lines(MODEL, "v5e-8")[6] == (
-        "denoise   not compiled; nearest is v5e-8, 41 frames of 480x720 with guidance, bfloat16, splash attention: 8.00 GiB a chip"
+        "denoise   not compiled; nearest is v5e-8, 17 frames of 480x720 with guidance, bfloat16, splash attention: 8.00 GiB a chip"
     )
 
 
