@@ -1,0 +1,137 @@
+# %% [markdown]
+# # A picture becomes a video, on a free Colab TPU
+#
+# You give a picture and a sentence; CogVideoX-5B-I2V makes a six-second video that begins with your picture. Choose
+# **Runtime → Change runtime type → v5e-1 TPU**, then **Runtime → Run all**, and look below the last cell.
+#
+# - **No TPU?** Then a small model, `cogi2v-tiny`, is taken. It knows only flat shapes, but shows in a minute how everything works.
+# - **The first run is slow**: it fetches about 20 GB and converts them. Later runs on the same machine find both.
+# - **Machine lost?** Choose **Run all** again. With `keep_on_drive` ticked in step 2, a video that was sampled is not sampled again.
+#
+# **What has been tried:** all of this with the small model on a CPU. Nobody has run it on a real TPU yet: what is known about the large
+# models there comes from Google's TPU compiler, and step 2 says what that is.
+#
+# The large models' weights are under the CogVideoX licence: free for research, registration for commercial use.
+
+# %%
+# @title 1. Install
+# @markdown From where: a package's name, a folder (`/content/cogi2v-jax[tpu]`) or a git address (`cogi2v-jax[tpu] @ git+https://…`).
+# @markdown Does nothing where the program is installed already.
+source = "cogi2v-jax[tpu]"  # @param {"type":"string"}
+
+import importlib
+import subprocess
+import sys
+
+try:
+    import cogi2v_jax
+except ImportError:  # jax is not imported yet, so that pip may renew it without a restart
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+    importlib.invalidate_caches()
+    import cogi2v_jax
+print("cogi2v-jax", cogi2v_jax.__version__)
+
+# %%
+# @title 2. Check the machine, choose the model
+# @markdown `auto` is CogVideoX-5B-I2V where it fits, and the small model elsewhere.
+wanted = "auto"  # @param ["auto", "cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny"]
+# @markdown Keep pictures and videos in your Google Drive; a lost machine takes everything else with it:
+keep_on_drive = False  # @param {"type":"boolean"}
+
+from pathlib import Path
+
+from cogi2v_jax import preflight
+
+model = preflight.check(wanted)  # stops here, and says why, if the machine can't hold the model you chose
+if keep_on_drive:
+    from google.colab import drive
+
+    drive.mount("/content/drive")
+    results = Path("/content/drive/MyDrive/cogi2v")
+else:
+    results = (Path("/content") if Path("/content").is_dir() else Path.home()) / "cogi2v"
+results.mkdir(exist_ok=True)
+print(f"{model}; results go to {results}")
+
+# %%
+# @title 3. Picture and sentence
+# @markdown The example is a triangle, made for the small model. `upload` asks for a picture of yours.
+picture = "example"  # @param ["example", "upload", "the last upload"]
+prompt = "the cyan triangle grows"  # @param {"type":"string"}
+negative_prompt = ""  # @param {"type":"string"}
+# @markdown Another seed is another video. `None` means: as the model was made for.
+seed = 42  # @param {"type":"integer"}
+num_inference_steps = None  # @param {"type":"raw"}
+guidance_scale = None  # @param {"type":"raw"}
+num_frames = None  # @param {"type":"raw"}
+
+from cogi2v_jax import Request, config, sample
+
+image = sample.EXAMPLE_IMAGE if picture == "example" else results / "picture"
+if picture == "upload":
+    from google.colab import files
+
+    files.upload_file(str(image))
+request = Request(
+    image=image,
+    prompt=prompt,
+    negative_prompt=negative_prompt,
+    seed=seed,
+    num_inference_steps=num_inference_steps,
+    guidance_scale=guidance_scale,
+    num_frames=num_frames,
+).resolve(config.named(model))  # what the model can't compute is refused now, before anything slow
+print(f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps")
+
+# %%
+# @title 4. Load the model
+# @markdown A large one is fetched and converted first, once a machine.
+# @markdown If you have a Hugging Face token, keep it among Colab's secrets (the key on the left) as `HF_TOKEN`; you need none.
+import contextlib
+import os
+
+with contextlib.suppress(Exception):  # there is no such secret, or no leave to read it, or this is not Colab
+    from google.colab import userdata
+
+    os.environ.setdefault("HF_TOKEN", userdata.get("HF_TOKEN"))
+models = cogi2v_jax.load(model, say=print)
+print(f"the weights are in {models.folder}, {models.dtype}")
+
+# %%
+# @title 5. Sample
+# @markdown The long part; its first step takes longest, since the program is compiled for your machine.
+# @markdown What comes out is kept before it is decoded. With the same settings again, this does nothing.
+import hashlib
+import json
+
+from tqdm import tqdm
+
+from cogi2v_jax.media import write_video
+from cogi2v_jax.recipe import LATENTS, read_latents, recipe_of, write_latents
+
+recipe = recipe_of(models, model, request)
+stem = f"{model}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"
+latents_file, video_file = results / f"{stem}{LATENTS}", results / f"{stem}.mp4"
+if latents_file.exists():
+    print(f"sampled before: {latents_file}")
+else:
+    with tqdm(total=request.num_inference_steps, unit="step") as bar:
+        result = cogi2v_jax.generate(
+            models,
+            request,
+            on_step=lambda step, steps, latents: bar.update(),
+            on_latents=lambda latents, _: write_latents(latents_file, latents, recipe),
+        )
+    write_video(video_file, result.video[0], request.fps, recipe)
+    print("seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+
+# %%
+# @title 6. Watch
+# @markdown If step 5 ended after sampling (out of memory, say), this decodes what it kept.
+from IPython.display import Video
+
+if not video_file.exists():
+    latents, recipe = read_latents(latents_file)
+    write_video(video_file, cogi2v_jax.decode(models, latents)[0], recipe["fps"], recipe)
+print(video_file)
+Video(str(video_file), embed=True, html_attributes="controls autoplay loop muted")

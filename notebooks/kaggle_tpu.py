@@ -1,0 +1,139 @@
+# %% [markdown]
+# # A picture becomes a video, on Kaggle's eight TPU chips
+#
+# You give a picture and a sentence; CogVideoX-5B-I2V makes a six-second video that begins with your picture. Choose
+# **Settings → Accelerator → TPU v5e-8** and **Settings → Internet on**, then **Run → Run all**, and look below the last cell.
+#
+# - **No TPU?** Then a small model, `cogi2v-tiny`, is taken. It knows only flat shapes, but shows in a minute how everything works.
+# - **The first run is slow**: it fetches about 20 GB and converts them. Later runs on the same machine find both.
+# - **Session lost?** Choose **Run all** again. With **Settings → Persistence → Files only**, a video that was sampled is not sampled again.
+#
+# **What has been tried:** all of this with the small model on a CPU. Nobody has run it on a real TPU yet: what is known about the large
+# models there comes from Google's TPU compiler, and step 2 says what that is.
+#
+# The large models' weights are under the CogVideoX licence: free for research, registration for commercial use.
+
+# %% [markdown]
+# ## 1. Install
+# `source` is a package's name, a folder (`/kaggle/input/cogi2v-jax[tpu]`) or a git address (`cogi2v-jax[tpu] @ git+https://…`). Where the
+# program is installed already, the cell does nothing.
+
+# %%
+source = "cogi2v-jax[tpu]"
+
+import importlib
+import subprocess
+import sys
+
+try:
+    import cogi2v_jax
+except ImportError:
+    # Kaggle comes with a TPU library (libtpu) for PyTorch, too old for jax's kernels; [tpu] brings the one that fits. Nothing has imported
+    # jax yet, so that no restart is needed.
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+    importlib.invalidate_caches()
+    import cogi2v_jax
+print("cogi2v-jax", cogi2v_jax.__version__)
+
+# %% [markdown]
+# ## 2. Check the machine, choose the model
+# `"auto"` is CogVideoX-5B-I2V where it fits, and the small model elsewhere. You may choose one: `"cogvideox-5b-i2v"`,
+# `"cogvideox1.5-5b-i2v"` (larger pictures, slower) or `"cogi2v-tiny"`.
+
+# %%
+wanted = "auto"
+
+from pathlib import Path
+
+from cogi2v_jax import preflight
+
+model = preflight.check(wanted)  # stops here, and says why, if the machine can't hold the model you chose
+results = (Path("/kaggle/working") if Path("/kaggle/working").is_dir() else Path.home()) / "cogi2v"
+results.mkdir(exist_ok=True)
+print(f"{model}; results go to {results}")
+
+# %% [markdown]
+# ## 3. Picture and sentence
+# `picture = None` takes the example: a triangle, made for the small model. For a picture of yours, choose **Add Input → Upload** and give
+# its path, such as `"/kaggle/input/my-photos/boat.jpg"`. Another seed is another video. `None` means: as the model was made for.
+
+# %%
+picture = None
+prompt = "the cyan triangle grows"
+negative_prompt = ""
+seed = 42
+num_inference_steps = None
+guidance_scale = None
+num_frames = None
+
+from cogi2v_jax import Request, config, sample
+
+request = Request(
+    image=picture or sample.EXAMPLE_IMAGE,
+    prompt=prompt,
+    negative_prompt=negative_prompt,
+    seed=seed,
+    num_inference_steps=num_inference_steps,
+    guidance_scale=guidance_scale,
+    num_frames=num_frames,
+).resolve(config.named(model))  # what the model can't compute is refused now, before anything slow
+print(f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps")
+
+# %% [markdown]
+# ## 4. Load the model
+# A large one is fetched and converted first, once a machine. A Hugging Face token among **Add-ons → Secrets**, named `HF_TOKEN`, is used if
+# there is one; the released weights need none.
+
+# %%
+import contextlib
+import os
+
+with contextlib.suppress(Exception):  # there is no such secret, or no leave to read it, or this is not Kaggle
+    from kaggle_secrets import UserSecretsClient
+
+    os.environ.setdefault("HF_TOKEN", UserSecretsClient().get_secret("HF_TOKEN"))
+models = cogi2v_jax.load(model, say=print)
+print(f"the weights are in {models.folder}, {models.dtype}")
+
+# %% [markdown]
+# ## 5. Sample
+# The long part; its first step takes longest, since the program is compiled for your machine. What comes out is kept before it is decoded.
+# With the same settings again, the cell does nothing.
+
+# %%
+import hashlib
+import json
+
+from tqdm import tqdm
+
+from cogi2v_jax.media import write_video
+from cogi2v_jax.recipe import LATENTS, read_latents, recipe_of, write_latents
+
+recipe = recipe_of(models, model, request)
+stem = f"{model}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"
+latents_file, video_file = results / f"{stem}{LATENTS}", results / f"{stem}.mp4"
+if latents_file.exists():
+    print(f"sampled before: {latents_file}")
+else:
+    with tqdm(total=request.num_inference_steps, unit="step") as bar:
+        result = cogi2v_jax.generate(
+            models,
+            request,
+            on_step=lambda step, steps, latents: bar.update(),
+            on_latents=lambda latents, _: write_latents(latents_file, latents, recipe),
+        )
+    write_video(video_file, result.video[0], request.fps, recipe)
+    print("seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+
+# %% [markdown]
+# ## 6. Watch
+# If step 5 ended after sampling (out of memory, say), this decodes what it kept.
+
+# %%
+from IPython.display import Video
+
+if not video_file.exists():
+    latents, recipe = read_latents(latents_file)
+    write_video(video_file, cogi2v_jax.decode(models, latents)[0], recipe["fps"], recipe)
+print(video_file)
+Video(str(video_file), embed=True, html_attributes="controls autoplay loop muted")
