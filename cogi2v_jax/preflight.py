@@ -14,9 +14,9 @@ from .request import Request
 
 EMBEDDED = "cogi2v-tiny"
 RELEASED = "cogvideox-5b-i2v"  # what "auto" takes where it can
-# Host memory. Converting at full width kept 1.8 GiB, loading 2.1 GiB beside the network itself (measured on a CPU, T5 in float32); the rest
-# is for compiling and for the system. Notebook machines begin at 12 GB.
-RAM_GIB = 10.0
+# Host memory. Measured at full width on a CPU: converting keeps 1.8 GiB, loading 2.1 GiB beside the network itself (T5 in float32), and
+# compiling the denoising loop for a TPU 0.7 GiB. The rest is the system's and what is on its way; notebook machines begin at 12 GB.
+RAM_GIB = 8.0
 DISK_GIB = 2.0  # to spare, for compiled programs and videos
 MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 

@@ -69,7 +69,7 @@ def test_without_an_accelerator_a_released_checkpoint_is_refused_with_the_way_ou
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"ram_gib": 8.0}, "memory must be 10 GiB for cogvideox-5b-i2v: got 8.0; choose a machine with more of it"),
+        ({"ram_gib": 6.0}, "memory must be 8 GiB for cogvideox-5b-i2v: got 6.0; choose a machine with more of it"),
         (
             {"disk_gib": 41.0},
             "disk must have 42 GiB free for cogvideox-5b-i2v (20 to fetch, 20 to convert): got 41; "
@@ -104,7 +104,7 @@ def test_a_machine_on_which_the_compiler_saw_a_phase_overflow_is_refused(rows):
 
 def test_everything_that_is_lacking_is_said_at_once(rows):
     rows[3]["fits"] = False
-    assert len(faults(MODEL, V5E_1._replace(ram_gib=8.0, disk_gib=5.0, libtpu="0.0.17"), WEIGHTS)) == 4
+    assert len(faults(MODEL, V5E_1._replace(ram_gib=6.0, disk_gib=5.0, libtpu="0.0.17"), WEIGHTS)) == 4
 
 
 def test_what_is_already_on_the_disk_needs_no_room():
