@@ -129,6 +129,11 @@ def stacked(layers: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs
     return make(rngs)
 
 
+def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
+    """In the compute dtype, and the compiler is held to it: left alone it carries float32 values on to the next layer, at twice the memory."""
+    return lax.optimization_barrier(x.astype(dtype))
+
+
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.silu(x.astype(jnp.float32))
 

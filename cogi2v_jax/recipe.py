@@ -27,10 +27,11 @@ SETTINGS = (
 )
 
 
-def recipe_of(models: "Models", name: str, request: Request, video: Video) -> dict[str, Any]:
-    """What JSON can hold of one of a request's videos, made from an image file, and of the checkpoint loaded as `name`."""
+def recipe_of(models: "Models", name: str, request: Request, video: Video | None = None) -> dict[str, Any]:
+    """What JSON can hold of one of a request's videos (None: the only one), made from an image file, and of the checkpoint loaded as `name`."""
     import jax
 
+    (video,) = request.videos if video is None else (video,)
     image = Path(video.image)
     return {
         "program": f"cogi2v-jax {__version__}",
@@ -44,6 +45,7 @@ def recipe_of(models: "Models", name: str, request: Request, video: Video) -> di
         **{setting: getattr(request, setting) for setting in SETTINGS},
         "dtype": str(models.dtype),
         "attention": models.attention,
+        "mesh": models.mesh,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

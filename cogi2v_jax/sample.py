@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, plan
 from .config import names
 from .manifest import Job, read_manifest
 from .media import FITS, check_output, read_image, write_video
@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         help="how devices share the work: auto, a machine (v5e-1, v5e-8, v6e-8, ...) or sizes (data=1,pair=2,context=4)",
     )
     model.add_argument(
-        "--plan", metavar="NAME", help="only print what it takes on a machine (v5e-8, ...), here or not: memory, static time"
+        "--plan", metavar="NAME", help="only print what a machine (v5e-8, ...) needs for it, here or not: memory, static time"
     )
     model.add_argument("--vae_tiling", action="store_true", help="encode and decode in the reference's blended tiles, as its script does")
     model.add_argument("--verbose", action="store_true", help="print mesh, attention and compiler options")
@@ -113,7 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
                 arguments_parser.error(
                     "--lora_path can't be read yet: fuse the LoRA in PyTorch (pipe.fuse_lora()) and give the result as --model"
                 )
-            if options.decode_latents:
+            if options.plan:
+                settings = {setting: getattr(options, setting) for setting in SETTINGS}
+                print("\n".join(plan.lines(options.model or EMBEDDED, options.plan, options.dtype, options.attention, **settings)))
+            elif options.decode_latents:
                 if options.image or options.prompt or options.manifest:
                     arguments_parser.error("--decode_latents must stand alone: got --image, --prompt or --manifest beside it")
                 _decode_alone(options)

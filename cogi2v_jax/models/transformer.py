@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..attention import Attend
 from ..config import TransformerConfig
-from ..layers import LayerNorm, Linear, gelu, silu, stacked
+from ..layers import LayerNorm, Linear, gelu, rounded, silu, stacked
 from ..positions import Positions
 from ..sharding import Layout
 
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], positions: Positions, attend: Attend) -> Float[Array, "b s d"]:
         heads = x.shape[-1] // self.norm_q.scale.shape[-1]
-        q, k, v = (rearrange(part(x), "b s (n k) -> b s n k", n=heads) for part in (self.q, self.k, self.v))
+        q, k, v = (rearrange(rounded(part(x), x.dtype), "b s (n k) -> b s n k", n=heads) for part in (self.q, self.k, self.v))
         q = rotate(self.norm_q(q), positions).astype(x.dtype)
         k = rotate(self.norm_k(k), positions).astype(x.dtype)
         return self.out(rearrange(attend(q, k, v), "b s n k -> b s (n k)"))
@@ -97,7 +97,7 @@ class Mlp(nnx.Module):
         self.down = Linear(4 * config.width, config.width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        return self.down(gelu(self.up(x)).astype(x.dtype))
+        return self.down(rounded(gelu(self.up(x)), x.dtype))
 
 
 class Block(nnx.Module):
