@@ -130,7 +130,7 @@ def stacked(layers: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs
 
 
 def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """In the compute dtype, and the compiler is held to it: left alone it carries float32 values on to the next layer, at twice the memory."""
+    """In the compute dtype, and the compiler is held to it: left alone it hands float32 values to the next layer, at twice the memory."""
     return lax.optimization_barrier(x.astype(dtype))
 
 

@@ -28,7 +28,7 @@ SETTINGS = (
 
 
 def recipe_of(models: "Models", name: str, request: Request, video: Video | None = None) -> dict[str, Any]:
-    """What JSON can hold of one of a request's videos (None: the only one), made from an image file, and of the checkpoint loaded as `name`."""
+    """What JSON can hold of one of a request's videos (None: its only one), made from an image file, and of the checkpoint's `name`."""
     import jax
 
     (video,) = request.videos if video is None else (video,)
