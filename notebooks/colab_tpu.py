@@ -33,7 +33,7 @@ print("cogi2v-jax", cogi2v_jax.__version__)
 
 # %%
 # @title 2. Check the machine, choose the model
-# @markdown `auto` is CogVideoX-5B-I2V where it fits, and the small model elsewhere.
+# @markdown `auto` is CogVideoX-5B-I2V where it fits, and the small model elsewhere. Red lines of `libtpu` mean only: no TPU.
 wanted = "auto"  # @param ["auto", "cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny"]
 # @markdown Keep pictures and videos in your Google Drive; a lost machine takes everything else with it:
 keep_on_drive = False  # @param {"type":"boolean"}

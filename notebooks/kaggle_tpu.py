@@ -38,7 +38,7 @@ print("cogi2v-jax", cogi2v_jax.__version__)
 # %% [markdown]
 # ## 2. Check the machine, choose the model
 # `"auto"` is CogVideoX-5B-I2V where it fits, and the small model elsewhere. You may choose one: `"cogvideox-5b-i2v"`,
-# `"cogvideox1.5-5b-i2v"` (larger pictures, slower) or `"cogi2v-tiny"`.
+# `"cogvideox1.5-5b-i2v"` (larger pictures, slower) or `"cogi2v-tiny"`. Red lines of `libtpu` before the verdict mean only: no TPU.
 
 # %%
 wanted = "auto"
