@@ -2,9 +2,11 @@
 float32 inside, with one rounding to the compute dtype on the way out."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
@@ -64,8 +66,18 @@ class RMSNorm(nnx.Module):
         return (x * self.scale[...].astype(jnp.float32)).astype(self.scale.dtype)
 
 
+class Moved(NamedTuple):
+    """A normalisation whose moments are known, in float32: (x - mean) * scale + shift. Scale and shift may be coarser than x by whole
+    factors of its frames, rows and columns."""
+
+    mean: Float[Array, "b 1 1 1 c"]
+    scale: Float[Array, "b t h w c"]
+    shift: Float[Array, "b t h w c"]
+
+
 class GroupNorm(nnx.Module):
-    """Over frames, rows, columns and the channels of a group, for each video of the batch. The result is float32."""
+    """Over frames, rows, columns and the channels of a group, for each video of the batch. It returns what is to be done with every value,
+    which can then happen a few rows at a time."""
 
     def __init__(self, channels: int, groups: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.scale = param((channels,), ("channels",), dtype, rngs)
@@ -73,11 +85,12 @@ class GroupNorm(nnx.Module):
         self.groups = groups
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Moved:
         x = x.astype(jnp.float32)
-        x = x - self._grouped_mean(x)
-        x = x * lax.rsqrt(self._grouped_mean(jnp.square(x)) + self.epsilon)
-        return x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        mean = self._grouped_mean(x)
+        deviation = lax.rsqrt(self._grouped_mean(jnp.square(x - mean)) + self.epsilon)
+        shift = jnp.broadcast_to(self.bias[...].astype(jnp.float32), mean.shape)
+        return Moved(mean, deviation * self.scale[...].astype(jnp.float32), shift)
 
     def _grouped_mean(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b 1 1 1 c"]:
         # Channels first reduce alone, which keeps them in the minor dimension; their groups meet only afterwards.
@@ -87,35 +100,39 @@ class GroupNorm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A 2-D convolution of every frame. `padding` is (before, after) for both directions."""
+    """A 2-D convolution of every frame. `rows` and `columns` are the zeros (before, after) them."""
 
-    def __init__(
-        self, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: tuple[int, int], dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, outputs: int, size: int, *, stride: int = 1, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.kernel = param((size, size, inputs, outputs), (None, None, "inputs", "channels"), dtype, rngs, (size * size * inputs) ** -0.5)
         self.bias = param((outputs,), ("channels",), dtype, rngs, 0.02)
         self.stride = stride
-        self.padding = padding
 
-    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w2 c2"]:
-        y = convolve(x, self.kernel[...], self.stride, self.padding)
+    def __call__(self, x: Float[Array, "b f h w c"], *, rows: tuple[int, int], columns: tuple[int, int]) -> Float[Array, "b f h2 w2 c2"]:
+        y = convolve(x, self.kernel[...][None], rows, columns, self.stride)
         return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def convolve(
-    x: Float[Array, "b f h w c"], kernel: Float[Array, "k k c c2"], stride: int, padding: tuple[int, int]
-) -> Float[Array, "b f h2 w2 c2"]:
-    """Every frame with one 2-D kernel; the sum stays float32."""
+    x: Float[Array, "b f h w c"], kernel: Float[Array, "p q r c c2"], rows: tuple[int, int], columns: tuple[int, int], stride: int = 1
+) -> Float[Array, "b f2 h2 w2 c2"]:
+    """Over frames, rows and columns; the sum stays float32. `stride` is that of rows and columns, and frames have no padding.
+
+    Column taps lie side by side on the channels, and columns are the batch of a 2-D convolution over frames and rows: there are always
+    many of them. With the frames as its batch, of which there are two to nine, a TPU pads or splits pictures to fill its tiles: twice the
+    cycles and five times the time to compile, by the compiler's own account."""
+    taps, last = kernel.shape[2], x.shape[3] + sum(columns) - kernel.shape[2]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), columns, (0, 0)))
+    x = jnp.concatenate([x[:, :, :, tap : tap + last + 1 : stride] for tap in range(taps)], axis=-1)
     y = lax.conv_general_dilated(
-        x.reshape(-1, *x.shape[2:]),
-        kernel,
-        (stride, stride),
-        [padding, padding],
+        rearrange(x, "b f h w c -> (b w) f h c"),
+        rearrange(kernel, "p q r c c2 -> p q (r c) c2"),
+        (1, stride),
+        ((0, 0), rows),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision(x.dtype),
         preferred_element_type=jnp.float32,
     )
-    return y.reshape(*x.shape[:2], *y.shape[1:])
+    return rearrange(y, "(b w) f h c -> b f h w c", b=x.shape[0])
 
 
 def stacked(layers: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

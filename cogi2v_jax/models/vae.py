@@ -1,9 +1,15 @@
 """The 3-D causal VAE. Frames go through in the reference's temporal chunks, each seeing the last two frames of the one before it through
-every convolution's cache; chunk sizes and the statistics taken over a chunk are part of the numerics, not tuning."""
+every convolution's cache; chunk sizes and the statistics taken over a chunk are part of the numerics, not tuning.
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+A layer is a convolution of something made from its input value by value. So a chunk's layers can each run over strips of rows: only a
+layer's input and output, and the caches, are ever whole. Networks take the number of strips of their finest resolution; coarser ones
+have fewer."""
 
+from collections.abc import Callable, Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -11,55 +17,98 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ..config import VAEConfig
-from ..layers import Conv, GroupNorm, Linear, convolve, param, silu
+from ..layers import Conv, GroupNorm, Linear, Moved, convolve, param, silu
+from ..strips import Strip, in_strips
 
 ENCODE_CHUNK = 8  # pixel frames
 DECODE_CHUNK = 2  # latent frames
 EPSILON = 1e-6  # of the norms that the reference keeps from the config's norm_eps
 
+Kept = Any  # a tree of [b 2 h w c], the last two frames of what causal convolutions read
+Rows = Callable[[Strip], Float[Array, "b f h w c"]]  # what there is of something at a strip
+Strips = Callable[[int], int]  # into how many strips a picture of so many rows is cut
+
 
 class Past:
-    """The two frames before a chunk at every causal convolution, in the order the network visits them; `next` collects the same for the
-    chunk to come. At the start of a video there are none, and the first frame stands in for them."""
+    """What a network kept of the chunk before, in the order it asks for it; `next` collects the same for the chunk to come. At the start of
+    a video there is nothing."""
 
-    def __init__(self, frames: Sequence[Float[Array, "b 2 h w c"]] | None = None):
-        self._frames: Iterator[Float[Array, "b 2 h w c"]] | None = None if frames is None else iter(frames)
-        self.next: list[Float[Array, "b 2 h w c"]] = []
+    def __init__(self, kept: Sequence[Kept] | None = None):
+        self._kept = None if kept is None else iter(kept)
+        self.next: list[Kept] = []
 
-    def extend(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f+2 h w c"]:
-        before = jnp.repeat(x[:, :1], 2, axis=1) if self._frames is None else next(self._frames)
-        x = jnp.concatenate([before, x], axis=1)
-        self.next.append(x[:, -2:])
-        return x
+    def take(self) -> Kept:
+        return None if self._kept is None else next(self._kept)
 
 
 class CausalConv(nnx.Module):
-    """3x3x3, seeing the present and two past frames: the sum of one 2-D convolution a time tap, which XLA runs faster than its 3-D form."""
+    """3x3x3, seeing the present and two past frames. At the start of a video its first frame stands in for them."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         axes = (None, None, None, "inputs", "channels")
         self.kernel = param((3, 3, 3, inputs, outputs), axes, dtype, rngs, (27 * inputs) ** -0.5)
         self.bias = param((outputs,), ("channels",), dtype, rngs, 0.02)
 
-    def __call__(self, x: Float[Array, "b f h w c"], past: Past) -> Float[Array, "b f h w c2"]:
-        frames = x.shape[1]
-        x = past.extend(x)
-        y = sum(convolve(x[:, tap : tap + frames], kernel, 1, (1, 1)) for tap, kernel in enumerate(self.kernel[...]))
-        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+    def __call__(self, wide: Rows, past: Past, strips: int = 1, onto: Rows | None = None) -> Float[Array, "b f h w c2"]:
+        """Of what `wide` gives for a strip and its neighbours' rows; added to what `onto` gives for the strip."""
+        kept = past.take()
+
+        def layer(strip: Strip) -> tuple[Float[Array, "b f h2 w c2"], Float[Array, "b 2 h2 w c"]]:
+            x = strip.blank(wide(strip))
+            before = jnp.repeat(x[:, :1], 2, axis=1) if kept is None else strip.blank(strip.wide(kept))
+            x = jnp.concatenate([before, x], axis=1)
+            y = convolve(x, self.kernel[...], strip.padding, (1, 1))
+            y = (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+            return y if onto is None else onto(strip) + y, strip.narrow(x[:, -2:])
+
+        y, kept = in_strips(layer, strips)
+        past.next.append(kept)
+        return y
+
+
+class PlainNorm(GroupNorm):
+    """The encoder's group norm, under the call the decoder's norm has."""
+
+    def __init__(self, channels: int, config: VAEConfig, *, epsilon: float | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
+        super().__init__(channels, config.norm_num_groups, epsilon=epsilon or config.norm_eps, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b f h w c"], latents: None = None) -> Moved:
+        return super().__call__(x)
 
 
 class SpatialNorm(nnx.Module):
-    """A group norm whose scale and offset come from the latents. They are made at latent resolution and repeated, which a 1x1 convolution
-    of nearest-resized latents equals exactly, at a fraction of the work."""
+    """A group norm whose scale and offset come from the latents. They stay at latent resolution until they are used, which a 1x1
+    convolution of nearest-resized latents equals exactly, at a fraction of the work."""
 
     def __init__(self, channels: int, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, config.norm_num_groups, epsilon=EPSILON, dtype=dtype, rngs=rngs)
         self.scale = Linear(config.latent_channels, channels, axes=(None, "channels"), dtype=dtype, rngs=rngs)
         self.shift = Linear(config.latent_channels, channels, axes=(None, "channels"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"]) -> Float[Array, "b f h w c"]:
-        scale, shift = (spread(part(latents), x.shape[1:4]).astype(jnp.float32) for part in (self.scale, self.shift))
-        return self.norm(x) * scale + shift
+    def __call__(self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"]) -> Moved:
+        scale, shift = (part(latents).astype(jnp.float32) for part in (self.scale, self.shift))
+        normed = self.norm(x)
+        return Moved(normed.mean, normed.scale * scale, normed.shift * scale + shift)
+
+
+def normed(norm: Moved, x: Float[Array, "b f h w c"]) -> Rows:
+    """silu(norm(x)), strip by strip."""
+
+    def wide(strip: Strip) -> Float[Array, "b f h w c"]:
+        rows = strip.wide(x)
+        scale, shift = (fit(strip, part, rows.shape[1:4]) for part in (norm.scale, norm.shift))
+        return silu((rows.astype(jnp.float32) - norm.mean) * scale + shift).astype(x.dtype)
+
+    return wide
+
+
+def fit(strip: Strip, part: Float[Array, "b t h w c"], size: tuple[int, ...]) -> Float[Array, "b f h2 w2 c"]:
+    """The rows of a coarser `part` at a wide strip of `size`."""
+    if part.shape[2] == 1:  # the same for all
+        return part
+    part, (frames, height, width) = strip.wide(part), size
+    factor = (height - 2 * strip.halo) // (part.shape[2] - 2 * strip.halo)
+    return strip.narrow(spread(part, (frames, factor * part.shape[2], width)), factor - 1)
 
 
 class Resnet(nnx.Module):
@@ -72,20 +121,14 @@ class Resnet(nnx.Module):
         self.conv_2 = CausalConv(outputs, outputs, dtype=dtype, rngs=rngs)
         self.shortcut = Linear(inputs, outputs, axes=("inputs", "channels"), dtype=dtype, rngs=rngs) if inputs != outputs else None
 
-    def __call__(self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"] | None, past: Past) -> Float[Array, "b f h w c2"]:
-        y = self.conv_1(silu(self.norm_1(x, latents)).astype(x.dtype), past)
-        y = self.conv_2(silu(self.norm_2(y, latents)).astype(x.dtype), past)
-        return (x if self.shortcut is None else self.shortcut(x)) + y
+    def __call__(
+        self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"] | None, past: Past, strips: int
+    ) -> Float[Array, "b f h w c2"]:
+        def onto(strip: Strip) -> Float[Array, "b f h3 w c2"]:
+            return strip.rows(x) if self.shortcut is None else self.shortcut(strip.rows(x))
 
-
-class PlainNorm(GroupNorm):
-    """The encoder's group norm, under the call the decoder's norm has."""
-
-    def __init__(self, channels: int, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        super().__init__(channels, config.norm_num_groups, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b f h w c"], latents: None = None) -> Float[Array, "b f h w c"]:
-        return super().__call__(x)
+        y = self.conv_1(normed(self.norm_1(x, latents), x), past, strips)
+        return self.conv_2(normed(self.norm_2(y, latents), y), past, strips, onto)
 
 
 class Stage(nnx.Module):
@@ -98,40 +141,65 @@ class Stage(nnx.Module):
         self.resample = resample
 
     def __call__(
-        self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"] | None, past: Past
+        self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"] | None, past: Past, strips: Strips
     ) -> Float[Array, "b f2 h3 w3 c2"]:
-        for resnet in self.resnets:
-            x = resnet(x, latents, past)
-        return x if self.resample is None else self.resample(x)
+        for _, equal in groupby(self.resnets, lambda resnet: resnet.conv_1.kernel.shape):
+            x = chain(list(equal), x, latents, past, strips(x.shape[2]))
+        return x if self.resample is None else self.resample(x, strips)
+
+
+def chain(
+    resnets: Sequence[Resnet], x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"] | None, past: Past, strips: int
+) -> Float[Array, "b f h w c2"]:
+    """Equal resnets, one after the other, as one scanned program, which takes a fraction of the time to compile."""
+    graphs, params = zip(*(nnx.split(resnet) for resnet in resnets), strict=True)
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+    def one(x: Float[Array, "b f h w c"], given: tuple[Any, Kept]) -> tuple[Float[Array, "b f h w c2"], Kept]:
+        past = Past(given[1])
+        x = nnx.merge(graphs[0], given[0])(x, latents, past, strips)
+        return x, past.next
+
+    if len(resnets) == 1:
+        return resnets[0](x, latents, past, strips)
+    x, kept = lax.scan(one, x, (params, past.take()))
+    past.next.append(kept)
+    return x
 
 
 class Downsample(nnx.Module):
     """Halves rows and columns, and frames too where `time`: pairs are averaged, and the first of an odd number stays itself."""
 
     def __init__(self, channels: int, time: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, 3, stride=2, padding=(0, 1), dtype=dtype, rngs=rngs)
+        self.conv = Conv(channels, channels, 3, stride=2, dtype=dtype, rngs=rngs)
         self.time = time
 
-    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f2 h2 w2 c"]:
+    def __call__(self, x: Float[Array, "b f h w c"], strips: Strips) -> Float[Array, "b f2 h2 w2 c"]:
         if self.time and x.shape[1] > 1:
             odd = x.shape[1] % 2
             pairs = rearrange(x[:, odd:].astype(jnp.float32), "b (f two) h w c -> b f two h w c", two=2).mean(axis=2)
             x = jnp.concatenate([x[:, :odd], pairs.astype(x.dtype)], axis=1)
-        return self.conv(x)
+        return self.conv(x, rows=(0, 1), columns=(0, 1))
 
 
 class Upsample(nnx.Module):
     """Doubles rows and columns by repeating, and frames too where `time`, save the first of an odd number."""
 
     def __init__(self, channels: int, time: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.conv = Conv(channels, channels, 3, padding=(1, 1), dtype=dtype, rngs=rngs)
+        self.conv = Conv(channels, channels, 3, dtype=dtype, rngs=rngs)
         self.time = time
 
-    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f2 h2 w2 c"]:
-        frames, height, width = x.shape[1:4]
+    def __call__(self, x: Float[Array, "b f h w c"], strips: Strips) -> Float[Array, "b f2 h2 w2 c"]:
+        frames = x.shape[1]
         if self.time and frames > 1:
             frames = 2 * frames - frames % 2
-        return self.conv(spread(x, (frames, 2 * height, 2 * width)))
+
+        def layer(strip: Strip) -> Float[Array, "b f2 h3 w2 c"]:
+            rows = strip.blank(strip.wide(x))
+            rows = strip.narrow(spread(rows, (frames, 2 * rows.shape[2], 2 * rows.shape[3])))
+            return self.conv(rows, rows=strip.padding, columns=(1, 1))
+
+        return in_strips(layer, strips(2 * x.shape[2]))
 
 
 class Encoder(nnx.Module):
@@ -144,14 +212,15 @@ class Encoder(nnx.Module):
             stages.append(Stage((inputs, *[outputs] * config.layers_per_block), PlainNorm, down, config, **keys))
         self.stages = nnx.List(stages)
         self.middle = Stage([widths[-1]] * 3, PlainNorm, None, config, **keys)
-        self.norm_out = GroupNorm(widths[-1], config.norm_num_groups, epsilon=EPSILON, **keys)
+        self.norm_out = PlainNorm(widths[-1], config, epsilon=EPSILON, **keys)
         self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels, **keys)
 
-    def __call__(self, x: Float[Array, "b f h w c"], past: Past) -> Float[Array, "b t h2 w2 c2"]:
-        x = self.conv_in(x, past)
+    def __call__(self, x: Float[Array, "b f h w c"], past: Past, strips: Strips) -> Float[Array, "b t h2 w2 c2"]:
+        whole = x
+        x = self.conv_in(lambda strip: strip.wide(whole), past, strips(x.shape[2]))
         for stage in (*self.stages, self.middle):
-            x = stage(x, None, past)
-        return self.conv_out(silu(self.norm_out(x)).astype(x.dtype), past)
+            x = stage(x, None, past, strips)
+        return self.conv_out(normed(self.norm_out(x), x), past)
 
 
 class Decoder(nnx.Module):
@@ -167,27 +236,43 @@ class Decoder(nnx.Module):
         self.norm_out = SpatialNorm(widths[-1], config, **keys)
         self.conv_out = CausalConv(widths[-1], config.out_channels, **keys)
 
-    def __call__(self, latents: Float[Array, "b t h w z"], past: Past) -> Float[Array, "b f h2 w2 c"]:
-        x = self.conv_in(latents, past)
+    def __call__(self, latents: Float[Array, "b t h w z"], past: Past, strips: Strips) -> Float[Array, "b f h2 w2 c"]:
+        x = self.conv_in(lambda strip: strip.wide(latents), past)
         for stage in (self.middle, *self.stages):
-            x = stage(x, latents, past)
-        return self.conv_out(silu(self.norm_out(x, latents)).astype(x.dtype), past)
+            x = stage(x, latents, past, strips)
+        return self.conv_out(normed(self.norm_out(x, latents), x), past, strips(x.shape[2]))
 
 
 class VAE(nnx.Module):
+    """`strips`, a static number that divides the latents' rows, bounds what is in memory at the finest resolution; results don't depend
+    on it."""
+
     def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
 
-    def encode(self, video: Float[Array, "b f h w c"]) -> tuple[Float[Array, "b t h2 w2 z"], Float[Array, "b t h2 w2 z"]]:
+    def encode(self, video: Float[Array, "b f h w c"], strips: int = 1) -> tuple[Float[Array, "b t h2 w2 z"], Float[Array, "b t h2 w2 z"]]:
         """Pixels in [-1, 1] to the posterior's (mean, log-variance); (f - 1) // 4 + 1 latent frames, an eighth of the size."""
-        moments = in_chunks(self.encoder, video, ENCODE_CHUNK)
+        moments = in_chunks(self.encoder, video, ENCODE_CHUNK, cut(strips, video.shape[2]))
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "b t h w z"]) -> Float[Array, "b f h2 w2 c"]:
+    def decode(self, latents: Float[Array, "b t h w z"], strips: int = 1) -> Float[Array, "b f h2 w2 c"]:
         """Unscaled latents to pixels, not clipped: 4 (t - 1) + 1 frames where t is odd, 4 t where it is even."""
-        return in_chunks(self.decoder, latents, DECODE_CHUNK)
+        return in_chunks(self.decoder, latents, DECODE_CHUNK, cut(strips, 8 * latents.shape[2]))
+
+
+def cut(strips: int, finest: int) -> Strips:
+    """Strips at every resolution, of about as many values each as a strip of the `finest` rows has. Each is a whole number of latent
+    rows."""
+    if finest // 8 % strips:
+        raise ValueError(f"strips must divide the {finest // 8} latent rows: got {strips}")
+
+    def at(rows: int) -> int:
+        most = max(1, strips * rows**2 // finest**2)
+        return max(count for count in range(1, most + 1) if finest // 8 % count == 0)
+
+    return at
 
 
 def sample_posterior(
@@ -198,20 +283,20 @@ def sample_posterior(
     return (mean.astype(jnp.float32) + deviation * noise.astype(jnp.float32)).astype(mean.dtype)
 
 
-def in_chunks(network: Encoder | Decoder, x: Float[Array, "b f h w c"], chunk: int) -> Float[Array, "b f2 h2 w2 c2"]:
+def in_chunks(network: Encoder | Decoder, x: Float[Array, "b f h w c"], chunk: int, strips: Strips) -> Float[Array, "b f2 h2 w2 c2"]:
     """Runs `network` over time: the remainder joins the first chunk, and the equal ones that follow are one scanned program that carries
     the convolutions' past."""
     first = min(x.shape[1], chunk + x.shape[1] % chunk)
     past = Past()
-    head = network(x[:, :first], past)
+    head = network(x[:, :first], past, strips)
     if first == x.shape[1]:
         return head
     rest = rearrange(x[:, first:], "b (chunks f) h w c -> chunks b f h w c", f=chunk)
     graph, params = nnx.split(network)
 
-    def advance(frames: list[Array], part: Float[Array, "b f h w c"]) -> tuple[list[Array], Float[Array, "b f2 h2 w2 c2"]]:
-        past = Past(frames)
-        y = nnx.merge(graph, params)(part, past)
+    def advance(kept: list[Kept], part: Float[Array, "b f h w c"]) -> tuple[list[Kept], Float[Array, "b f2 h2 w2 c2"]]:
+        past = Past(kept)
+        y = nnx.merge(graph, params)(part, past, strips)
         return past.next, y
 
     _, tail = lax.scan(advance, past.next, rest)
