@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import twins
+from conftest import assert_close
+from PIL import Image
 
-from cogi2v_jax import config, pipeline
-from cogi2v_jax.checkpoint import piece, placed
+import cogi2v_jax
+from cogi2v_jax import Models, Request, config, pipeline
+from cogi2v_jax.checkpoint import bytes_per_device, piece, placed
+from cogi2v_jax.compiled import Stopwatch
 from cogi2v_jax.sharding import (
     Sizes,
     Work,
@@ -129,9 +134,10 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(text: st
     assert sizes_of(nearest).devices <= 8
 
 
-def test_the_nearest_mesh_is_near() -> None:
-    with pytest.raises(ValueError, match=r"is data=1,pair=2,context=4$"):
-        choose_sizes("pair=2,context=5", asked(), [device(number) for number in range(16)])
+@pytest.mark.parametrize(("devices", "nearest"), [(16, "pair=2,context=6"), (8, "pair=2,context=4")])
+def test_the_nearest_mesh_is_near(devices: int, nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"is data=1,{nearest}$"):
+        choose_sizes("pair=2,context=5", asked(), [device(number) for number in range(devices)])
 
 
 def test_a_parameter_that_does_not_divide_is_named() -> None:
