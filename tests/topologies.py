@@ -1,6 +1,7 @@
 """TPUs to compile for on a machine that has none."""
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,13 +9,20 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 AXES = ("data", "pair", "context")
+# A v4 chip is one device only so; the default lists its two cores.
+NAMES: dict[str, dict[str, Any]] = {
+    "v4": {"topology_name": "v4:2x2x1", "chip_config_name": "megacore"},
+    "v5e": {"topology_name": "v5e:1x1"},
+    "v5p": {"topology_name": "v5p:2x2x1"},
+    "v6e": {"topology_name": "v6e:1x1"},
+}
 
 
 def chip(name: str) -> Mesh:
-    """A mesh of one chip that nothing can run on: `v5e`. Skips the test where libtpu is not to be had."""
+    """A mesh of one chip that nothing can run on. Skips the test where libtpu is not to be had."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (Linux, x86-64)")
     settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
     for variable, value in {**settings, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         os.environ.setdefault(variable, value)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:1x1")
-    return Mesh(np.array(topology.devices).reshape(1, 1, 1), AXES)
+    topology = topologies.get_topology_desc(platform="tpu", **NAMES[name])
+    return Mesh(np.array(topology.devices[:1]).reshape(1, 1, 1), AXES)
