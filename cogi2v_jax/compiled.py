@@ -1,13 +1,19 @@
 """Compile once and know how long it took: programs that keep their executables apart from their runs, jax's persistent cache in the
 user's cache folder, and a clock by phase."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 from platformdirs import user_cache_path
+
+from .executables import compiling, load, store
+from .fingerprint import UnnamedError, describe, devices, fingerprint, placement
+from .flags import compile_with, compiler_options
 
 
 def keep_compilations() -> None:
@@ -24,19 +30,52 @@ def keep_compilations() -> None:
 
 
 class Program:
-    """A jitted function that keeps an executable for every set of shapes, so that compiling can be done, timed and counted apart."""
+    """A jitted function that keeps an executable for every set of shapes, so that compiling can be done, timed and counted apart. Threads
+    may share it, and processes find each other's executables in the user's cache folder."""
 
     def __init__(self, function: Callable[..., Any], static: tuple[str, ...] = ()):
+        self._function = function
         self._jit = jax.jit(function, static_argnames=static)
-        self._executables: dict[Any, Callable[..., Any]] = {}
+        self._executables: dict[Any, Future[Callable[..., Any]]] = {}
+        self._lock = threading.Lock()
 
     def compile(self, *args: Any, **static: Any) -> Callable[..., Any]:
-        """The executable for arguments of these shapes, to be called with `args` alone."""
+        """The executable for arguments of these shapes and places, to be called with `args` alone. Shapes with shardings do in place of
+        arrays, before there are any. A thread that asks for what another one is compiling waits for it."""
         leaves, tree = jax.tree.flatten(args)
-        key = (tree, tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves), tuple(sorted(static.items())))
-        if key not in self._executables:
-            self._executables[key] = self._jit.lower(*args, **static).compile()
-        return self._executables[key]
+        shapes = tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False), placement(leaf)) for leaf in leaves)
+        key = (tree, shapes, tuple(sorted((name, _comparable(value)) for name, value in static.items())))
+        with self._lock:
+            missing = key not in self._executables
+            future = self._executables.setdefault(key, Future())
+        if missing:
+            try:
+                future.set_result(self._build(args, static))
+            except BaseException as error:
+                with self._lock:
+                    del self._executables[key]  # the next call tries again
+                future.set_exception(error)
+        return future.result()
+
+    def _build(self, args: tuple[Any, ...], static: dict[str, Any]) -> Callable[..., Any]:
+        used = devices(args)
+        options = compiler_options(used[0].device_kind)
+        name = fingerprint(self._function, args, static, options)
+        if name is not None and (kept := load(name, args, used)) is not None:
+            return kept
+        with compiling() as seen:
+            executable = compile_with(options, self._jit.lower(*args, **static))
+        if name is not None and (seen.fresh or used[0].platform != "cpu"):
+            store(name, executable)
+        return executable
+
+
+def _comparable(value: Any) -> Any:
+    """Equal where it computes the same: two partials of one function and its arguments are, which functools leaves different."""
+    try:
+        return describe(value)
+    except UnnamedError:
+        return value
 
 
 class Stopwatch:
