@@ -43,7 +43,8 @@ SOURCES = _hash_sources(PACKAGE)  # on import, and not when it is asked for: a f
 
 def fingerprint(function: Callable[..., Any], args: Sequence[Any], static: Mapping[str, Any], options: Mapping[str, str]) -> str | None:
     """A hash over the function, the arguments' structure, shapes and places (values are not looked at, so that shapes do as well as
-    arrays), static values, compiler options, devices, and all software there is between them; None where one of them has no name."""
+    arrays), static values, compiler options, devices, and all software there is between them; None where one of them has no name. What the
+    function reads besides its arguments is known by its source alone: a module's constant may not be set anew."""
     try:
         words = [name(function), describe(dict(static)), describe(dict(options)), *_arguments(args), *_machine(devices(args)), *_software()]
     except UnnamedError:
