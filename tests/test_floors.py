@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert"}
 FLOORS = {
     0: "config watch",
-    1: "request schedule positions media tokenizer noise manifest sharding flags fingerprint executables",
+    1: "request schedule positions media tokenizer noise manifest sharding flags fingerprint executables hosts",
     2: "layers recipe",
     3: "attention",
     4: "models.t5 models.vae models.transformer",
