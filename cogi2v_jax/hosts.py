@@ -15,14 +15,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.request import ProxyHandler, Request, build_opener
 
 from . import watch
-
-if TYPE_CHECKING:
-    import jax
-    import numpy as np
 
 COORDINATOR, PROCESSES, PROCESS = VARIABLES = ("COGI2V_COORDINATOR", "COGI2V_PROCESSES", "COGI2V_PROCESS")
 GRACE = 10.0  # seconds in which the watch may explain a failed collective
@@ -244,19 +240,3 @@ def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def spread(values: "np.ndarray", sharding: "jax.sharding.Sharding") -> "jax.Array":
-    """A global array of values that every process has: each puts its own shards onto its own devices, and nothing is sent."""
-    import jax
-
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-
-
-def whole(array: "jax.Array") -> "np.ndarray":
-    """A global array's values on every host, wherever its shards lie. All processes must ask, in the same order."""
-    import numpy as np
-    from jax.experimental.multihost_utils import process_allgather
-
-    here = array.is_fully_addressable or array.is_fully_replicated
-    return np.asarray(array if here else process_allgather(array, tiled=True))

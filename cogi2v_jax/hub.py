@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from platformdirs import user_cache_path
 
-from . import config
+from . import config, hosts
 from .attention import choose
 from .checkpoint import FORMAT, MANIFEST, Models, first_line, open_folder
 from .compiled import keep_compilations
@@ -35,7 +35,7 @@ def load(
     dtype: Any = None,
     attention: str = "auto",
     mesh: str = "auto",
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr) if hosts.leads() else None,
 ) -> Models:
     """A checkpoint, ready to sample: a converted folder, a diffusers folder, a hub id, or one of `config.names()`. Weights are read when a
     phase first needs them. `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. Raises ValueError or

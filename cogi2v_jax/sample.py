@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, plan
+from . import __version__, hosts, plan
 from .config import names
 from .manifest import Job, read_manifest
 from .media import FITS, check_output, read_image, write_video
@@ -102,17 +102,20 @@ def _scale(text: str) -> str | float:
         raise argparse.ArgumentTypeError(f"must be {', '.join(IMAGE_LATENT_SCALES)} or a number: got {text!r}") from None
 
 
+@hosts.together
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 could not be done, 2 wrong arguments, 130 stopped by the user."""
     arguments_parser = parser()
     options = arguments_parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
             if options.lora_path:
                 arguments_parser.error(
                     "--lora_path can't be read yet: fuse the LoRA in PyTorch (pipe.fuse_lora()) and give the result as --model"
                 )
+            if not options.plan:
+                hosts.join()
             if options.plan:
                 settings = {setting: getattr(options, setting) for setting in SETTINGS}
                 print("\n".join(plan.lines(options.model or EMBEDDED, options.plan, options.dtype, options.attention, **settings)))
@@ -134,6 +137,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{chr(10) if sys.stderr.isatty() else ''}cogi2v: stopped; no half-written video was left", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(line: str, end: str = "\n") -> None:
+    """What is not an error, once, however many processes there are."""
+    if hosts.leads():
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def _fail(line: str) -> int:
@@ -167,7 +176,12 @@ def _jobs(options: argparse.Namespace, arguments_parser: argparse.ArgumentParser
     numbered = [
         output if len(runs) == 1 else output.with_name(f"{output.stem}-{number:0{width}d}{output.suffix}") for number in range(len(runs))
     ]
-    return [(job, seed, check_output(path)) for (job, seed), path in zip(runs, numbered, strict=True)]
+    return [(job, seed, _output(path)) for (job, seed), path in zip(runs, numbered, strict=True)]
+
+
+def _output(path: Path) -> Path:
+    """A file to write, checked where it will be written."""
+    return check_output(path) if hosts.leads() else path
 
 
 def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> None:
@@ -193,7 +207,8 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
         def keep(latents: Any, resolved: Request, made: list[Path] = made, recipes: list[dict[str, Any]] = recipes) -> None:
             for number, (video, output) in enumerate(zip(resolved.videos, made, strict=True)):
                 recipes.append(recipe_of(models, name, resolved, video))
-                write_latents(output.with_name(output.stem + LATENTS), latents[number : number + 1], recipes[-1])
+                if hosts.leads():
+                    write_latents(output.with_name(output.stem + LATENTS), latents[number : number + 1], recipes[-1])
 
         result = generate(models, batch, on_step=_progress(), on_latents=keep)
         seconds = {**result.seconds, "load": result.seconds["load"] + loading}
@@ -215,7 +230,7 @@ def _decode_alone(options: argparse.Namespace) -> None:
     watch = time.perf_counter()
     latents, recipe = read_latents(options.decode_latents)
     stem = options.decode_latents.name.removesuffix(LATENTS)
-    output = check_output(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
+    output = _output(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
     from .compiled import Stopwatch
     from .hub import load
     from .pipeline import decode
@@ -244,12 +259,7 @@ def _progress() -> Callable[[int, int, Any], None]:
             return
         each = (time.perf_counter() - started) / max(step - 1, 1)
         left = f"{each:.2f} s a step, {_clock(each * (steps - step))} left" if step > 1 else "first step done"
-        print(
-            f"{chr(13) if live else ''}step {step} of {steps}: {left}   ",
-            end="\n" if step == steps or not live else "",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say(f"{chr(13) if live else ''}step {step} of {steps}: {left}   ", end="\n" if step == steps or not live else "")
 
     return show
 
@@ -261,6 +271,8 @@ def _clock(seconds: float) -> str:
 
 def _finish(videos: Iterable[tuple[Path, Any, dict[str, Any]]], seconds: dict[str, float]) -> None:
     """Writes videos with their recipes, and says what was done."""
+    if not hosts.leads():
+        return
     started = time.perf_counter()
     lines = []
     for output, video, recipe in videos:

@@ -13,12 +13,13 @@ EVERYONE = 99
 
 def loop(steps: int, fault: str, who: int) -> None:
     import jax
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    from cogi2v_jax.sharding import Sizes, fetch, make_mesh, put, split
+
+    sharding = split(make_mesh(Sizes(data=jax.device_count()), jax.devices()), "video")
     values = np.arange(8.0 * jax.device_count(), dtype=np.float32).reshape(-1, 4)
     turn = jax.jit(lambda x: jax.numpy.roll(x, 1, axis=0) - x.mean(0), out_shardings=sharding, donate_argnums=0)
-    x, expected = hosts.spread(values, sharding), values
+    x, expected = put(values, sharding), values
     for step in range(steps):
         x, expected = turn(x), np.roll(expected, 1, axis=0) - expected.mean(0)
         jax.block_until_ready(x)
@@ -32,7 +33,7 @@ def loop(steps: int, fault: str, who: int) -> None:
                     sys.exit(3)
                 case "return":
                     raise InterruptedError
-    np.testing.assert_allclose(hosts.whole(x), expected, atol=1e-4)
+    np.testing.assert_allclose(fetch(x), expected, atol=1e-4)
     hosts.meet("sampled")
     time.sleep(0.5 * hosts.leads())  # as if it wrote a file
     print(f"process 0 of {jax.process_count()} with {jax.device_count()} devices")

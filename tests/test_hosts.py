@@ -5,10 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cogi2v_jax import hosts
 from cogi2v_jax.hosts import Seat
@@ -168,12 +165,3 @@ def test_joining_needs_somebody_who_ends_the_program(announce, monkeypatch: pyte
     monkeypatch.setattr(hosts, "_under_together", False)
     with pytest.raises(RuntimeError, match=r"^join must be called by a program under hosts\.together"):
         hosts.join()
-
-
-def test_values_spread_over_devices_are_whole_again() -> None:
-    sharding = NamedSharding(Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "context")), PartitionSpec("context", "data"))
-    values = np.arange(32.0).reshape(4, 8)
-    array = hosts.spread(values, sharding)
-    assert array.sharding == sharding
-    assert array.addressable_shards[0].data.shape == (2, 2)
-    np.testing.assert_array_equal(hosts.whole(array), values)

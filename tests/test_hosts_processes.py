@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from processes import announcements, gone
 
 PROGRAM = Path(__file__).parent / "member.py"
 PATIENCE = 60.0  # seconds, half of what is promised
@@ -18,20 +18,16 @@ ENDLESS = 10**9
 
 @contextmanager
 def started(count: int, steps: int, *fault: str) -> Iterator[list[subprocess.Popen]]:
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
-    announced = {"COGI2V_COORDINATOR": f"localhost:{port}", "COGI2V_PROCESSES": str(count)}
-    # A proxy that does not answer must not matter: nothing here is outside.
-    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(sys.path)}
     members = [
         subprocess.Popen(
             [sys.executable, PROGRAM, str(steps), *fault],
-            env=os.environ | announced | settings | {"COGI2V_PROCESS": str(process), "PYTHONPATH": os.pathsep.join(sys.path)},
+            env=os.environ | settings | announced,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for process in range(count)
+        for announced in announcements(count)
     ]
     try:
         yield members
@@ -49,10 +45,6 @@ def ended(member: subprocess.Popen) -> tuple[int, str, str]:
     """Exit code, standard output and standard error."""
     out, err = member.communicate(timeout=PATIENCE)
     return member.returncode, out, err
-
-
-def gone(process: int, count: int) -> str:
-    return f"cogi2v: process {process} of {count} (host {socket.gethostname()}) is gone; this one stops too\n"
 
 
 @pytest.mark.parametrize("count", [2, 4])
