@@ -105,13 +105,13 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     pipe: Any = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     models = cogi2v_jax.load(folder, dtype=dtype, say=lambda line: None)
-    config, words, length = models.config, seed_words([0]), models.config.transformer.max_text_seq_length
+    config, length = models.config, models.config.transformer.max_text_seq_length
     picture = Image.open(EMBEDDED / "example.png").convert("RGB").resize((size.width, size.height))
     asked: dict[str, Any] = {"height": size.height, "width": size.width, "num_frames": size.frames, "num_inference_steps": size.steps}
     asked |= {"guidance_scale": GUIDANCE, "use_dynamic_cfg": False}
     request = cogi2v_jax.Request(picture, PROMPT, scheduler="ddim", fit="stretch", **asked).resolve(config)
     phases = phases_of(models, request)
-    shape = phases.shape
+    shape, words = phases.shape, put(seed_words([0]), split(phases.mesh))
 
     def ours(call: Call) -> Any:
         return run(models, phases, watch, "run", call)

@@ -222,7 +222,7 @@ class Phases(Place):
         where = jax.eval_shape(lambda: positions(network, self.shape[:3], self.layout.padded))
         rows = jax.tree.map(lambda leaf: self._shape(leaf.shape, leaf.dtype, "sequence"), where._replace(table=None))
         where = rows._replace(table=None if where.table is None else self._shape(where.table.shape, where.table.dtype))
-        words = np.zeros((videos, 2), np.uint32)
+        words = self._shape((videos, 2), np.uint32)
         return self.denoise((image, image), 0, shifts, noise, words, image, text, where, slab)
 
     def _shape(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
@@ -232,7 +232,7 @@ class Phases(Place):
         """Every program of a request for so many videos, by phase, with nothing but shapes: to be compiled, for machines anywhere."""
         shape, copies = self.shape, GUIDED if self.request.guided else 1
         ids = np.zeros((copies * videos, self.config.transformer.max_text_seq_length), np.int32)
-        words = np.zeros((videos, 2), np.uint32)
+        words = self._shape((videos, 2), np.uint32)
         pixels = np.zeros((videos, 1, self.request.height, self.request.width, self.config.vae.in_channels), np.float32)
         latents = np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)
         return {

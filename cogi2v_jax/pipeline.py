@@ -20,7 +20,7 @@ from .config import CheckpointConfig
 from .media import fit_image, read_image
 from .phases import Call, Phases, Place, mesh_for
 from .request import Noise, Request, Resolved
-from .sharding import fetch
+from .sharding import fetch, put, split
 from .tokenizer import tokenize
 
 OnStep = Callable[[int, int, Any], None]  # (step, steps, latents), on the host, after every step
@@ -79,7 +79,8 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Pre
 
 def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: Stopwatch) -> Float[np.ndarray, "b t h w c"]:
     """A prepared request's final latents, scaled, without padding."""
-    request, phases, noise, words, pixels, ids = prepared
+    request, phases, noise, _, pixels, ids = prepared
+    words = put(prepared.words, split(phases.mesh))
     steps = request.num_inference_steps
     slab = steps if on_step is None else 1
     with ThreadPoolExecutor(1) as background:

@@ -254,11 +254,12 @@ def stages(models: Models, request: Request, given: dict[str, Any] | None = None
     def on(value: Any, *axes: str) -> Any:
         return jax.tree.map(lambda leaf: put(leaf, split(mesh, *axes)), value)
 
+    words = on(prepared.words)
     text = on(stage("text", phases.text(prepared.ids)), "batch")
-    image = on(stage("image", phases.image(prepared.pixels, None, prepared.words)), "video")
+    image = on(stage("image", phases.image(prepared.pixels, None, words)), "video")
     shifts = on(stage("shifts", phases.shifts()))
-    start = on(stage("start", phases.start(None, prepared.words)), "video")
-    given_to_loop = (shifts, None, prepared.words, image, text, phases.positions())
+    start = on(stage("start", phases.start(None, words)), "video")
+    given_to_loop = (shifts, None, words, image, text, phases.positions())
     x, _ = stage("denoised", phases.denoise(start, 0, *given_to_loop, slab=2))
     results["video"] = pipeline.decode(models, x, place=phases)
     return results
