@@ -103,13 +103,6 @@ class Stopwatch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
         self._since = now
 
-    def run(self, phase: str, program: Program, *args: Any, **static: Any) -> Any:
-        """Runs a program to its end, with its compilation charged to `compile` and the rest to `phase`."""
-        with self("compile"):
-            executable = program.compile(*args, **static)
-        with self(phase):
-            return jax.block_until_ready(executable(*args))
-
 
 def workspace(executable: Any) -> int:
     """Bytes a device that a program takes beside its arguments."""

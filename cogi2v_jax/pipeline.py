@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -92,8 +93,10 @@ def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: S
             ahead.result()
     carry = run(models, phases, watch, "denoise", phases.start(noise.initial, words))
     given = (shifts, noise.steps, words, image, text, phases.positions())
+    loop = ready(models, phases, watch, phases.denoise(carry, 0, *given, slab=slab))
     for first in range(0, steps, slab):
-        carry = run(models, phases, watch, "denoise", phases.denoise(carry, first, *given, slab=slab))
+        with watch("denoise"):
+            carry = jax.block_until_ready(loop(*phases.denoise(carry, first, *given, slab=slab).args))
         if on_step is not None:
             on_step(first + slab, steps, carry[0])
     return fetch(carry[0])[:, phases.shape.padding :]
@@ -105,15 +108,21 @@ def _get_ready(models: Models, phases: Phases, call: Call) -> None:
     models.piece(call.piece, phases.network(call.piece), workspace(call.compile(phases)), ahead=True)
 
 
-def run(models: Models, place: Place, watch: Stopwatch, phase: str, call: Call) -> Any:
-    """A program with its network, which is loaded when it is known what else the devices must hold."""
-    if call.piece is None:
-        return watch.run(phase, call.program, *call.args, **call.static)
+def ready(models: Models, place: Place, watch: Stopwatch, call: Call) -> Callable[..., Any]:
+    """A program with its network, which is loaded when it is known what else the devices must hold: a function of the call's arguments."""
     with watch("compile"):
-        needs = workspace(call.compile(place))
+        executable = call.compile(place)
+    if call.piece is None:
+        return executable
     with watch("load"):
-        network = models.piece(call.piece, place.network(call.piece), needs)
-    return watch.run(phase, call.program, network, *call.args, **call.static)
+        return partial(executable, models.piece(call.piece, place.network(call.piece), workspace(executable)))
+
+
+def run(models: Models, place: Place, watch: Stopwatch, phase: str, call: Call) -> Any:
+    """A program's results, when they are there."""
+    program = ready(models, place, watch, call)
+    with watch(phase):
+        return jax.block_until_ready(program(*call.args))
 
 
 def decode(

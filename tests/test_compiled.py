@@ -186,24 +186,6 @@ def test_phases_sum_to_the_wall_clock():
     assert 0.9 * wall < sum(watch.seconds.values()) <= wall
 
 
-def test_running_a_program_charges_its_compilation_apart(program, monkeypatch):
-    watch = Stopwatch()
-    build = program.compile
-
-    def slowly(*args, **static):
-        time.sleep(0.05)
-        return build(*args, **static)
-
-    monkeypatch.setattr(program, "compile", slowly)
-    assert float(watch.run("text", program, *arguments(), shift=1, kind="sum")) == 9
-    assert watch.seconds.keys() == {"compile", "text"}
-    assert watch.seconds["compile"] >= 0.05
-    with watch("denoise"):
-        watch.run("text", program, *arguments(), shift=1, kind="sum")
-    assert watch.seconds.keys() == {"compile", "text", "denoise"}
-    assert watch.seconds["denoise"] < 0.05
-
-
 # the persistent cache
 
 
