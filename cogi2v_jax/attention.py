@@ -1,4 +1,5 @@
-"""Attention behind one call: `attend(q, k, v)`. A backend is a function and a row of BACKENDS; models are handed one and know no other."""
+"""Attention behind one call: `attend(q, k, v, tokens)`, where keys from `tokens` on only even the sequence out and have no weight. A backend
+is a function and a row of BACKENDS; models are handed one, by way of `sharding.Layout`, and know no other."""
 
 import math
 from collections.abc import Callable
@@ -17,23 +18,23 @@ from jaxtyping import Array, Float
 from . import config
 from .layers import precision
 
-Attend = Callable[[Float[Array, "b s n k"], Float[Array, "b s n k"], Float[Array, "b s n k"]], Float[Array, "b s n k"]]
+Attend = Callable[..., Float[Array, "b n s k"]]
 
 # Queries are taken in slices whose float32 logits about fit a CPU's cache (16 MiB), but of no fewer rows than fill a matrix unit.
 LOGITS = 4 * 2**20
 ROWS = 128
 
 
-def xla(q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+def xla(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int) -> Float[Array, "b n s k"]:
     """Plain attention in slices of queries, which keeps memory linear in the sequence; for every device. Softmax and sums are float32."""
-    b, s, n, width = q.shape
-    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))  # once, and not in every slice
+    b, n, s, width = q.shape
+    k, v = k[:, :, :tokens], v[:, :, :tokens]
     rows = min(s, max(ROWS, LOGITS // (b * n * s)))
     slices = -(-s // rows)
     rows = -(-s // slices)  # even slices, so that padding is less than a row each
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, slices * rows - s), (0, 0))).reshape(b, n, slices, rows, width)
+    q = jnp.pad(q, _after(2, slices * rows - s)).reshape(b, n, slices, rows, width)
     out = lax.map(partial(_rows, k=k, v=v), jnp.moveaxis(q, 2, 0))
-    return jnp.transpose(out, (1, 0, 3, 2, 4)).reshape(b, slices * rows, n, width)[:, :s]
+    return jnp.moveaxis(out, 0, 2).reshape(b, n, slices * rows, width)[:, :, :s]
 
 
 def _rows(q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]) -> Float[Array, "b n q k"]:
@@ -44,9 +45,10 @@ def _rows(q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array
     return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
 
-def cudnn(q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+def cudnn(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int) -> Float[Array, "b n s k"]:
     """NVIDIA's fused kernel; bfloat16 only."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k[:, :, :tokens], v[:, :, :tokens]))
+    return jnp.moveaxis(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), 2, 1)
 
 
 class Tile(NamedTuple):
@@ -61,10 +63,10 @@ class Tile(NamedTuple):
 # What the compiler schedules fastest at 17,776 tokens, by generation. The library's own tiles of 128 leave the matrix unit idle most of the
 # time; more keys at once than here don't fit the registers, more in all don't fit the memory. v4 has little of it.
 TILES = {
-    "v4": Tile(1280, 1280, 1280),
+    "v4": Tile(1280, 1792, 896),
     "v5e": Tile(1280, 8960, 896),
     "v5p": Tile(1280, 8960, 896),
-    "v6e": Tile(2560, 3584, 1792),
+    "v6e": Tile(1792, 8960, 1792),
 }
 LANES = 128  # of a TPU's vectors: sizes are multiples
 # What the compiler's schedules say of other tiles: a step over a block of keys takes the time of so many more rows of them, and a tile of
@@ -81,19 +83,25 @@ class Splash:
     tile: Tile
     interpret: bool = False
 
-    def __call__(self, q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
-        tokens, heads, width = q.shape[1:]
-        tile, q_rows, k_rows = fitted(self.tile, tokens)
+    def rows(self, tokens: int) -> int:
+        """Of a sequence that is already evened out."""
+        return fitted(self.tile, tokens)[1]
+
+    def __call__(
+        self, q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int
+    ) -> Float[Array, "b n s k"]:
+        heads, asked, width = q.shape[1:]
+        tile, rows = fitted(self.tile, tokens)
+        queries = -(-asked // tile.queries) * tile.queries
         q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # exact at a width of 64: a power of two
-        q = jnp.pad(jnp.pad(q, _after(3, 1), constant_values=1), _after(1, q_rows - tokens))
-        k = jnp.pad(jnp.pad(k, _after(3, 1)), _after(1, k_rows - tokens))
-        k = jnp.where((jnp.arange(k_rows) >= tokens)[:, None, None] & (jnp.arange(width + 1) == width), jnp.asarray(FAR, k.dtype), k)
-        v = jnp.pad(v, _after(1, k_rows - tokens))
-        mask = splash_mask.MultiHeadMask([splash_mask.FullMask((q_rows, k_rows))] * heads)
+        q = jnp.pad(jnp.pad(q, _after(3, 1), constant_values=1), _after(2, queries - asked))
+        k, v = (jnp.pad(x[:, :, :rows], _after(2, max(rows - asked, 0))) for x in (k, v))
+        far = jnp.where(jnp.arange(rows) < tokens, 0.0, FAR).astype(k.dtype)
+        k = jnp.concatenate([k, jnp.broadcast_to(far[:, None], (*k.shape[:3], 1))], axis=-1)
+        mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, rows))] * heads)
         sizes = splash_kernel.BlockSizes(block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.at_once)
         kernel = splash_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=self.interpret)
-        out = jax.vmap(kernel)(*(jnp.moveaxis(x, 2, 1) for x in (q, k, v)))
-        return jnp.moveaxis(out, 1, 2)[:, :tokens]
+        return jax.vmap(kernel)(q, k, v)[:, :, :asked]
 
 
 def _after(axis: int, count: int) -> list[tuple[int, int]]:
@@ -101,8 +109,8 @@ def _after(axis: int, count: int) -> list[tuple[int, int]]:
     return [(0, count if axis == which else 0) for which in range(4)]
 
 
-def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int, int]:
-    """(the quickest tile no larger than the wanted one, rows of queries that even a sequence out, rows of keys)."""
+def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int]:
+    """(the quickest tile no larger than the wanted one, rows of a sequence that it evens out)."""
 
     def even(count: int, unit: int) -> int:
         return math.ceil(count / unit) * unit
@@ -110,20 +118,23 @@ def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int, int]:
     def sizes(most: int) -> range:
         return range(LANES, even(most, LANES) + LANES, LANES)
 
-    def cost(keys: int, once: int) -> float:
-        return even(tokens, keys) * (1 + STEP / keys + SMALL * wanted.at_once / once)
+    def cost(tile: Tile) -> float:
+        rows = even(tokens, math.lcm(tile.queries, tile.keys))
+        small = wanted.at_once / tile.at_once + wanted.queries / tile.queries
+        return rows**2 * (1 + STEP / tile.keys + SMALL * small)
 
     groups = range(1, wanted.keys // wanted.at_once + 1)
-    keys, once = min(((group * once, once) for group in groups for once in sizes(wanted.at_once)), key=lambda block: cost(*block))
-    queries = min(sizes(wanted.queries), key=lambda rows: even(tokens, rows) * (1 + SMALL * wanted.queries / rows))
-    return Tile(queries, keys, once), even(tokens, queries), even(tokens, keys)
+    tiles = (Tile(queries, group * once, once) for queries in sizes(wanted.queries) for group in groups for once in sizes(wanted.at_once))
+    tile = min(tiles, key=cost)
+    return tile, even(tokens, math.lcm(tile.queries, tile.keys))
 
 
-def tokamax(q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+def tokamax(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int) -> Float[Array, "b n s k"]:
     """The tokamax library's kernels for NVIDIA devices: Mosaic where it has one for the device, else Triton."""
     from tokamax import dot_product_attention
 
-    return dot_product_attention(q, k, v, implementation=("mosaic_gpu", "triton"))
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k[:, :, :tokens], v[:, :, :tokens]))
+    return jnp.moveaxis(dot_product_attention(q, k, v, implementation=("mosaic_gpu", "triton")), 2, 1)
 
 
 BACKENDS: dict[str, Attend] = {"xla": xla, "cudnn": cudnn, "splash": Splash(TILES["v5e"]), "tokamax": tokamax}

@@ -208,9 +208,12 @@ class Phases(Place):
     def positions(self) -> Positions:
         """Every token's place, on the devices: they are read in every step."""
         where = positions(self.config.transformer, self.shape[:3], self.layout.padded)
-        rows = split(self.mesh, "sequence")
-        table = None if where.table is None else put(where.table, split(self.mesh))
-        return Positions(put(where.cos, rows), put(where.sin, rows), put(where.is_text, rows), table)
+        return jax.tree.map(put, where, self._places(where))
+
+    def _places(self, where: Positions) -> Positions:
+        """Rotations are made where a device has whole sequences; whose modulation a token has is asked where it has its part."""
+        everywhere, table = split(self.mesh), None if where.table is None else split(self.mesh)
+        return Positions(everywhere, everywhere, split(self.mesh, "sequence"), table)
 
     def loop(self, videos: int, slab: int, noise: Float[Any, "i b t h w c"] | None = None) -> Call:
         """`denoise` before its arguments are there."""
@@ -220,8 +223,7 @@ class Phases(Place):
         shifts = jax.eval_shape(partial(modulate, mesh=self.mesh), self.network("modulation"), *self.shifts().args)
         shifts = jax.tree.map(lambda leaf: self._shape(leaf.shape, leaf.dtype), shifts)
         where = jax.eval_shape(lambda: positions(network, self.shape[:3], self.layout.padded))
-        rows = jax.tree.map(lambda leaf: self._shape(leaf.shape, leaf.dtype, "sequence"), where._replace(table=None))
-        where = rows._replace(table=None if where.table is None else self._shape(where.table.shape, where.table.dtype))
+        where = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), where, self._places(where))
         words = self._shape((videos, 2), np.uint32)
         return self.denoise((image, image), 0, shifts, noise, words, image, text, where, slab)
 

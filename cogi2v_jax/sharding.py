@@ -30,6 +30,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": AXES,
     "mlp": AXES,
 }
+Attention = Callable[[Array, Array, Array, int], Array]
 GUIDED = 2  # predictions of a guidance pair
 
 
@@ -197,36 +198,34 @@ class Layout:
     """How one request's transformer is spread: what the network is handed instead of a mesh."""
 
     mesh: Mesh
-    attention: Callable[[Any, Any, Any], Any]  # a backend of attention.py, for one device
+    attention: Attention  # a backend of attention.py, for one device
     tokens: int  # of the joint sequence, without what evens it out
     whole: bool = True  # whether every device holds all weights
     turns: bool = False  # whether a device takes one video of a batch after another
 
     @property
     def padded(self) -> int:
-        """Tokens of the joint sequence as it is split: as many in every part."""
+        """Tokens of the joint sequence as the layers see it: what the backend is quickest at, and as many in every part."""
         parts = self.mesh.shape["context"]
-        return -(-self.tokens // parts) * parts
+        rows = getattr(self.attention, "rows", lambda tokens: tokens)(self.tokens)
+        return -(-rows // parts) * parts
 
-    def attend(self, q: Float[Array, "b s n k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
+    def exchange(self, by_heads: Callable[..., Array], parts: tuple[Array, ...], *whole: Any) -> Float[Array, "b s d"]:
         """Ulysses (arXiv 2309.14509): a device trades its part of the sequence with all heads for the whole sequence with its part of the
-        heads, attends alone, and trades back. The trade moves heads side by side, on lanes that are full."""
-        spec = PartitionSpec(RULES["batch"], RULES["sequence"])
-        return jax.shard_map(self._exchange, mesh=self.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
+        heads, computes `by_heads(parts, *whole, attend)` alone, and trades back. The trade moves [b s d] as it is, on lanes that are full."""
+        heads = PartitionSpec(RULES["batch"], RULES["sequence"])
 
-    def _exchange(self, *parts: Float[Array, "b s n k"]) -> Float[Array, "b s n k"]:
-        width = parts[0].shape[-1]
-        ways = self.mesh.shape["context"]
+        def local(parts: tuple[Array, ...], whole: tuple[Any, ...]) -> Array:
+            return self._trade(by_heads(tuple(self._trade(part, 2, 1) for part in parts), *whole, attend=self._attend), 1, 2)
 
-        def trade(x: Float[Array, "b s n k"], give: int, take: int) -> Float[Array, "b s2 n2 k"]:
-            if ways == 1:
-                return x
-            flat = lax.all_to_all(x.reshape(*x.shape[:2], -1), "context", give, take, tiled=True)
-            return flat.reshape(*flat.shape[:2], -1, width)
+        specs = (heads, PartitionSpec())
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)(parts, whole)
 
-        q, k, v = (trade(x, 2, 1)[:, : self.tokens] for x in parts)
-        out = self.attention(q, k, v)
-        return trade(jnp.pad(out, ((0, 0), (0, self.padded - self.tokens), (0, 0), (0, 0))), 1, 2)
+    def _trade(self, x: Float[Array, "b s d"], give: int, take: int) -> Float[Array, "b s2 d2"]:
+        return x if self.mesh.shape["context"] == 1 else lax.all_to_all(x, "context", give, take, tiled=True)
+
+    def _attend(self, q: Float[Array, "b n s k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]) -> Float[Array, "b n s k"]:
+        return self.attention(q, k, v, self.tokens)
 
     def in_turn(self, predict: Callable[..., Array], *batch: Array) -> Array:
         """Predictions of a batch: all at once, or on each device one after another. A long sequence fills a device alone, so that turns
@@ -242,9 +241,13 @@ class Layout:
         """A layer's weights, brought to every device for as long as it needs them."""
         return layer if self.whole else jax.tree.map(lambda leaf: pin(leaf, self.mesh), layer)
 
-    def pin(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
-        """Holds the joint sequence to its split."""
+    def split(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """Each part of the sequence where it is computed."""
         return pin(x, self.mesh, "batch", "sequence")
+
+    def join(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        """The whole sequence on every device of its group."""
+        return pin(x, self.mesh, "batch")
 
 
 def work_of(checkpoint: config.CheckpointConfig, networks: Mapping[str, nnx.Module], videos: int, guided: bool) -> list[Work]:

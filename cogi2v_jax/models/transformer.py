@@ -83,12 +83,18 @@ class Attention(nnx.Module):
         self.norm_k = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype, rngs=rngs)
         self.out = Linear(d, d, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b s d"], positions: Positions, attend: Attend) -> Float[Array, "b s d"]:
-        heads = x.shape[-1] // self.norm_q.scale.shape[-1]
-        q, k, v = (rearrange(rounded(part(x), x.dtype), "b s (n k) -> b s n k", n=heads) for part in (self.q, self.k, self.v))
-        q = rotate(self.norm_q(q), positions).astype(x.dtype)
-        k = rotate(self.norm_k(k), positions).astype(x.dtype)
-        return self.out(rearrange(attend(q, k, v), "b s n k -> b s (n k)"))
+    def __call__(self, x: Float[Array, "b s d"], positions: Positions, layout: Layout) -> Float[Array, "b s d"]:
+        q, k, v = (rounded(part(x), x.dtype) for part in (self.q, self.k, self.v))
+        graph, norms = nnx.split((self.norm_q, self.norm_k))
+
+        def by_heads(parts: tuple, norms: nnx.State, positions: Positions, attend: Attend) -> Float[Array, "b s d2"]:
+            """The whole sequence, with some of the heads or all."""
+            norm_q, norm_k = nnx.merge(graph, norms)
+            q, k, v = (rearrange(part, "b s (n k) -> b n s k", k=norm_q.scale.shape[0]) for part in parts)
+            q, k = (rotate(norm(part), positions).astype(x.dtype) for norm, part in ((norm_q, q), (norm_k, k)))
+            return rearrange(attend(q, k, v), "b n s k -> b s (n k)")
+
+        return self.out(layout.exchange(by_heads, (q, k, v), norms, positions))
 
 
 class Mlp(nnx.Module):
@@ -108,11 +114,11 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "b s d"], shifts: Float[Array, "6 2 d"], positions: Positions, attend: Attend
+        self, x: Float[Array, "b s d"], shifts: Float[Array, "6 2 d"], positions: Positions, layout: Layout
     ) -> Float[Array, "b s d"]:
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = (by_stream(part, positions.is_text) for part in shifts)
         y = (self.attn_norm(x) * (1 + attn_scale) + attn_shift).astype(x.dtype)
-        x = (x + attn_gate * self.attn(y, positions, attend)).astype(x.dtype)
+        x = (x + attn_gate * self.attn(y, positions, layout)).astype(x.dtype)
         y = (self.mlp_norm(x) * (1 + mlp_scale) + mlp_shift).astype(x.dtype)
         return (x + mlp_gate * self.mlp(y)).astype(x.dtype)
 
@@ -152,19 +158,20 @@ class Transformer(nnx.Module):
         if table is not None:
             x = x + table.astype(x.dtype)
         tokens = x.shape[1]
-        x = layout.pin(jnp.pad(x, ((0, 0), (0, layout.padded - tokens), (0, 0))))
+        # Joined and evened out before it is split: 226 tokens of text divide by little, and an exchange would be made of the joining.
+        x = layout.split(jnp.pad(layout.join(x), ((0, 0), (0, layout.padded - tokens), (0, 0))))
 
         graph, layers = nnx.split(self.blocks)
 
         def block(x: Float[Array, "b s d"], layer: tuple) -> tuple[Float[Array, "b s d"], None]:
             params, shifts = layer
-            return layout.pin(nnx.merge(graph, layout.gather(params))(x, shifts, positions, layout.attend)), None
+            return layout.split(nnx.merge(graph, layout.gather(params))(x, shifts, positions, layout)), None
 
         x, _ = lax.scan(block, x, (layers, shifts.blocks))
         y = self.out_norm(self.norm(x).astype(x.dtype))
         shift, scale = shifts.out.astype(jnp.float32)
         v = self.out((y * (1 + scale) + shift).astype(x.dtype))
-        v = v[:, text.shape[1] : tokens]  # only here, where a token is narrow: cutting a split sequence moves it
+        v = layout.join(v)[:, text.shape[1] : tokens]  # only here, where a token is narrow: cutting a split sequence moves it
         sizes = {"f": frames // t, "h": rows // r, "w": columns // c, "t": t, "r": r, "c": c}
         return rearrange(v, "b (f h w) (t r c z) -> b (f t) (h r) (w c) z", **sizes)
 
@@ -175,8 +182,7 @@ def by_stream(part: Float[Array, "2 d"], is_text: Bool[Array, " s"]) -> Float[Ar
     return jnp.where(is_text[:, None], text, video)
 
 
-def rotate(x: Float[Array, "b s n k"], positions: Positions) -> Float[Array, "b s n k"]:
+def rotate(x: Float[Array, "b n s k"], positions: Positions) -> Float[Array, "b n s k"]:
     """Turns channel i with channel i + k/2 by the token's angle, in float32."""
-    cos, sin = positions.cos[:, None], positions.sin[:, None]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = (jnp.concatenate(halves, axis=-1) for halves in ((positions.cos, positions.cos), (-positions.sin, positions.sin)))
+    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
