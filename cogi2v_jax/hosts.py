@@ -118,13 +118,17 @@ def _as_jax_sees_it(hint: str) -> Seat | None:
     from jax._src.clusters import ClusterEnv  # jax.distributed.initialize finds the same, but tells nobody
 
     detect = ClusterEnv.auto_detect_unset_distributed_params
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of packages that a cluster of another kind would need
-        address, processes, process, devices = detect(None, None, None, None, None, int(watch.ARRIVAL))
+    by_hand = f"set {', '.join(VARIABLES)}, or {PROCESSES}=1 to stay alone"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages that a cluster of another kind would need
+            address, processes, process, devices = detect(None, None, None, None, None, int(watch.ARRIVAL))
+    except Exception as error:  # of the network, of Kubernetes' client, of numbers that are none
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"processes announced by {hint} must be numbered as jax knows it: got {said}; {by_hand}") from None
     if address is None or processes is None or process is None:
-        if hint == "OMPI_COMM_WORLD_SIZE":
-            got = os.environ[hint]
-            raise ValueError(f"processes of this Open MPI must be numbered by {', '.join(VARIABLES)}: got {hint}={got} and no coordinator")
+        if hint == "OMPI_COMM_WORLD_SIZE":  # a launcher that jax knows not all releases of
+            raise ValueError(f"processes announced by {hint}={os.environ[hint]} must have a coordinator: got none; {by_hand}")
         return None
     return Seat(*_address(address, hint), processes, process, devices) if processes > 1 else None
 

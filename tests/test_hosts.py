@@ -124,12 +124,24 @@ def test_a_kubernetes_job_that_jax_cannot_ask_is_alone(announce) -> None:
     assert hosts.announced() is None
 
 
-def test_an_open_mpi_that_names_no_coordinator_is_an_error(announce) -> None:
-    announce({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"})
-    with pytest.raises(
-        ValueError, match=r"^processes of this Open MPI must be numbered by COGI2V_.*: got OMPI_COMM_WORLD_SIZE=2 and no coordinator$"
-    ):
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
+            "processes announced by OMPI_COMM_WORLD_SIZE=2 must have a coordinator: got none; set COGI2V_COORDINATOR, ",
+        ),
+        (
+            SLURM | {"SLURM_PROCID": "second"},
+            "processes announced by SLURM_NTASKS must be numbered as jax knows it: got invalid literal for int() with base 10: 'second'; ",
+        ),
+    ],
+)
+def test_a_cluster_that_jax_cannot_number_is_one_line(announce, variables: dict[str, str], line: str) -> None:
+    announce(variables)
+    with pytest.raises(ValueError, match=r"; set COGI2V_COORDINATOR, .* or COGI2V_PROCESSES=1 to stay alone$") as caught:
         hosts.announced()
+    assert str(caught.value).startswith(line)
 
 
 def test_metadata_that_nobody_serves_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
