@@ -1,5 +1,5 @@
-"""Attention behind one call: `attend(q, k, v, tokens)`, where keys from `tokens` on only even the sequence out and have no weight. A backend
-is a function and a row of BACKENDS; models are handed one, by way of `sharding.Layout`, and know no other."""
+"""Attention behind one call: `attend(q, k, v, tokens)`, where keys from `tokens` on only even a sequence out and have no weight. A backend is
+a function and a row of BACKENDS; models are handed one, by way of `sharding.Layout`, and know no other."""
 
 import math
 from collections.abc import Callable

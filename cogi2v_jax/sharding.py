@@ -212,7 +212,7 @@ class Layout:
 
     def exchange(self, by_heads: Callable[..., Array], parts: tuple[Array, ...], *whole: Any) -> Float[Array, "b s d"]:
         """Ulysses (arXiv 2309.14509): a device trades its part of the sequence with all heads for the whole sequence with its part of the
-        heads, computes `by_heads(parts, *whole, attend)` alone, and trades back. The trade moves [b s d] as it is, on lanes that are full."""
+        heads, computes `by_heads(parts, *whole, attend)` alone, and trades back. What is moved is [b s d] as it is, on full lanes."""
         heads = PartitionSpec(RULES["batch"], RULES["sequence"])
 
         def local(parts: tuple[Array, ...], whole: tuple[Any, ...]) -> Array:

@@ -49,7 +49,7 @@ SPLASH = attention.Splash(attention.Tile(256, 768, 384), interpret=True)
 @pytest.mark.parametrize(
     ("tokens", "width"),
     [(7, 64), (131, 64), (300, 32), (1000, 64)],
-    ids=["a part of a tile", "one tile", "two", "several, and a block more"],
+    ids=["part of a tile", "one tile", "two", "several"],
 )
 def test_the_tpu_kernels_tiles_do_not_change_the_result(tokens: int, width: int, rng: np.random.Generator) -> None:
     q, k, v = rng.normal(size=(3, 2, 3, tokens, width)).astype(np.float32)

@@ -13,7 +13,7 @@ PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert
 FLOORS = {
     0: "config watch",
     1: "request schedule positions media tokenizer noise manifest sharding flags fingerprint executables hosts",
-    2: "layers recipe",
+    2: "layers recipe strips",
     3: "attention",
     4: "models.t5 models.vae models.transformer",
     5: "checkpoint compiled",

@@ -34,8 +34,15 @@ FLOAT32 = jnp.dtype(jnp.float32)
 EIGHT = [Sizes(data, pair, context) for data in (1, 2, 4, 8) for pair in (1, 2) for context in (1, 2, 4, 8) if data * pair * context == 8]
 
 
+class Device(types.SimpleNamespace):
+    """What a mesh asks of one."""
+
+    def __hash__(self) -> int:
+        return self.id
+
+
 def device(index: int = 0, platform: str = "tpu", process: int = 0, **attributes: Any) -> Any:
-    return types.SimpleNamespace(id=index, platform=platform, process_index=process, **attributes)
+    return Device(id=index, platform=platform, process_index=process, **attributes)
 
 
 def grid(*extents: int) -> list[Any]:

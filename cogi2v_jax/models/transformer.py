@@ -1,7 +1,7 @@
 """The CogVideoX transformer: text and video tokens in one sequence, both streams through the same weights, told apart only by their
 modulation. Both generations: 1x2x2 patches with a learned table (1.0), 2x2x2 patches with `ofs` (1.5)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -87,7 +87,7 @@ class Attention(nnx.Module):
         q, k, v = (rounded(part(x), x.dtype) for part in (self.q, self.k, self.v))
         graph, norms = nnx.split((self.norm_q, self.norm_k))
 
-        def by_heads(parts: tuple, norms: nnx.State, positions: Positions, attend: Attend) -> Float[Array, "b s d2"]:
+        def by_heads(parts: tuple, norms: Any, positions: Positions, attend: Attend) -> Float[Array, "b s d2"]:
             """The whole sequence, with some of the heads or all."""
             norm_q, norm_k = nnx.merge(graph, norms)
             q, k, v = (rearrange(part, "b s (n k) -> b n s k", k=norm_q.scale.shape[0]) for part in parts)
