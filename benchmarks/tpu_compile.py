@@ -1,0 +1,158 @@
+"""What the TPU compiler says of our programs at full size, on a machine without a TPU.
+
+    python benchmarks/tpu_compile.py --model cogvideox-5b-i2v --mesh v5e-8 --phase denoise --json row.json [--hlo program.txt]
+    python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--phase NAME]     # all that is left open, into configs/plans.toml
+    python benchmarks/tpu_compile.py --markdown                                      # configs/plans.toml as a table
+
+Nothing here is a measured time. `peak_gib` is the compiler's sum of arguments, outputs and temporaries of a chip; a program that it refuses
+for its memory does not fit. Static seconds are the cycles that the compiler schedules, over the chip's clock, and the bytes on the wire, at
+100 GB/s: a floor, for a kernel's schedule knows nothing of waiting for memory. The second figure counts kernels 1.27 times, which brought
+three published step times of another port on v4 within 5 %: one constant, fitted on one generation and one kernel.
+
+Every row is compiled in a process of its own, because libtpu reads its flags once. Rows that configs/plans.toml already holds are kept, if
+they were made with the same jax and libtpu.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PLANS = ROOT / "configs" / "plans.toml"
+MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
+PHASES = ("text", "encode", "denoise", "decode")
+# What makes libtpu describe chips that are not there, and dump the last schedule of every kernel that still shows its delays.
+ABSENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+
+Row = dict[str, Any]
+
+
+def compiled(model: str, mesh: str, phase: str, attention: str, hlo: Path | None = None) -> Row:
+    """One row, from a process of its own. Raises RuntimeError with the compiler's last words where it fails for anything but memory."""
+    with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
+        row, schedules = Path(scratch, "row.json"), Path(scratch, "schedules")
+        schedules.mkdir()
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP.format(schedules)}"
+        command = [sys.executable, ROOT / "benchmarks" / "tpu_phase.py", "--model", model, "--mesh", mesh, "--phase", phase]
+        command += ["--attention", attention, "--schedules", schedules, "--json", row, *(["--hlo", hlo] if hlo else [])]
+        done = subprocess.run(
+            command, env=os.environ | ABSENT | {"PYTHONPATH": path, "LIBTPU_INIT_ARGS": flags}, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            raise RuntimeError("\n".join(done.stderr.splitlines()[-15:]) or f"the compiler's process ended with {done.returncode}")
+        return json.loads(row.read_text())
+
+
+def made() -> Row:
+    return {"jax": version("jax"), "libtpu": version("libtpu"), "date": time.strftime("%Y-%m-%d")}
+
+
+def kept() -> list[Row]:
+    """Rows made before with the same compiler."""
+    if not PLANS.exists():
+        return []
+    plans, now = tomllib.loads(PLANS.read_text()), made()
+    return plans["row"] if all(plans["made"][package] == now[package] for package in ("jax", "libtpu")) else []
+
+
+def write(rows: list[Row], path: Path = PLANS) -> None:
+    """Written beside, then renamed, so that a run that is cut off leaves whole rows."""
+
+    def table(name: str, values: Row) -> str:
+        # JSON's strings, numbers, true and false are TOML's.
+        return "\n".join([name, *(f"{key} = {json.dumps(value)}" for key, value in values.items())])
+
+    head = "# What the TPU compiler says of every phase on every mesh; nothing here was measured. Written by benchmarks/tpu_compile.py."
+    beside = path.with_suffix(".part")
+    beside.write_text("\n\n".join([head, table("[made]", made()), *(table("[[row]]", row) for row in rows)]) + "\n")
+    beside.replace(path)
+
+
+def cells(row: Row) -> list[str]:
+    """A row as printed. What the compiler did not get to is left open."""
+
+    def figure(key: str, form: str, scale: float = 1.0) -> str:
+        return format(row[key] * scale, form) if key in row else "-"
+
+    seconds = f"{figure('static_seconds_floor', '.1f')} - {figure('static_seconds', '.1f')}" if row["fits"] else "-"
+    names = [row["model"], row["mesh"], row["phase"], "yes" if row["fits"] else "no", figure("peak_gib", ".2f")]
+    return [*names, figure("flops", ".1f", 1e-12), figure("collective_mib_per_layer", ".1f"), seconds, figure("compile_seconds", ".0f")]
+
+
+HEAD = ["model", "mesh", "phase", "fits", "GiB a chip", "TFLOP a chip", "MiB sent a layer", "static s", "compiled in s"]
+WIDTHS = [19, 6, 7, 4, 10, 12, 16, 15, 13]
+
+
+def line(parts: list[str]) -> str:
+    return "  ".join(part.ljust(width) for part, width in zip(parts, WIDTHS, strict=True)).rstrip()
+
+
+def markdown(plans: dict[str, Any]) -> str:
+    lines = [HEAD, ["-" * len(name) for name in HEAD], *map(cells, plans["row"])]
+    versions = "jax {jax}, libtpu {libtpu}, {date}".format(**plans["made"])
+    return "\n".join([*(f"| {' | '.join(parts)} |" for parts in lines), "", f"Compiled with {versions}."])
+
+
+def main() -> None:
+    known = tomllib.loads((ROOT / "configs" / "meshes.toml").read_text())["meshes"]
+    tpus = [name for name, mesh in known.items() if "topology" in mesh]
+    parser = argparse.ArgumentParser(description="What the TPU compiler says of our programs, without a TPU.")
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--mesh", choices=tpus)
+    parser.add_argument("--phase", choices=PHASES)
+    parser.add_argument("--attention", default="auto", help="as of cogi2v-sample")
+    parser.add_argument("--json", type=Path, help="write the rows there and leave configs/plans.toml alone")
+    parser.add_argument("--hlo", type=Path, help="write the optimised programs there; for a single row")
+    parser.add_argument("--markdown", action="store_true", help="print configs/plans.toml as a table and compile nothing")
+    args = parser.parse_args()
+    if args.markdown:
+        print(markdown(tomllib.loads(PLANS.read_text())))
+        return
+    open_ends = ([args.model], MODELS), ([args.mesh], tpus), ([args.phase], PHASES)
+    wanted = list(itertools.product(*(given if given != [None] else every for given, every in open_ends)))
+    if args.hlo and len(wanted) > 1:
+        parser.error(f"--hlo must go with one --model, one --mesh and one --phase: got {len(wanted)} rows")
+    try:
+        made()
+    except PackageNotFoundError as missing:
+        sys.exit(f"benchmarks/tpu_compile.py must have libtpu (Linux on x86-64): {missing}; pip install libtpu")
+    rows = [] if args.json else kept()
+    print(line(HEAD), flush=True)
+    failures = []
+    for model, mesh, phase in wanted:
+        row = next((row for row in rows if (row["model"], row["mesh"], row["phase"]) == (model, mesh, phase)), None)
+        if row is None:
+            try:
+                row = compiled(model, mesh, phase, args.attention, args.hlo)
+            except RuntimeError as error:
+                failures.append(f"{model} {mesh} {phase}: {error}")
+                continue
+            rows.append(row)
+            if not args.json:
+                write(rows)
+        print(line(cells(row)), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows[0] if len(wanted) == 1 and rows else rows, indent=1))
+    sys.exit("\n\n".join(failures) or 0)
+
+
+if __name__ == "__main__":
+    main()

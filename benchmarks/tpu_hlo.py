@@ -1,0 +1,248 @@
+"""What an optimised TPU program costs, read from its HLO text: the operations of its products, the cycles that the compiler expects of each
+fusion and the bytes that one chip sends, multiplied by the trip counts of the loops around them."""
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+# What one of n chips sends for each byte of its operand, by the algorithms that need the least of it.
+COLLECTIVES = {
+    "all-to-all": lambda n: (n - 1) / n,
+    "all-gather": lambda n: n - 1,  # its operand is the chip's own part
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+# The integer operations that loops count with. Whatever else makes a value, it is not known beforehand.
+SCALAR = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+    "copy": lambda a: a,
+    "copy-start": lambda a: a,
+    "copy-done": lambda a: a,
+    "bitcast": lambda a: a,
+    "convert": lambda a: a,
+}
+COMPARE = {"LT": int.__lt__, "LE": int.__le__, "GT": int.__gt__, "GE": int.__ge__, "EQ": int.__eq__, "NE": int.__ne__}
+MOST_TRIPS = 100_000
+
+Known = Any  # an int, a tuple of these, or None
+
+
+class Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str  # attributes; a constant's value or a parameter's number comes first
+
+    def attribute(self, name: str, pattern: str = r"%?([\w.\-]+)") -> str:
+        found = re.search(rf"\b{name}={pattern}", self.rest)
+        return found[1] if found else ""
+
+    @property
+    def backend(self) -> dict[str, Any]:
+        _, mark, rest = self.rest.partition("backend_config=")
+        return json.JSONDecoder().raw_decode(rest)[0] if mark else {}
+
+
+class Computation(NamedTuple):
+    instructions: dict[str, Instruction]
+    root: str
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one run of the program, on one chip."""
+
+    flops: float = 0.0  # of convolutions and dots outside kernels
+    cycles: float = 0.0  # the compiler's estimate for everything but kernels and wires
+    sent: float = 0.0  # bytes
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # how often each Mosaic kernel is called
+    bodies: dict[str, str] = dataclasses.field(default_factory=dict)  # each kernel's program, base64 as in the HLO
+
+    def add(self, other: "Cost", times: int) -> None:
+        self.flops += times * other.flops
+        self.cycles += times * other.cycles
+        self.sent += times * other.sent
+        self.kernels.update({name: times * count for name, count in other.kernels.items()})
+        self.bodies |= other.bodies
+
+
+def read(text: str) -> Cost:
+    """The cost of a program. Raises ValueError for a loop whose trips can't be counted."""
+    computations, entry = parse(text)
+    return Reader(computations).cost(entry)
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """All computations by name, and the entry's name."""
+    computations, entry = {}, ""
+    for start in re.finditer(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", text, re.MULTILINE):
+        body = text[start.end() :].partition("\n}\n")[0]  # attributes span lines too, but none of those is a lone brace
+        instructions, root = {}, ""
+        for line in re.split(r"\n  (?=(?:ROOT )?%?[\w.\-]+ = )", body)[1:]:
+            instruction = _instruction(line.removeprefix("ROOT "))
+            instructions[instruction.name] = instruction
+            root = instruction.name if line.startswith("ROOT ") else root
+        computations[start[2]] = Computation(instructions, root)
+        entry = start[2] if start[1] else entry
+    return computations, entry
+
+
+def _instruction(line: str) -> Instruction:
+    name, _, line = line.partition(" = ")
+    shape_end = _closing(line, 0) if line.startswith("(") else line.index(" ")
+    shape, line = line[:shape_end], line[shape_end:].lstrip()
+    start = line.index("(")
+    end = _closing(line, start)
+    inside, after = line[start + 1 : end - 1], line[end:]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
+    return Instruction(name.removeprefix("%"), shape, line[:start], operands, after if operands else inside + after)
+
+
+def _closing(text: str, start: int) -> int:
+    """The end of the bracket that opens at `start`."""
+    depth = 0
+    for found in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if found[0] == "(" else -1
+        if depth == 0:
+            return found.end()
+    raise ValueError(f"HLO must close its brackets: got {text[start : start + 80]!r}")
+
+
+class Reader:
+    """Walks a program from a computation to those it calls. `given` are a computation's parameters as far as they are integers known before
+    the program runs: what its loops count with."""
+
+    def __init__(self, computations: dict[str, Computation]):
+        self._computations = computations
+        self._costs: dict[tuple[str, Known], Cost] = {}
+
+    def cost(self, name: str, given: Known = None) -> Cost:
+        if (name, given) not in self._costs:
+            total, computation = Cost(), self._computations[name]
+            for instruction in computation.instructions.values():
+                self._charge(total, instruction, computation, given)
+            self._costs[name, given] = total
+        return self._costs[name, given]
+
+    def _charge(self, total: Cost, instruction: Instruction, around: Computation, given: Known) -> None:
+        opcode, kind = instruction.opcode, instruction.opcode.removesuffix("-start")
+        total.cycles += float(instruction.backend.get("window_config", {}).get("estimated_cycles", 0))
+        if opcode == "while":
+            state = self.known(around, instruction.operands[0], given)
+            total.add(self.cost(instruction.attribute("body"), (state,)), self.trips(instruction, state))
+        elif opcode == "conditional":
+            listed = re.findall(r"%([\w.\-]+)", instruction.attribute("branch_computations", r"\{([^}]*)\}"))
+            branches = listed or [instruction.attribute(f"{side}_computation") for side in ("true", "false")]
+            total.add(max(map(self.cost, branches), key=lambda cost: (cost.cycles, cost.flops)), 1)
+        elif kind in COLLECTIVES:
+            moved = sum(size(around.instructions[name].shape) for name in instruction.operands)
+            total.sent += moved * COLLECTIVES[kind](group_size(instruction.rest))
+        elif opcode in ("convolution", "dot"):
+            total.flops += flops(instruction, around)
+        elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
+            total.kernels[instruction.name] += 1
+            total.bodies[instruction.name] = instruction.backend["custom_call_config"]["body"]
+        elif opcode in ("fusion", "call", "async-start"):
+            inner = self.cost(instruction.attribute("to_apply" if opcode == "call" else "calls"))
+            total.add(
+                dataclasses.replace(inner, cycles=0.0) if opcode == "fusion" else inner, 1
+            )  # a fusion's own estimate covers all of it
+
+    def trips(self, loop: Instruction, state: Known) -> int:
+        """How often a loop's body runs: as the compiler notes, else as the loop's own counter says."""
+        noted = loop.backend.get("known_trip_count", {}).get("n")
+        if noted is not None:
+            return int(noted)
+        condition, body = (self._computations[loop.attribute(part)] for part in ("condition", "body"))
+        trips = 0
+        while (going := self.known(condition, condition.root, (state,))) is True and trips < MOST_TRIPS:
+            state = self.known(body, body.root, (state,))
+            trips += 1
+        if going is not False:
+            raise ValueError(f"a loop must count to a constant of at most {MOST_TRIPS}: got {loop.name}, {loop.shape[:80]}")
+        return trips
+
+    def known(self, inside: Computation, name: str, given: Known) -> Known:
+        """An instruction's value as far as it consists of integers known beforehand."""
+        instruction = inside.instructions[name]
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "constant":
+            value = re.match(r"-?\d+(?![.\d])", instruction.rest)
+            return int(value[0]) if value else None
+        if opcode == "parameter":
+            return given[int(instruction.rest.split(",")[0])] if given else None
+        if opcode == "get-tuple-element":
+            whole = self.known(inside, operands[0], given)
+            return whole[int(instruction.attribute("index"))] if isinstance(whole, tuple) else None
+        if opcode not in (*SCALAR, "tuple", "fusion", "compare"):
+            return None
+        values = tuple(self.known(inside, operand, given) for operand in operands)
+        if opcode == "tuple":
+            return values
+        if opcode == "fusion":
+            called = self._computations[instruction.attribute("calls")]
+            return self.known(called, called.root, values)
+        if not all(isinstance(value, int) for value in values):
+            return None
+        return (COMPARE[instruction.attribute("direction")] if opcode == "compare" else SCALAR[opcode])(*values)
+
+
+def arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
+    """Type and sizes of every array of a shape, tuples taken apart."""
+    for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
+        yield kind, [int(size) for size in sizes.split(",") if size]
+
+
+def size(shape: str) -> int:
+    """Bytes of a shape's values, without padding."""
+    return sum(BYTES[kind] * math.prod(sizes) for kind, sizes in arrays(shape))
+
+
+def group_size(attributes: str) -> int:
+    """How many chips take part in a collective, from any of the ways to write its replica groups."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(found[1])
+    if found := re.search(r"replica_groups=\w*mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        axes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        return math.prod(int(axes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
+    if "source_target_pairs=" in attributes:
+        return 2
+    raise ValueError(f"a collective must name its groups: got {attributes[:120]!r}")
+
+
+def flops(product: Instruction, around: Computation) -> float:
+    """Multiplications and additions of a dot or a convolution. Taps on padding, or between a dilated input's entries, don't count."""
+    left, right = (_sizes(around.instructions[name]) for name in product.operands)
+    out = _sizes(product)
+    if product.opcode == "dot":
+        contracted = product.attribute("lhs_contracting_dims", r"\{([\d,]*)\}")
+        return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+    lhs, rhs, result = re.split(r"_|->", product.attribute("dim_labels", r"([\w\->]+)"))
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", product.attribute("window", r"\{([^}]*)\}")))
+
+    def stated(name: str, axis: int, default: str) -> str:
+        return window[name].split("x")[axis] if name in window else default
+
+    taps = 1
+    for axis, label in enumerate(label for label in rhs if label.isdigit()):
+        stride, spread, reach = (int(stated(name, axis, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        before = int(stated("pad", axis, "0_0").split("_")[0])
+        last = (left[lhs.index(label)] - 1) * spread
+        places = (o * stride + r * reach - before for o in range(out[result.index(label)]) for r in range(right[rhs.index(label)]))
+        taps *= sum(0 <= place <= last and place % spread == 0 for place in places)
+    return 2.0 * out[result.index("b")] * out[result.index("f")] * right[rhs.index("i")] * taps
+
+
+def _sizes(instruction: Instruction) -> list[int]:
+    return next(arrays(instruction.shape))[1]

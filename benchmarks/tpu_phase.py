@@ -1,0 +1,109 @@
+"""Compiles one phase for a mesh that is not there and adds up what the compiler says: the child process of `tpu_compile.py`, which sets the
+environment that libtpu reads when jax is imported."""
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tpu_hlo
+import tpu_kernel
+from jax.experimental import topologies
+
+from cogi2v_jax import config
+from cogi2v_jax.phases import Phases
+from cogi2v_jax.request import Request
+from cogi2v_jax.sharding import make_mesh, sizes_of
+
+DTYPE = jnp.dtype(jnp.bfloat16)
+WIRE = 100e9  # bytes/s that a chip sends
+KERNEL_FACTOR = 1.27  # what kernels take over their schedule
+GIB, MIB = 2**30, 2**20
+
+
+def devices_of(mesh: str) -> Sequence[Any]:
+    """The chips of a mesh of `configs/meshes.toml`, described by libtpu alone."""
+    stated = config.meshes()["meshes"][mesh]
+    generation = config.meshes()["generations"][stated["generation"]]
+    options: dict[str, Any] = {"chip_config_name": generation["chip"]} if "chip" in generation else {}
+    if math.prod(map(int, stated["topology"].split("x"))) == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu takes a host for a bigger one unless told
+    name = f"{stated['generation']}:{stated['topology']}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+
+
+def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path) -> tuple[dict[str, Any], str]:
+    """The row of a phase, and its programs' HLO. Keys that the compiler gives no figure for are left out."""
+    checkpoint = config.named(model)
+    chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
+    request = Request("photo.jpg", "a prompt").resolve(checkpoint)
+    memory = int(chip["hbm_gib"] * GIB)
+    phases = Phases(checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention)
+    steps = request.num_inference_steps
+    row: dict[str, Any] = {"model": model, "mesh": mesh, "phase": phase, "height": request.height, "width": request.width}
+    row |= {"num_frames": request.num_frames, "steps": steps, "guided": request.guided, "dtype": DTYPE.name, "attention": attention}
+    total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
+    begin = time.perf_counter()
+    try:
+        executables = [call.compile(phases) for call in phases.calls()[phase]]
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm", str(error))
+        if not used:
+            raise
+        return row | {"fits": False, "peak_gib": float(used[1]) * {"M": 2**-10, "G": 1, "T": 2**10}[used[2]]}, ""
+    seconds = time.perf_counter() - begin
+    for executable in executables:
+        memory_of = executable.memory_analysis()
+        held = memory_of.argument_size_in_bytes + memory_of.output_size_in_bytes + memory_of.temp_size_in_bytes
+        peak = max(peak, (held - memory_of.alias_size_in_bytes) / GIB)
+        texts.append(executable.as_text())
+        cost = tpu_hlo.read(texts[-1])
+        total.add(cost, 1)
+        for name, times in cost.kernels.items():
+            kernel = tpu_kernel.read(cost.bodies[name])
+            kernel_flops += times * kernel.flops
+            kernel_cycles += times * tpu_kernel.cycles(schedule_of(name, schedules), kernel)
+    clock = 1e9 * chip["clock_ghz"]
+    fixed = total.cycles / clock + total.sent / WIRE
+    layers = {"text": checkpoint.text_encoder.num_layers, "denoise": checkpoint.transformer.num_layers * steps}.get(phase, 1)
+    return row | {
+        "fits": peak <= chip["hbm_gib"],
+        "peak_gib": round(peak, 3),
+        "flops": total.flops + kernel_flops,
+        "collective_mib_per_layer": round(total.sent / layers / MIB, 3),
+        "static_seconds_floor": round(fixed + kernel_cycles / clock, 4),
+        "static_seconds": round(fixed + KERNEL_FACTOR * kernel_cycles / clock, 4),
+        "compile_seconds": round(seconds, 1),
+    }, "\n".join(texts)
+
+
+def schedule_of(kernel: str, schedules: Path) -> str:
+    """A kernel's dumped schedule, by the name of its instruction."""
+    found = [path for path in schedules.iterdir() if re.fullmatch(rf"\d+-{re.escape(kernel)}-\d+-packed-bundles-post-ra\.txt", path.name)]
+    if len(found) != 1:
+        raise ValueError(f"libtpu must have dumped one schedule of {kernel}: got {len(found)} in {schedules}")
+    return found[0].read_text()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("model", "mesh", "phase", "attention"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--schedules", type=Path, required=True, help="where libtpu was told to dump schedules")
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--hlo", type=Path)
+    args = parser.parse_args()
+    row, text = phase_row(args.model, args.mesh, args.phase, args.attention, args.schedules)
+    args.json.write_text(json.dumps(row))
+    if args.hlo:
+        args.hlo.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
