@@ -30,18 +30,23 @@ ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "configs" / "plans.toml"
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
 PHASES = ("text", "encode", "denoise", "decode")
-# What makes libtpu describe chips that are not there, and dump the last schedule of every kernel that still shows its delays.
-ABSENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-}
-DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
-
 Row = dict[str, Any]
+
+
+def environment(schedules: Path) -> dict[str, str]:
+    """What makes libtpu compile for chips that are not there, and dump the last schedule of every kernel that still shows its delays. The
+    caller's own libtpu flags stay."""
+    dump = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump}",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # an executable from a cache is not compiled, and dumps nothing
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
 
 
 def compiled(model: str, mesh: str, phase: str, attention: str, hlo: Path | None = None) -> Row:
@@ -49,13 +54,9 @@ def compiled(model: str, mesh: str, phase: str, attention: str, hlo: Path | None
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
         row, schedules = Path(scratch, "row.json"), Path(scratch, "schedules")
         schedules.mkdir()
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP.format(schedules)}"
-        command = [sys.executable, ROOT / "benchmarks" / "tpu_phase.py", "--model", model, "--mesh", mesh, "--phase", phase]
-        command += ["--attention", attention, "--schedules", schedules, "--json", row, *(["--hlo", hlo] if hlo else [])]
-        done = subprocess.run(
-            command, env=os.environ | ABSENT | {"PYTHONPATH": path, "LIBTPU_INIT_ARGS": flags}, stderr=subprocess.PIPE, text=True
-        )
+        command = [sys.executable, "-m", "tpu_phase", "--model", model, "--mesh", mesh, "--phase", phase, "--attention", attention]
+        command += ["--schedules", schedules, "--json", row, *(["--hlo", hlo] if hlo else [])]
+        done = subprocess.run(command, env=environment(schedules), stderr=subprocess.PIPE, text=True)
         if done.returncode:
             raise RuntimeError("\n".join(done.stderr.splitlines()[-15:]) or f"the compiler's process ended with {done.returncode}")
         return json.loads(row.read_text())

@@ -53,10 +53,7 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
     try:
         executables = [call.compile(phases) for call in phases.calls()[phase]]
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r"Used ([\d.]+)([MGT]) of [\d.]+[MGT] hbm", str(error))
-        if not used:
-            raise
-        return row | {"fits": False, "peak_gib": float(used[1]) * {"M": 2**-10, "G": 1, "T": 2**10}[used[2]]}, ""
+        return row | {"fits": False, "peak_gib": needed_gib(error)}, ""
     seconds = time.perf_counter() - begin
     for executable in executables:
         memory_of = executable.memory_analysis()
@@ -81,6 +78,16 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
         "static_seconds": round(fixed + KERNEL_FACTOR * kernel_cycles / clock, 4),
         "compile_seconds": round(seconds, 1),
     }, "\n".join(texts)
+
+
+def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
+    """What a program refused for its memory says it needs of a chip: all of it, or its temporaries where these are too much already. Raises
+    any other error again."""
+    used = re.search(r"Used ([\d.]+)([MGT]) of \S+ hbm|memory required for .* \(([\d.]+)([MGT])\) exceeds available HBM", str(error))
+    if not used:
+        raise error
+    figure, unit = (part for part in used.groups() if part)
+    return float(figure) * {"M": 2**-10, "G": 1, "T": 2**10}[unit]
 
 
 def schedule_of(kernel: str, schedules: Path) -> str:
