@@ -63,7 +63,7 @@ def read(body: str) -> Kernel:
 class _Walk:
     """Goes through a kernel's program once, for all points of the grid together."""
 
-    def __init__(self, known: dict[Any, np.ndarray]):
+    def __init__(self, known: dict[Any, Any]):
         self._known = known
         self._tests: dict[Any, tuple[str, int]] = {}  # comparisons with constants
         self.branches: list[Branch] = []

@@ -91,11 +91,12 @@ def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
 
 
 def schedule_of(kernel: str, schedules: Path) -> str:
-    """A kernel's dumped schedule, by the name of its instruction."""
-    found = [path for path in schedules.iterdir() if re.fullmatch(rf"\d+-{re.escape(kernel)}-\d+-packed-bundles-post-ra\.txt", path.name)]
-    if len(found) != 1:
-        raise ValueError(f"libtpu must have dumped one schedule of {kernel}: got {len(found)} in {schedules}")
-    return found[0].read_text()
+    """A kernel's dumped schedule, by the name of its instruction. libtpu may have compiled it more than once: the last is what runs."""
+    name = re.compile(rf"(\d+)-{re.escape(kernel)}-\d+-packed-bundles-post-ra\.txt")
+    found = {int(match[1]): path for path in schedules.iterdir() if (match := name.fullmatch(path.name))}
+    if not found:
+        raise ValueError(f"libtpu must have dumped a schedule of {kernel}: got none in {schedules}")
+    return found[max(found)].read_text()
 
 
 def main() -> None:

@@ -86,6 +86,14 @@ def test_a_program_that_does_not_fit_says_how_much_it_needs(programs: Path) -> N
         tpu_phase.needed_gib(jax.errors.JaxRuntimeError("another fault"))
 
 
+def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
+    for name in ("9-splash.1-01", "10-splash.1-01", "11-splash.11-01", "12-splash.1-00-schedule-analysis_"):
+        (tmp_path / f"{name}-packed-bundles-post-ra.txt".replace("_-", "_")).write_text(name)
+    assert tpu_phase.schedule_of("splash.1", tmp_path) == "10-splash.1-01"
+    with pytest.raises(ValueError, match=r"a schedule of splash\.2: got none"):
+        tpu_phase.schedule_of("splash.2", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("groups", "chips"),
     [
