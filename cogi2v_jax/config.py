@@ -158,6 +158,8 @@ class VAEConfig(_Part):
     temporal_compression_ratio: int = 4
     scaling_factor: float = 1.15258426
     invert_scale_latents: bool = False
+    sample_height: int = 480  # pixels, as is the width: a tile is half of each, and nothing else depends on them
+    sample_width: int = 720
 
     REQUIRED = {  # noqa: RUF012
         "act_fn": "silu",
@@ -167,8 +169,7 @@ class VAEConfig(_Part):
         "latents_std": None,
         "shift_factor": None,
     }
-    # sample sizes drive only the reference's optional tiles; its pipelines never read force_upcast
-    INERT = frozenset({"sample_height", "sample_width", "force_upcast", "down_block_types", "up_block_types"})
+    INERT = frozenset({"force_upcast", "down_block_types", "up_block_types"})  # the reference's pipelines never read force_upcast
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,8 +318,9 @@ class CheckpointConfig:
         if self.family == "cogvideox1.5-i2v":
             # The 1.5 files have stated several sample sizes over time, and no number there depends on them.
             mine = dataclasses.replace(mine, **{size: getattr(its, size) for size in ("sample_height", "sample_width", "sample_frames")})
-        others = (VAEConfig.from_json(toml(name)["vae"], name), TextEncoderConfig.from_json(toml(name)["text_encoder"], name))
-        return (mine, self.vae, self.text_encoder) == (its, *others)
+        vae, text_encoder = VAEConfig.from_json(toml(name)["vae"], name), TextEncoderConfig.from_json(toml(name)["text_encoder"], name)
+        vae = dataclasses.replace(vae, sample_height=self.vae.sample_height, sample_width=self.vae.sample_width)  # tiles are no network
+        return (mine, self.vae, self.text_encoder) == (its, vae, text_encoder)
 
     @property
     def family(self) -> str:

@@ -16,8 +16,8 @@ FLOORS = {
     2: "layers recipe strips",
     3: "attention",
     4: "models.t5 models.vae models.transformer",
-    5: "checkpoint compiled",
-    6: "phases",
+    5: "checkpoint compiled models.tiling",
+    6: "phases pipeline",
     6.5: "pipeline",
     # The conversion package is one floor with an order of its own.
     7.0: "cogi2v_convert.rules cogi2v_convert.diffusers",

@@ -253,9 +253,11 @@ class VAE(nnx.Module):
 
     def encode(self, video: Float[Array, "b f h w c"], strips: int = 1) -> tuple[Float[Array, "b t h2 w2 z"], Float[Array, "b t h2 w2 z"]]:
         """Pixels in [-1, 1] to the posterior's (mean, log-variance); (f - 1) // 4 + 1 latent frames, an eighth of the size."""
-        moments = in_chunks(self.encoder, video, ENCODE_CHUNK, cut(strips, video.shape[2]))
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
-        return mean, jnp.clip(log_variance, -30.0, 20.0)
+        return posterior(self.moments(video, strips))
+
+    def moments(self, video: Float[Array, "b f h w c"], strips: int = 1) -> Float[Array, "b t h2 w2 z2"]:
+        """What `posterior` reads."""
+        return in_chunks(self.encoder, video, ENCODE_CHUNK, cut(strips, video.shape[2]))
 
     def decode(self, latents: Float[Array, "b t h w z"], strips: int = 1) -> Float[Array, "b f h2 w2 c"]:
         """Unscaled latents to pixels, not clipped: 4 (t - 1) + 1 frames where t is odd, 4 t where it is even."""
@@ -273,6 +275,12 @@ def cut(strips: int, finest: int) -> Strips:
         return max(count for count in range(1, most + 1) if finest // 8 % count == 0)
 
     return at
+
+
+def posterior(moments: Float[Array, "b t h w z2"]) -> tuple[Float[Array, "b t h w z"], Float[Array, "b t h w z"]]:
+    """(mean, log-variance), the latter within what the reference allows."""
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)
 
 
 def sample_posterior(
