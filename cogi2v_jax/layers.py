@@ -76,8 +76,8 @@ class Moved(NamedTuple):
 
 
 class GroupNorm(nnx.Module):
-    """Over frames, rows, columns and the channels of a group, for each video of the batch. It returns what is to be done with every value,
-    which can then happen a few rows at a time."""
+    """Over frames, rows, columns and the channels of a group, for each video of the batch. Frames count by their `shares`, whose sum is
+    one. It returns what is to be done with every value, which can then happen a few rows at a time."""
 
     def __init__(self, channels: int, groups: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.scale = param((channels,), ("channels",), dtype, rngs)
@@ -85,17 +85,17 @@ class GroupNorm(nnx.Module):
         self.groups = groups
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "b f h w c"]) -> Moved:
+    def __call__(self, x: Float[Array, "b f h w c"], shares: Float[Array, " f"]) -> Moved:
         x = x.astype(jnp.float32)
-        mean = self._grouped_mean(x)
-        deviation = lax.rsqrt(self._grouped_mean(jnp.square(x - mean)) + self.epsilon)
+        mean = self._grouped_mean(x, shares)
+        deviation = lax.rsqrt(self._grouped_mean(jnp.square(x - mean), shares) + self.epsilon)
         shift = jnp.broadcast_to(self.bias[...].astype(jnp.float32), mean.shape)
         return Moved(mean, deviation * self.scale[...].astype(jnp.float32), shift)
 
-    def _grouped_mean(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b 1 1 1 c"]:
+    def _grouped_mean(self, x: Float[Array, "b f h w c"], shares: Float[Array, " f"]) -> Float[Array, "b 1 1 1 c"]:
         # Channels first reduce alone, which keeps them in the minor dimension; their groups meet only afterwards.
         b, *_, c = x.shape
-        means = jnp.mean(x, axis=(1, 2, 3)).reshape(b, self.groups, c // self.groups).mean(axis=-1)
+        means = jnp.sum(jnp.mean(x, axis=(2, 3)) * shares[:, None], axis=1).reshape(b, self.groups, c // self.groups).mean(axis=-1)
         return jnp.repeat(means, c // self.groups, axis=-1).reshape(b, 1, 1, 1, c)
 
 

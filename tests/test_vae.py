@@ -10,7 +10,7 @@ import torch
 import twins
 from conftest import TOLERANCE, assert_close, relative_error
 
-from cogi2v_jax.models.vae import DECODE_CHUNK, ENCODE_CHUNK, VAE, Encoder, in_chunks, sample_posterior, spread
+from cogi2v_jax.models.vae import DECODE_CHUNK, ENCODE_CHUNK, VAE, Encoder, Past, in_chunks, sample_posterior, spread
 
 SMALL = {"block_out_channels": (8, 8, 16, 24), "layers_per_block": 1, "norm_eps": 1e-3}  # an epsilon that shows where it is used
 
@@ -103,24 +103,41 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(part: str)
 
 
 @pytest.mark.parametrize(
-    ("frames", "chunk", "sizes"),
-    [(13, DECODE_CHUNK, [3, 2]), (4, DECODE_CHUNK, [2, 2]), (1, ENCODE_CHUNK, [1]), (17, ENCODE_CHUNK, [9, 8])],
+    ("frames", "chunk", "size"),
+    [(13, DECODE_CHUNK, 3), (4, DECODE_CHUNK, 2), (17, ENCODE_CHUNK, 9)],
 )
-def test_the_remainder_joins_the_first_chunk_and_equal_ones_are_traced_once(frames: int, chunk: int, sizes: list[int]) -> None:
-    seen: list[int] = []
+def test_all_chunks_are_one_program_in_which_an_odd_first_frame_is_counted_once(frames: int, chunk: int, size: int) -> None:
+    seen: set[int] = set()
 
     class Spy(Encoder):
         def __init__(self) -> None:
             pass
 
-        def __call__(self, x: Any, past: Any, strips: Any) -> Any:
-            seen.append(x.shape[1])
+        def __call__(self, x: Any, past: Past, strips: Any) -> Any:
+            seen.add(x.shape[1])
             past.take()
-            past.next.append(x[:, -1:])
-            return x
+            past.next.append(x[:, -2:])
+            return jnp.where(past.first, x, -x)
 
-    in_chunks(Spy(), jnp.zeros((1, frames, 1, 1, 1)), chunk, lambda rows: 1)
-    assert seen == sizes
+    x = jnp.arange(1.0, frames + 1).reshape(1, frames, 1, 1, 1)
+    signed = in_chunks(Spy(), x, chunk, lambda rows: 1)[0, :, 0, 0, 0]
+    assert seen == {size}
+    np.testing.assert_array_equal(jnp.abs(signed), x.ravel())
+    assert (signed > 0).tolist() == [True] * size + [False] * (frames - size)
+
+
+def test_an_idle_frame_is_in_no_mean_and_before_no_convolution() -> None:
+    x, kept = jnp.arange(3.0).reshape(1, 3, 1, 1, 1), jnp.array([8.0, 9.0]).reshape(1, 2, 1, 1, 1)
+    for first, frames, shares in ((True, [0, 0, 0, 1, 2], [1 / 3] * 3), (False, [0, 8, 9, 1, 2], [0, 0.5, 0.5])):
+        past = Past([], jnp.bool(first))
+        assert past.before(x, kept).ravel().tolist() == frames
+        np.testing.assert_allclose(past.shares(3), shares, rtol=1e-6)
+    assert Past([], jnp.bool(False)).before(x[:, 1:], kept).ravel().tolist() == [8, 9, 1, 2]
+
+
+def test_chunks_that_would_idle_more_than_a_frame_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"frames of a video in several chunks must be 8k or 8k\+1: got 18"):
+        in_chunks(Encoder.__new__(Encoder), jnp.zeros((1, 18, 1, 1, 1)), ENCODE_CHUNK, lambda rows: 1)
 
 
 def test_spreading_repeats_the_first_frame_of_an_odd_number_only_in_space() -> None:

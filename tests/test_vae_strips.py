@@ -10,8 +10,8 @@ from conftest import TOLERANCE, assert_close
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cogi2v_jax.config import VAEConfig
-from cogi2v_jax.models.vae import VAE, cut
+from cogi2v_jax.config import VAEConfig, named
+from cogi2v_jax.models.vae import VAE, cut, strips_within
 
 CONFIG = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=2, norm_num_groups=2, latent_channels=4)
 
@@ -50,6 +50,14 @@ def test_coarser_resolutions_have_fewer_strips_of_as_many_values() -> None:
 def test_strips_that_cut_a_latent_row_are_refused(network: VAE) -> None:
     with pytest.raises(ValueError, match="strips must divide the 60 latent rows: got 7"):
         cut(7, 480)
+
+
+def test_the_fewest_strips_that_fit_are_chosen_and_none_is_an_error() -> None:
+    vae, gib = named("cogvideox-5b-i2v").vae, 2**30
+    assert [strips_within(size * gib, vae, 60, 90) for size in (32, 16, 12, 10)] == [1, 2, 3, 6]
+    assert strips_within(32 * gib, vae, 60, 90, itemsize=4) > strips_within(32 * gib, vae, 60, 90)
+    with pytest.raises(ValueError, match=r"96x170 latents must fit 15.8 GiB: it takes .* in 96 strips; use more devices"):
+        strips_within(int(15.75 * gib), vae, 96, 170)
 
 
 @pytest.mark.parametrize("mesh", [(4, 2), (2, 4), (8, 1), (1, 8)], ids=str)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ..config import VAEConfig
 from ..layers import Conv, GroupNorm, Linear, Moved, convolve, param, silu
@@ -31,14 +31,32 @@ Strips = Callable[[int], int]  # into how many strips a picture of so many rows 
 
 class Past:
     """What a network kept of the chunk before, in the order it asks for it; `next` collects the same for the chunk to come. At the start of
-    a video there is nothing."""
+    a video there is nothing, and a chunk's first frame stands in for what was before.
 
-    def __init__(self, kept: Sequence[Kept] | None = None):
+    The first chunk of an odd number of frames has one more than the others. Those get an idle frame in front of theirs, which no
+    statistics count and no convolution reads, so that all chunks are one program, compiled once. `first` says which chunk it is."""
+
+    def __init__(self, kept: Sequence[Kept] | None = None, first: Bool[Array, ""] | bool = True):
         self._kept = None if kept is None else iter(kept)
+        self.first = first
         self.next: list[Kept] = []
 
     def take(self) -> Kept:
         return None if self._kept is None else next(self._kept)
+
+    def before(self, x: Float[Array, "b f h w c"], kept: Kept) -> Float[Array, "b f+2 h w c"]:
+        """x behind the two frames that precede it."""
+        start = jnp.repeat(x[:, :1], 2, axis=1)
+        if kept is not None:
+            idle = x.shape[1] % 2
+            front = jnp.where(self.first, jnp.concatenate([start, x[:, :idle]], axis=1), jnp.concatenate([x[:, :idle], kept], axis=1))
+            return jnp.concatenate([front, x[:, idle:]], axis=1)
+        return jnp.concatenate([start, x], axis=1)
+
+    def shares(self, frames: int) -> Float[Array, " f"]:
+        """Of each frame in a mean over frames."""
+        counts = jnp.ones(frames).at[0].set(1.0 if frames % 2 == 0 else jnp.where(self.first, 1.0, 0.0))
+        return counts / counts.sum()
 
 
 class CausalConv(nnx.Module):
@@ -55,8 +73,7 @@ class CausalConv(nnx.Module):
 
         def layer(strip: Strip) -> tuple[Float[Array, "b f h2 w c2"], Float[Array, "b 2 h2 w c"]]:
             x = strip.blank(wide(strip))
-            before = jnp.repeat(x[:, :1], 2, axis=1) if kept is None else strip.blank(strip.wide(kept))
-            x = jnp.concatenate([before, x], axis=1)
+            x = past.before(x, None if kept is None else strip.blank(strip.wide(kept)))
             y = convolve(x, self.kernel[...], strip.padding, (1, 1))
             y = (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
             return y if onto is None else onto(strip) + y, strip.narrow(x[:, -2:])
@@ -72,8 +89,8 @@ class PlainNorm(GroupNorm):
     def __init__(self, channels: int, config: VAEConfig, *, epsilon: float | None = None, dtype: jnp.dtype, rngs: nnx.Rngs):
         super().__init__(channels, config.norm_num_groups, epsilon=epsilon or config.norm_eps, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b f h w c"], latents: None = None) -> Moved:
-        return super().__call__(x)
+    def __call__(self, x: Float[Array, "b f h w c"], shares: Float[Array, " f"], latents: None = None) -> Moved:
+        return super().__call__(x, shares)
 
 
 class SpatialNorm(nnx.Module):
@@ -85,9 +102,9 @@ class SpatialNorm(nnx.Module):
         self.scale = Linear(config.latent_channels, channels, axes=(None, "channels"), dtype=dtype, rngs=rngs)
         self.shift = Linear(config.latent_channels, channels, axes=(None, "channels"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b f h w c"], latents: Float[Array, "b t h2 w2 z"]) -> Moved:
+    def __call__(self, x: Float[Array, "b f h w c"], shares: Float[Array, " f"], latents: Float[Array, "b t h2 w2 z"]) -> Moved:
         scale, shift = (part(latents).astype(jnp.float32) for part in (self.scale, self.shift))
-        normed = self.norm(x)
+        normed = self.norm(x, shares)
         return Moved(normed.mean, normed.scale * scale, normed.shift * scale + shift)
 
 
@@ -127,8 +144,8 @@ class Resnet(nnx.Module):
         def onto(strip: Strip) -> Float[Array, "b f h3 w c2"]:
             return strip.rows(x) if self.shortcut is None else self.shortcut(strip.rows(x))
 
-        y = self.conv_1(normed(self.norm_1(x, latents), x), past, strips)
-        return self.conv_2(normed(self.norm_2(y, latents), y), past, strips, onto)
+        y = self.conv_1(normed(self.norm_1(x, past.shares(x.shape[1]), latents), x), past, strips)
+        return self.conv_2(normed(self.norm_2(y, past.shares(y.shape[1]), latents), y), past, strips, onto)
 
 
 class Stage(nnx.Module):
@@ -156,9 +173,9 @@ def chain(
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
 
     def one(x: Float[Array, "b f h w c"], given: tuple[Any, Kept]) -> tuple[Float[Array, "b f h w c2"], Kept]:
-        past = Past(given[1])
-        x = nnx.merge(graphs[0], given[0])(x, latents, past, strips)
-        return x, past.next
+        inner = Past(given[1], past.first)
+        x = nnx.merge(graphs[0], given[0])(x, latents, inner, strips)
+        return x, inner.next
 
     if len(resnets) == 1:
         return resnets[0](x, latents, past, strips)
@@ -220,7 +237,7 @@ class Encoder(nnx.Module):
         x = self.conv_in(lambda strip: strip.wide(whole), past, strips(x.shape[2]))
         for stage in (*self.stages, self.middle):
             x = stage(x, None, past, strips)
-        return self.conv_out(normed(self.norm_out(x), x), past)
+        return self.conv_out(normed(self.norm_out(x, past.shares(x.shape[1])), x), past)
 
 
 class Decoder(nnx.Module):
@@ -240,7 +257,7 @@ class Decoder(nnx.Module):
         x = self.conv_in(lambda strip: strip.wide(latents), past)
         for stage in (self.middle, *self.stages):
             x = stage(x, latents, past, strips)
-        return self.conv_out(normed(self.norm_out(x, latents), x), past, strips(x.shape[2]))
+        return self.conv_out(normed(self.norm_out(x, past.shares(x.shape[1]), latents), x), past, strips(x.shape[2]))
 
 
 class VAE(nnx.Module):
@@ -277,6 +294,26 @@ def cut(strips: int, finest: int) -> Strips:
     return at
 
 
+def strips_within(budget: int, config: VAEConfig, rows: int, columns: int, itemsize: int = 2) -> int:
+    """The fewest strips with which one device decodes latents of so many rows and columns within `budget` bytes. It is an estimate: for
+    480x720 in bfloat16 and six strips it says 9.7 GiB, and the TPU compiler 9.6. Raises ValueError where none suffice."""
+    widths, frames = config.block_out_channels[::-1], config.temporal_compression_ratio * DECODE_CHUNK + 1
+    kept = 4 * widths[0]  # channels of all convolutions' inputs, each weighted by its points in units of the latents'
+    for level, (inputs, outputs) in enumerate(zip((widths[0], *widths), widths, strict=False)):
+        kept += 4**level * (inputs + (2 * config.layers_per_block + 1) * outputs)
+    finest = config.spatial_ratio**2
+    kept += finest * widths[-1]
+    whole = 2 * 2 * kept + frames * finest * (widths[-2] + 2 * widths[-1])  # caches, old and new; a layer's input, output and shortcut
+    strip = (frames + 2) * finest * 5 * widths[-2]  # what a convolution reads, made, extended, and shifted for each of three columns
+    sizes = {count: itemsize * rows * columns * (whole + strip // count) for count in range(1, rows + 1) if rows % count == 0}
+    if fitting := [count for count, size in sizes.items() if size <= budget]:
+        return fitting[0]
+    raise ValueError(
+        f"decoding {rows}x{columns} latents must fit {budget / 2**30:.1f} GiB: it takes {sizes[rows] / 2**30:.1f} GiB in {rows} strips; "
+        "use more devices or a smaller size"
+    )
+
+
 def posterior(moments: Float[Array, "b t h w z2"]) -> tuple[Float[Array, "b t h w z"], Float[Array, "b t h w z"]]:
     """(mean, log-variance), the latter within what the reference allows."""
     mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -292,23 +329,27 @@ def sample_posterior(
 
 
 def in_chunks(network: Encoder | Decoder, x: Float[Array, "b f h w c"], chunk: int, strips: Strips) -> Float[Array, "b f2 h2 w2 c2"]:
-    """Runs `network` over time: the remainder joins the first chunk, and the equal ones that follow are one scanned program that carries
-    the convolutions' past."""
-    first = min(x.shape[1], chunk + x.shape[1] % chunk)
-    past = Past()
-    head = network(x[:, :first], past, strips)
-    if first == x.shape[1]:
-        return head
-    rest = rearrange(x[:, first:], "b (chunks f) h w c -> chunks b f h w c", f=chunk)
+    """Runs `network` over time: the remainder joins the first chunk, and all chunks are one scanned program that carries what the
+    convolutions keep."""
+    extra = x.shape[1] % chunk
+    if x.shape[1] <= chunk + extra:
+        return network(x, Past(), strips)
+    if extra > 1:
+        raise ValueError(f"frames of a video in several chunks must be {chunk}k or {chunk}k+1: got {x.shape[1]}")
+    # Every chunk comes with the frame before it, where the first one has a frame more: it is the others' idle frame.
+    starts = range(0, x.shape[1] - extra, chunk)
+    parts = jnp.stack([x[:, start : start + chunk + extra] for start in starts])
     graph, params = nnx.split(network)
 
-    def advance(kept: list[Kept], part: Float[Array, "b f h w c"]) -> tuple[list[Kept], Float[Array, "b f2 h2 w2 c2"]]:
-        past = Past(kept)
+    def one(kept: list[Kept] | None, part: Float[Array, "b f h w c"], first: Bool[Array, ""] | bool) -> tuple[list[Kept], Array]:
+        past = Past(kept, first)
         y = nnx.merge(graph, params)(part, past, strips)
         return past.next, y
 
-    _, tail = lax.scan(advance, past.next, rest)
-    return jnp.concatenate([head, rearrange(tail, "chunks b f h w c -> b (chunks f) h w c")], axis=1)
+    nothing = jax.tree.map(lambda kept: jnp.zeros(kept.shape, kept.dtype), jax.eval_shape(lambda part: one(None, part, True)[0], parts[0]))
+    _, y = lax.scan(lambda kept, given: one(kept, *given), nothing, (parts, jnp.arange(len(starts)) == 0))
+    rest = rearrange(y[1:, :, extra:], "chunks b f h w c -> b (chunks f) h w c")
+    return jnp.concatenate([y[0], rest], axis=1)
 
 
 def spread(x: Float[Array, "b t h w c"], size: tuple[int, ...]) -> Float[Array, "b f h2 w2 c"]:
