@@ -34,7 +34,7 @@ from cogi2v_jax.hub import EMBEDDED
 from cogi2v_jax.media import fit_image, read_image
 from cogi2v_jax.noise import seed_words
 from cogi2v_jax.phases import Call
-from cogi2v_jax.pipeline import phases_of, run
+from cogi2v_jax.pipeline import decode, phases_of, run
 from cogi2v_jax.sharding import put, split
 from cogi2v_jax.tokenizer import tokenize
 
@@ -149,7 +149,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
 
     def our_image() -> Any:
         pixels = fit_image(read_image(picture), size.height, size.width, "stretch")[None, None]
-        return ours(phases.image(pixels, noise.posterior, words))
+        return ours(phases.image(ours(phases.moments(pixels)), noise.posterior, words))
 
     def our_steps() -> Any:
         shifts = ours(phases.shifts())
@@ -166,7 +166,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
         Stage("text", our_text, lambda: their_text().float().numpy()),
         Stage("image encode", our_image, lambda: frames_last(their_image()[1])),
         Stage("one denoising step", our_steps, lambda: frames_last(their_steps()), parts=size.steps),
-        Stage("VAE decode", lambda: ours(phases.decode(frames_last(latents))), their_video),
+        Stage("VAE decode", lambda: decode(models, frames_last(latents), watch), their_video),
         Stage("whole", lambda: cogi2v_jax.generate(models, request, noise).video, their_whole),
     ]
 

@@ -1,5 +1,5 @@
-"""Attention behind one call: `attend(q, k, v, tokens)`, where keys from `tokens` on only even a sequence out and have no weight. A backend is
-a function and a row of BACKENDS; models are handed one, by way of `sharding.Layout`, and know no other."""
+"""Attention behind one call: `attend(q, k, v, tokens)`, where keys from `tokens` on only even a sequence out and have no weight. A backend
+is a function and a row of BACKENDS; models get one by way of `sharding.Layout` and know no other."""
 
 import math
 from collections.abc import Callable
@@ -101,7 +101,8 @@ class Splash:
         mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, rows))] * heads)
         sizes = splash_kernel.BlockSizes(block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.at_once)
         kernel = splash_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=self.interpret)
-        return jax.vmap(kernel)(q, k, v)[:, :, :asked]
+        out: Array = jax.vmap(kernel)(q, k, v)
+        return out[:, :, :asked]
 
 
 def _after(axis: int, count: int) -> list[tuple[int, int]]:
@@ -131,14 +132,14 @@ def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int]:
 
 def tokamax(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int) -> Float[Array, "b n s k"]:
     """The tokamax library's kernels for NVIDIA devices: Mosaic where it has one for the device, else Triton."""
-    from tokamax import dot_product_attention
+    from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
 
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k[:, :, :tokens], v[:, :, :tokens]))
     return jnp.moveaxis(dot_product_attention(q, k, v, implementation=("mosaic_gpu", "triton")), 2, 1)
 
 
 BACKENDS: dict[str, Attend] = {"xla": xla, "cudnn": cudnn, "splash": Splash(TILES["v5e"]), "tokamax": tokamax}
-NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}  # which computes bfloat16 there and nothing else: their float32 is not float32
+NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}  # and bfloat16: their float32 is not float32
 FASTEST = {"gpu": "cudnn", "tpu": "splash"}
 
 
@@ -150,11 +151,9 @@ def choose(name: str, dtype: jnp.dtype, device: Any = None) -> Attend:
         name = FASTEST.get(device.platform, "xla") if dtype == jnp.bfloat16 else "xla"
     if name not in BACKENDS:
         raise ValueError(f"attention must be auto, {', '.join(BACKENDS)}: got {name!r}")
-    needs = NEEDS.get(name, device.platform)
-    if device.platform != needs or (name in NEEDS and dtype != jnp.bfloat16):
-        raise ValueError(
-            f"attention {name} must have bfloat16 on a {needs.upper()}: got {dtype} on {device.device_kind}; auto or xla will do"
-        )
+    if name in NEEDS and (device.platform, dtype) != (NEEDS[name], jnp.bfloat16):
+        what = f"attention {name} must have bfloat16 on a {NEEDS[name].upper()}"
+        raise ValueError(f"{what}: got {dtype} on {device.device_kind}; auto or xla will do")
     if name == "tokamax" and not find_spec("tokamax"):
         raise ValueError("attention tokamax must have its library: pip install tokamax")
     backend = BACKENDS[name]

@@ -65,7 +65,7 @@ def piece(config: CheckpointConfig, name: str, dtype: jnp.dtype) -> nnx.Module:
     part, _ = PIECES[name]
     if part != "transformer":
         return abstract(config, part, dtype)
-    network = nnx.clone(abstract(config, part, dtype))
+    network: Any = nnx.clone(abstract(config, part, dtype))
     modulation = network.modulation
     if name == "modulation":
         return modulation
@@ -178,6 +178,7 @@ class Models:
     dtype: jnp.dtype
     attention: str = "auto"
     mesh: str = "auto"  # a name of configs/meshes.toml, sizes spelled out, or "auto"
+    vae_tiling: bool = False  # whether the VAE works in the reference's blended tiles
     _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)  # the least recently used first
     _loading: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
@@ -214,7 +215,7 @@ def bytes_per_device(network: nnx.Module) -> int:
     return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True))
 
 
-def memory_limit(mesh: Mesh | None = None) -> int:
+def memory_limit(mesh: Any = None) -> int:
     """Bytes that a device has; CPU devices share their host's."""
     local = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
     stats = local[0].memory_stats() or {}
@@ -236,8 +237,9 @@ def placed(config: CheckpointConfig, name: str, dtype: jnp.dtype, mesh: Mesh, me
     return nnx.merge(graph, jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, parameter_shardings(network, mesh, whole)))
 
 
-def open_folder(folder: Path, dtype: jnp.dtype, attention: str = "auto", mesh: str = "auto") -> Models:
-    """A converted folder. Raises ValueError for one of another format or with files missing, FileNotFoundError for what is none."""
+def open_folder(folder: Path, dtype: jnp.dtype, **settings: Any) -> Models:
+    """A converted folder; `settings` are fields of Models. Raises ValueError for one of another format or with files missing,
+    FileNotFoundError for what is none."""
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         got = manifest.get("format")
@@ -246,7 +248,7 @@ def open_folder(folder: Path, dtype: jnp.dtype, attention: str = "auto", mesh: s
     broken = [name for name, size in manifest.get("files", {}).items() if found.get(name) != size]
     if broken:
         raise ValueError(f"{folder} must be whole: got {len(broken)} files missing or cut short, first {broken[0]}; copy it anew")
-    return Models(folder, read_config(folder), jnp.dtype(dtype), attention, mesh)
+    return Models(folder, read_config(folder), jnp.dtype(dtype), **settings)
 
 
 def restore(folder: Path, config: CheckpointConfig, name: str, shapes: nnx.Module) -> nnx.Module:
@@ -267,6 +269,7 @@ def restore(folder: Path, config: CheckpointConfig, name: str, shapes: nnx.Modul
 
 
 def _of_a_layer(stack: Array) -> jax.ShapeDtypeStruct:
+    assert isinstance(stack.sharding, NamedSharding)
     place = NamedSharding(stack.sharding.mesh, PartitionSpec(*stack.sharding.spec[1:]))
     return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=place)
 

@@ -57,6 +57,10 @@ class Program:
                 future.set_exception(error)
         return future.result()
 
+    def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
+        """The program as XLA is given it."""
+        return self._jit.lower(*args, **static)
+
     def _build(self, args: tuple[Any, ...], static: dict[str, Any]) -> Callable[..., Any]:
         used = devices(args)
         options = compiler_options(used[0].device_kind)
@@ -64,7 +68,7 @@ class Program:
         if name is not None and (kept := load(name, args, used)) is not None:
             return kept
         with compiling() as seen:
-            executable = compile_with(options, self._jit.lower(*args, **static))
+            executable = compile_with(options, self.lower(*args, **static))
         if name is not None and (seen.fresh or used[0].platform != "cpu"):
             store(name, executable)
         return executable

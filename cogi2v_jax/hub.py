@@ -35,10 +35,12 @@ def load(
     dtype: Any = None,
     attention: str = "auto",
     mesh: str = "auto",
+    vae_tiling: bool = False,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr) if hosts.leads() else None,
 ) -> Models:
     """A checkpoint, ready to sample: a converted folder, a diffusers folder, a hub id, or one of `config.names()`. Weights are read when a
-    phase first needs them. `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. Raises ValueError or
+    phase first needs them. `mesh` says how devices share the work, `vae_tiling` has the VAE work in the reference's blended tiles, and
+    `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. Raises ValueError or
     FileNotFoundError in one line."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -49,7 +51,7 @@ def load(
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
     choose(attention, jnp.dtype(dtype))
     keep_compilations()
-    return open_folder(_converted(_locate(path_or_name, say), say), jnp.dtype(dtype), attention, mesh)
+    return open_folder(_converted(_locate(path_or_name, say), say), jnp.dtype(dtype), attention=attention, mesh=mesh, vae_tiling=vae_tiling)
 
 
 def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) -> Path:

@@ -16,17 +16,18 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from . import noise as streams
 from .attention import choose
-from .checkpoint import fits_whole, piece, placed, places
+from .checkpoint import bytes_per_device, fits_whole, piece, placed, places
 from .compiled import Program
 from .config import CheckpointConfig
 from .models.t5 import T5
 from .models.transformer import Modulation, Shifts, Transformer
-from .models.vae import VAE, sample_posterior
+from .models.vae import VAE, posterior, sample_posterior, strips_within
 from .positions import Positions, positions, sinusoid, token_count
 from .request import LatentShape, Resolved
 from .schedule import Tableau, step, tableau
 from .sharding import GUIDED, Layout, choose_sizes, make_mesh, pin, put, spatial, split, work_of
 
+SPARE = 0.9  # of a device's memory: what an estimate may fill
 LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
 OFS = 2.0  # the 1.5 network's fixed conditioning value
 
@@ -37,18 +38,22 @@ def encode_text(t5: T5, ids: Int[Array, "pairs p"], mesh: Mesh) -> Float[Array, 
     return pin(t5(ids), mesh, "batch")
 
 
-def encode_image(
-    vae: VAE,
-    pixels: Float[Array, "b 1 h w 3"],
-    noise: Float[Array, "b 1 h2 w2 c"] | None,
+def encode_image(vae: VAE, pixels: Float[Array, "b 1 h w 3"], mesh: Mesh) -> Float[Array, "b 1 h2 w2 c2"]:
+    """The moments of the image's latents."""
+    pixels = pixels.astype(vae.encoder.conv_in.kernel.dtype)
+    return pin(vae.moments(pin(pixels, mesh, "video", None, "rows", "columns")), mesh, "video")
+
+
+def draw_image(
+    moments: Float[Array, "b 1 h w c2"],
+    noise: Float[Array, "b 1 h w c"] | None,
     words: UInt32[Array, "b 2"],
     scale: Float[Array, ""],
     frames: int,
     mesh: Mesh,
-) -> Float[Array, "b t h2 w2 c"]:
+) -> Float[Array, "b t h w c"]:
     """The image's scaled latents in the first latent frame, zeros in all others: zeros of latent space, not an encoded black frame."""
-    pixels = pin(pixels.astype(vae.encoder.conv_in.kernel.dtype), mesh, "video", None, "rows", "columns")
-    mean, log_variance = vae.encode(pixels)
+    mean, log_variance = posterior(moments)
     if noise is None:
         noise = streams.draw(words, streams.POSTERIOR, mean.shape[1:])
     latents = scale * sample_posterior(mean, log_variance, noise).astype(jnp.float32)
@@ -101,20 +106,26 @@ def denoise(
 
 
 def decode_latents(
-    vae: VAE, latents: Float[Array, "b t h w c"], scaling_factor: Float[Array, ""], mesh: Mesh
-) -> UInt8[Array, "b f h2 w2 3"]:
+    vae: VAE, latents: Float[Array, "b t h w c"], scaling_factor: Float[Array, ""], strips: int, mesh: Mesh
+) -> Float[Array, "b f h2 w2 3"]:
+    latents = (latents / scaling_factor).astype(vae.decoder.conv_in.kernel.dtype)
+    video = vae.decode(pin(latents, mesh, "video", None, "rows", "columns"), strips)
+    return pin(video, mesh, "video", None, "rows", "columns")
+
+
+def to_bytes(video: Float[Array, "b f h w 3"], mesh: Mesh) -> UInt8[Array, "b f h w 3"]:
     """Every device ends with the whole video, so that whichever process writes it has it."""
-    latents = pin((latents / scaling_factor).astype(vae.decoder.conv_in.kernel.dtype), mesh, "video", None, "rows", "columns")
-    video = vae.decode(latents).astype(jnp.float32)
-    return pin(jnp.round(jnp.clip(video * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8), mesh)
+    return pin(jnp.round(jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8), mesh)
 
 
 TEXT = Program(encode_text, static=("mesh",))
-IMAGE = Program(encode_image, static=("frames", "mesh"))
+MOMENTS = Program(encode_image, static=("mesh",))
+IMAGE = Program(draw_image, static=("frames", "mesh"))
 SHIFTS = Program(modulate, static=("mesh",))
 START = Program(draw_start, static=("shape", "mesh"))
 DENOISE = Program(denoise, static=("slab", "layout"))
-DECODE = Program(decode_latents, static=("mesh",))
+DECODE = Program(decode_latents, static=("strips", "mesh"))
+BYTES = Program(to_bytes, static=("mesh",))
 
 
 class Call(NamedTuple):
@@ -127,8 +138,14 @@ class Call(NamedTuple):
 
     def compile(self, place: "Place") -> Any:
         """The executable, from the network's shapes alone."""
-        network = () if self.piece is None else (place.network(self.piece),)
-        return self.program.compile(*network, *self.args, **self.static)
+        return self.program.compile(*self._network(place), *self.args, **self.static)
+
+    def lower(self, place: "Place") -> jax.stages.Lowered:
+        """The program as XLA is given it."""
+        return self.program.lower(*self._network(place), *self.args, **self.static)
+
+    def _network(self, place: "Place") -> tuple[nnx.Module, ...]:
+        return () if self.piece is None else (place.network(self.piece),)
 
 
 def mesh_for(config: CheckpointConfig, dtype: jnp.dtype, text: str, videos: int, guided: bool, devices: Sequence[Any], memory: int) -> Mesh:
@@ -152,10 +169,27 @@ class Place:
         """A piece's shapes, and where they lie."""
         return placed(self.config, name, self.dtype, self.mesh, self.memory)
 
+    def moments(self, pixels: Float[Any, "b 1 h w 3"]) -> Call:
+        ratio = self.config.vae.spatial_ratio
+        rows, columns = (side // ratio for side in pixels.shape[2:4])
+        return Call(MOMENTS, "vae", (pixels,), {"mesh": spatial(self.mesh, rows, columns)})
+
     def decode(self, latents: Float[Any, "b t h w c"]) -> Call:
         """Of scaled latents without padding."""
-        mesh = spatial(self.mesh, *latents.shape[2:4])
-        return Call(DECODE, "vae", (latents, np.float32(self.config.vae.scaling_factor)), {"mesh": mesh})
+        strips, mesh = self.strips(*latents.shape[2:4]), spatial(self.mesh, *latents.shape[2:4])
+        factor = np.float32(self.config.vae.scaling_factor)
+        return Call(DECODE, "vae", (latents, factor), {"strips": strips, "mesh": mesh})
+
+    def strips(self, rows: int, columns: int) -> int:
+        """In how many strips a device decodes: one where several share the picture. Raises ValueError where it doesn't fit in any."""
+        view = spatial(self.mesh, rows, columns)
+        if view.shape["rows"] * view.shape["columns"] > 1:
+            return 1
+        room = SPARE * self.memory - bytes_per_device(self.network("vae"))
+        return strips_within(int(room), self.config.vae, rows, columns, self.dtype.itemsize)
+
+    def to_bytes(self, video: Float[Any, "b f h w 3"]) -> Call:
+        return Call(BYTES, None, (video,), {"mesh": self.mesh})
 
 
 @dataclass(frozen=True)
@@ -185,11 +219,9 @@ class Phases(Place):
     def text(self, ids: Int[Any, "pairs p"]) -> Call:
         return Call(TEXT, "text_encoder", (ids,), {"mesh": self.mesh})
 
-    def image(self, pixels: Float[Any, "b 1 h w 3"], noise: Float[Any, "b 1 h2 w2 c"] | None, words: UInt32[Any, "b 2"]) -> Call:
+    def image(self, moments: Float[Any, "b 1 h w c2"], noise: Float[Any, "b 1 h w c"] | None, words: UInt32[Any, "b 2"]) -> Call:
         scale = np.float32(self.request.latent_scale(self.config))
-        return Call(
-            IMAGE, "vae", (pixels, noise, words, scale), {"frames": self.shape.frames, "mesh": spatial(self.mesh, *self.shape[1:3])}
-        )
+        return Call(IMAGE, None, (moments, noise, words, scale), {"frames": self.shape.frames, "mesh": self.mesh})
 
     def shifts(self) -> Call:
         network = self.config.transformer
@@ -236,10 +268,14 @@ class Phases(Place):
         ids = np.zeros((copies * videos, self.config.transformer.max_text_seq_length), np.int32)
         words = self._shape((videos, 2), np.uint32)
         pixels = np.zeros((videos, 1, self.request.height, self.request.width, self.config.vae.in_channels), np.float32)
+        moments = self._shape((videos, 1, *shape[1:3], 2 * shape.channels), self.dtype, "video")
         latents = np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)
+        frames = (videos, self.request.num_frames, self.request.height, self.request.width, self.config.vae.out_channels)
+        view = spatial(self.mesh, *shape[1:3])
+        video = jax.ShapeDtypeStruct(frames, self.dtype, sharding=split(view, "video", None, "rows", "columns"))
         return {
             "text": [self.text(ids)],
-            "encode": [self.image(pixels, None, words)],
+            "encode": [self.moments(pixels), self.image(moments, None, words)],
             "denoise": [self.shifts(), self.start(None, words), self.loop(videos, self.request.num_inference_steps)],
-            "decode": [self.decode(latents)],
+            "decode": [self.decode(latents), self.to_bytes(video)],
         }

@@ -19,6 +19,7 @@ from .checkpoint import Models, memory_limit
 from .compiled import Stopwatch, workspace
 from .config import CheckpointConfig
 from .media import fit_image, read_image
+from .models.tiling import decode_tiled, encode_tiled, sides
 from .phases import Call, Phases, Place, mesh_for
 from .request import Noise, Request, Resolved
 from .sharding import fetch, put, split
@@ -71,6 +72,10 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Pre
     if not phases.rows.noise.any():
         noise = dataclasses.replace(noise, steps=None)  # ddim reads none
     noise = noise.check(phases.shape, len(videos), resolved.num_inference_steps)
+    if models.vae_tiling:
+        sides(models.config.vae, encodes=False)
+    else:
+        phases.strips(phases.shape.height, phases.shape.width)
     words = streams.seed_words([video.seed for video in videos])
     images = [fit_image(read_image(video.image), resolved.height, resolved.width, resolved.fit) for video in videos]
     prompts = [video.prompt for video in videos]
@@ -87,7 +92,8 @@ def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: S
     with ThreadPoolExecutor(1) as background:
         ahead = background.submit(_get_ready, models, phases, phases.loop(len(words), slab, noise.steps))
         text = run(models, phases, watch, "text", phases.text(ids))
-        image = run(models, phases, watch, "image", phases.image(pixels, noise.posterior, words))
+        moments = encode(models, pixels, watch, phases)
+        image = run(models, phases, watch, "image", phases.image(moments, noise.posterior, words))
         shifts = run(models, phases, watch, "denoise", phases.shifts())
         with watch("compile"):
             ahead.result()
@@ -125,12 +131,31 @@ def run(models: Models, place: Place, watch: Stopwatch, phase: str, call: Call) 
         return jax.block_until_ready(program(*call.args))
 
 
+def encode(models: Models, pixels: Float[Any, "b 1 h w 3"], watch: Stopwatch, place: Place) -> Float[Any, "b 1 h2 w2 c"]:
+    """Pixels in [-1, 1] to the moments of their latents."""
+
+    def network(pixels: Float[Any, "b 1 h w 3"]) -> Float[Any, "b 1 h2 w2 c"]:
+        return run(models, place, watch, "image", place.moments(pixels))
+
+    return encode_tiled(network, pixels, models.config.vae) if models.vae_tiling else network(pixels)
+
+
 def decode(
     models: Models, latents: Float[Any, "b t h w c"], watch: Stopwatch | None = None, place: Place | None = None
 ) -> UInt8[np.ndarray, "b f h2 w2 3"]:
     """Scaled latents to frames: 4 (t - 1) + 1 of them where t is odd, 4 t where it is even."""
-    place = place or Place(*_where(models, videos=len(latents), guided=True))
-    return fetch(run(models, place, watch or Stopwatch(), "decode", place.decode(np.asarray(latents, np.float32))))
+    watch, place = watch or Stopwatch(), place or Place(*_where(models, videos=len(latents), guided=True))
+    latents = np.asarray(latents, np.float32)
+
+    def network(latents: Float[Any, "b t h w c"]) -> Float[Any, "b f h2 w2 3"]:
+        return run(models, place, watch, "decode", place.decode(latents))
+
+    videos = []
+    for first in range(0, len(latents), side_by_side := place.mesh.shape["data"]):  # a decoder is the hungriest program of all
+        part = latents[first : first + side_by_side]
+        video = decode_tiled(network, part, models.config.vae) if models.vae_tiling else network(part)
+        videos.append(fetch(run(models, place, watch, "decode", place.to_bytes(video))))
+    return np.concatenate(videos)
 
 
 def phases_of(models: Models, request: Resolved) -> Phases:

@@ -192,7 +192,7 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
     from .pipeline import generate, prepare, videos_at_once
 
     name = options.model or EMBEDDED
-    models = load(name, options.dtype, options.attention, options.mesh)
+    models = load(name, options.dtype, options.attention, options.mesh, options.vae_tiling)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         batches = request.batches(videos_at_once(models, request))
@@ -235,7 +235,7 @@ def _decode_alone(options: argparse.Namespace) -> None:
     from .hub import load
     from .pipeline import decode
 
-    models = load(options.model or recipe["model"], options.dtype or recipe["dtype"], options.attention, options.mesh)
+    models = load(options.model or recipe["model"], options.dtype or recipe["dtype"], options.attention, options.mesh, options.vae_tiling)
     channels = models.config.vae.latent_channels
     if latents.shape[-1] != channels:
         raise ValueError(f"latents must have {channels} channels for {models.config.title}: got {latents.shape[-1]}")

@@ -172,7 +172,7 @@ def pin(x: Array, mesh: Mesh, *axes: str | None) -> Array:
 def parameter_shardings(network: nnx.Module, mesh: Mesh, whole: bool) -> Any:
     """Where a network's parameters lie, as its state: `whole` on every device, or split as their axes' names say."""
 
-    def place(parameter: nnx.Param) -> nnx.Param:
+    def place(parameter: nnx.Param) -> nnx.Variable:
         named = () if whole else parameter.get_metadata()["axes"]
         stacked = [None] * (parameter.get_value().ndim - len(named)) if named else []  # a stack's layers come first
         return parameter.replace(split(mesh, *stacked, *named))
@@ -189,7 +189,8 @@ def put(value: Any, sharding: NamedSharding) -> Array:
 def fetch(x: Array) -> np.ndarray:
     """An array's values on every process, wherever they lie."""
     if not x.is_fully_addressable and not x.is_fully_replicated:
-        x = jax.jit(lambda x: x, out_shardings=split(x.sharding.mesh))(x)
+        assert isinstance(x.sharding, NamedSharding)
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
     return np.asarray(x)
 
 

@@ -28,11 +28,13 @@ def traced(call: phases.Call, place: phases.Phases) -> object:
 
 PROGRAMS = {
     "TEXT": phases.encode_text,
-    "IMAGE": phases.encode_image,
+    "MOMENTS": phases.encode_image,
+    "IMAGE": phases.draw_image,
     "SHIFTS": phases.modulate,
     "START": phases.draw_start,
     "DENOISE": phases.denoise,
     "DECODE": phases.decode_latents,
+    "BYTES": phases.to_bytes,
 }
 
 
@@ -49,11 +51,13 @@ def test_every_phase_of_a_released_checkpoint_has_its_published_shapes(name: str
     assert place.layout.padded % sizes_of(mesh).context == 0
     calls = place.calls()
     assert traced(calls["text"][0], place) == ((2, 226, 4096), "bfloat16")
-    assert traced(calls["encode"][0], place) == ((1, *latents), "float32")
+    moments, image = (traced(call, place) for call in calls["encode"])
+    assert moments == ((1, 1, *latents[1:3], 32), "bfloat16")
+    assert image == ((1, *latents), "float32")
     shifts, start, loop = (traced(call, place) for call in calls["denoise"])
     assert shifts.blocks == ((50, 42, 6, 2, 3072), "bfloat16")
     assert start == loop == (((1, *latents), "float32"),) * 2
-    assert traced(calls["decode"][0], place) == ((1, *video), "uint8")
+    assert [traced(call, place) for call in calls["decode"]] == [((1, *video), "bfloat16"), ((1, *video), "uint8")]
 
 
 @pytest.mark.parametrize("mesh", config.meshes()["meshes"])

@@ -5,20 +5,17 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from topologies import chip
 
-from cogi2v_jax import config, pipeline
-from cogi2v_jax.attention import xla
-from cogi2v_jax.checkpoint import abstract
-from cogi2v_jax.positions import positions
-from cogi2v_jax.schedule import tableau
+from cogi2v_jax import config
+from cogi2v_jax.phases import Phases
+from cogi2v_jax.request import Request
+from cogi2v_jax.sharding import Sizes, make_mesh
 
 STEPS = 4
 PHASES = ("text", "image", "shifts", "denoise", "decode")
@@ -39,37 +36,19 @@ def checkpoint() -> config.CheckpointConfig:
 
 def lowered(phase: str, dtype: str, tpu: str | None = None) -> jax.stages.Lowered:
     """One phase of the pipeline in small. Products that state no precision get the default one, whatever the tests run with."""
-    sharding = None if tpu is None else NamedSharding(chip(tpu), PartitionSpec())
-    half = jnp.dtype(dtype)
-    settings = checkpoint().transformer
-
-    def shapes(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), tree)
-
-    def array(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    network = shapes(abstract(checkpoint(), {"text": "text_encoder", "image": "vae", "decode": "vae"}.get(phase, "transformer"), half))
-    words, latents, time = array(1, 2, dtype=np.uint32), array(1, 3, 8, 8, 16), array(STEPS, settings.width)
-    static: dict[str, Any] = {}
+    devices = jax.devices()[:1] if tpu is None else list(chip(tpu).devices.flat)
+    request = Request("photo.jpg", "a prompt", num_inference_steps=STEPS, scheduler="dpm", use_dynamic_cfg=True).resolve(checkpoint())
+    place = Phases(checkpoint(), jnp.dtype(dtype), make_mesh(Sizes(), devices), 2**40, request, "xla")
     match phase:
-        case "text":
-            function, args = pipeline.encode_text, (network, array(2, settings.max_text_seq_length, dtype=np.int32))
         case "image":
-            function, args, static = pipeline.encode_image, (network, array(1, 1, 16, 16, 3), None, words, array()), {"frames": 3}
-        case "shifts":
-            function, args = pipeline.modulate, (network.modulation, time, None)
-        case "denoise":
-            rows = tableau(checkpoint().scheduler, "dpm", STEPS, 6.0, True)
-            shifts = jax.eval_shape(pipeline.modulate, network.modulation, time, None)
-            text = array(2, settings.max_text_seq_length, settings.text_embed_dim, dtype=half)
-            where = positions(settings, (3, 8, 8))
-            args = (network, (latents, latents), array(dtype=np.int32), *shapes((rows, shifts)), None, words, latents, text, shapes(where))
-            function, static = pipeline.denoise, {"slab": STEPS, "attend": xla}
+            call = place.moments(np.zeros((1, 1, 16, 16, 3), np.float32))
         case "decode":
-            function, args = pipeline.decode_latents, (network, array(1, 1, 2, 2, 16), array())
+            call = place.decode(np.zeros((1, 1, 2, 2, 16), np.float32))
+        case _:
+            calls = place.calls()
+            call = {"text": calls["text"][0], "shifts": calls["denoise"][0], "denoise": calls["denoise"][-1]}[phase]
     with jax.default_matmul_precision("default"):
-        return jax.jit(function, static_argnames=tuple(static)).lower(*args, **static)
+        return call.lower(place)
 
 
 @cache

@@ -263,7 +263,8 @@ def stages(models: Models, request: Request, given: dict[str, Any] | None = None
 
     words = on(prepared.words)
     text = on(stage("text", phases.text(prepared.ids)), "batch")
-    image = on(stage("image", phases.image(prepared.pixels, None, words)), "video")
+    moments = on(stage("moments", phases.moments(prepared.pixels)), "video")
+    image = on(stage("image", phases.image(moments, None, words)), "video")
     shifts = on(stage("shifts", phases.shifts()))
     start = on(stage("start", phases.start(None, words)), "video")
     given_to_loop = (shifts, None, words, image, text, phases.positions())
@@ -282,7 +283,7 @@ def test_no_stage_depends_on_the_mesh(sizes: Sizes, folder: Any, request_of_eigh
     models = cogi2v_jax.load(folder, "float32", mesh=str(sizes))
     sharded = stages(models, request_of_eight, unsharded)
     assert pipeline.prepare(models, request_of_eight).phases.mesh.shape == {"copies": 1, **sizes._asdict()}
-    for name in ("text", "image"):
+    for name in ("text", "moments", "image"):
         assert_close(sharded[name], unsharded[name], 1e-5)
     for ours, theirs in zip(jax.tree.leaves(sharded["shifts"]), jax.tree.leaves(unsharded["shifts"]), strict=True):
         assert_close(ours, theirs, 1e-5)

@@ -1,5 +1,5 @@
-"""Programs whose costs can be counted by hand, compiled for TPUs that are not there. `python tests/tpu_programs.py FOLDER SCHEDULES` makes a
-folder for each, with its HLO (or the error of one that does not fit) and what libtpu dumped into SCHEDULES meanwhile. In a process of its
+"""Programs whose costs can be counted by hand, compiled for TPUs that are not there. `python tests/tpu_programs.py FOLDER SCHEDULES` makes
+a folder for each, with its HLO (or the error of one that does not fit) and what libtpu dumped into SCHEDULES meanwhile. In a process of its
 own, since libtpu is set up when jax is imported."""
 
 import sys
