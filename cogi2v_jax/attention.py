@@ -1,5 +1,5 @@
-"""Attention behind one call: `attend(q, k, v, tokens)`, where keys from `tokens` on only even a sequence out and have no weight. A backend
-is a function and a row of BACKENDS; models get one by way of `sharding.Layout` and know no other."""
+"""Attention of queries and keys that have yet to be turned (norm, rotation). A backend is a row of BACKENDS; models get one by way of
+`sharding.Layout`. Keys from `tokens` on only even a sequence out, and have no weight."""
 
 import math
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Float
 
 from . import config
-from .layers import precision
-
-Attend = Callable[..., Float[Array, "b n s k"]]
+from .kernels.turn import turn
+from .layers import LayerNorm, precision
+from .positions import Positions
 
 # Queries are taken in slices whose float32 logits about fit a CPU's cache (16 MiB), but of no fewer rows than fill a matrix unit.
 LOGITS = 4 * 2**20
@@ -32,7 +32,7 @@ def xla(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array,
     rows = min(s, max(ROWS, LOGITS // (b * n * s)))
     slices = -(-s // rows)
     rows = -(-s // slices)  # even slices, so that padding is less than a row each
-    q = jnp.pad(q, _after(2, slices * rows - s)).reshape(b, n, slices, rows, width)
+    q = jnp.pad(q, _after(4, 2, slices * rows - s)).reshape(b, n, slices, rows, width)
     out = lax.map(partial(_rows, k=k, v=v), jnp.moveaxis(q, 2, 0))
     return jnp.moveaxis(out, 0, 2).reshape(b, n, slices * rows, width)[:, :, :s]
 
@@ -65,7 +65,7 @@ class Tile(NamedTuple):
 TILES = {
     "v4": Tile(1280, 1792, 896),
     "v5e": Tile(1280, 8960, 896),
-    "v5p": Tile(1280, 8960, 896),
+    "v5p": Tile(1280, 3584, 896),
     "v6e": Tile(1792, 8960, 1792),
 }
 LANES = 128  # of a TPU's vectors: sizes are multiples
@@ -76,38 +76,75 @@ FAR = -1e30  # a logit whose weight is zero
 
 
 @dataclass(frozen=True)
+class Backend:
+    """A kernel for one device that takes queries and keys as they are turned here, by plain operations in float32."""
+
+    kernel: Callable[..., Float[Array, "b n s k"]]
+
+    def rows(self, tokens: int) -> int:
+        """The length that a sequence is best evened out to."""
+        return tokens
+
+    def __call__(
+        self,
+        q: Float[Array, "b n s k"],
+        k: Float[Array, "b n s k"],
+        v: Float[Array, "b n s k"],
+        norms: tuple[LayerNorm, LayerNorm],  # of queries and of keys
+        positions: Positions,
+        tokens: int,
+    ) -> Float[Array, "b n s k"]:
+        q, k = (rotate(norm(x), positions).astype(x.dtype) for norm, x in zip(norms, (q, k), strict=True))
+        return self.kernel(q, k, v, tokens)
+
+
+def rotate(x: Float[Array, "b n s k"], positions: Positions) -> Float[Array, "b n s k"]:
+    """Turns channel i with channel i + k/2 by the token's angle, in float32."""
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = positions.cos, positions.sin
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+@dataclass(frozen=True)
 class Splash:
-    """jax's TPU kernel, a tile of logits at a time. Sequences are evened out to whole tiles, and the keys that this adds are told apart by
-    one more channel, of ones for queries and of zeros for real keys: free, since a head's 64 channels take 128 lanes."""
+    """jax's TPU kernel, a tile of logits at a time, after our own for norm and rotation. What evens a sequence out is told apart by one
+    more channel, of ones for queries and of zeros for real keys: free, since a head's 64 channels take 128 lanes."""
 
     tile: Tile
     interpret: bool = False
 
     def rows(self, tokens: int) -> int:
-        """Of a sequence that is already evened out."""
         return fitted(self.tile, tokens)[1]
 
     def __call__(
-        self, q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int
+        self,
+        q: Float[Array, "b n s k"],
+        k: Float[Array, "b n s k"],
+        v: Float[Array, "b n s k"],
+        norms: tuple[LayerNorm, LayerNorm],
+        positions: Positions,
+        tokens: int,
     ) -> Float[Array, "b n s k"]:
-        heads, asked, width = q.shape[1:]
+        heads, given, width = q.shape[1:]
         tile, rows = fitted(self.tile, tokens)
-        queries = -(-asked // tile.queries) * tile.queries
-        q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # exact at a width of 64: a power of two
-        q = jnp.pad(jnp.pad(q, _after(3, 1), constant_values=1), _after(2, queries - asked))
-        k, v = (jnp.pad(x[:, :, :rows], _after(2, max(rows - asked, 0))) for x in (k, v))
-        far = jnp.where(jnp.arange(rows) < tokens, 0.0, FAR).astype(k.dtype)
-        k = jnp.concatenate([k, jnp.broadcast_to(far[:, None], (*k.shape[:3], 1))], axis=-1)
+        queries = -(-given // tile.queries) * tile.queries  # more than there are keys where a mesh evens out further
+        q, k, v = (jnp.pad(x, _after(x.ndim, 2, queries - given)) for x in (q, k, v))
+        cos, sin = (jnp.pad(x, _after(x.ndim, 0, queries - given)) for x in (positions.cos, positions.sin))
+        turned = partial(turn, cos=cos, sin=sin, rows=tile.queries, interpret=self.interpret)
+        far = jnp.where(jnp.arange(queries) < tokens, 0.0, FAR)
+        q, k = (
+            turned(x, norm.scale[...], norm.bias[...], last=last, epsilon=norm.epsilon, factor=factor)
+            for x, norm, last, factor in zip((q, k), norms, (jnp.ones(queries), far), (width**-0.5, 1.0), strict=True)
+        )
         mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, rows))] * heads)
         sizes = splash_kernel.BlockSizes(block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.at_once)
-        kernel = splash_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=self.interpret)
-        out: Array = jax.vmap(kernel)(q, k, v)
-        return out[:, :, :asked]
+        attend: Any = splash_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=self.interpret)
+        return jax.vmap(attend)(q, k[:, :, :rows], v[:, :, :rows])[:, :, :given]
 
 
-def _after(axis: int, count: int) -> list[tuple[int, int]]:
-    """`jnp.pad`'s widths for the end of one of four axes."""
-    return [(0, count if axis == which else 0) for which in range(4)]
+def _after(axes: int, axis: int, count: int) -> list[tuple[int, int]]:
+    """`jnp.pad`'s widths for the end of one axis."""
+    return [(0, count if axis == which else 0) for which in range(axes)]
 
 
 def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int]:
@@ -138,12 +175,17 @@ def tokamax(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Ar
     return jnp.moveaxis(dot_product_attention(q, k, v, implementation=("mosaic_gpu", "triton")), 2, 1)
 
 
-BACKENDS: dict[str, Attend] = {"xla": xla, "cudnn": cudnn, "splash": Splash(TILES["v5e"]), "tokamax": tokamax}
+BACKENDS: dict[str, Backend | Splash] = {
+    "xla": Backend(xla),
+    "cudnn": Backend(cudnn),
+    "splash": Splash(TILES["v5e"]),
+    "tokamax": Backend(tokamax),
+}
 NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}  # and bfloat16: their float32 is not float32
 FASTEST = {"gpu": "cudnn", "tpu": "splash"}
 
 
-def choose(name: str, dtype: jnp.dtype, device: Any = None) -> Attend:
+def choose(name: str, dtype: jnp.dtype, device: Any = None) -> Backend | Splash:
     """A backend by name; `auto` takes the fastest that computes `dtype` on the device, or on the default one. Raises ValueError for a name
     that is unknown or no good there."""
     device = jax.devices()[0] if device is None else device

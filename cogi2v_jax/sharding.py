@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,6 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": AXES,
     "mlp": AXES,
 }
-Attention = Callable[[Array, Array, Array, int], Array]
 GUIDED = 2  # predictions of a guidance pair
 
 
@@ -199,7 +199,7 @@ class Layout:
     """How one request's transformer is spread: what the network is handed instead of a mesh."""
 
     mesh: Mesh
-    attention: Attention  # a backend of attention.py, for one device
+    attention: Any  # a backend of attention.py, for one device
     tokens: int  # of the joint sequence, without what evens it out
     whole: bool = True  # whether every device holds all weights
     turns: bool = False  # whether a device takes one video of a batch after another
@@ -208,8 +208,7 @@ class Layout:
     def padded(self) -> int:
         """Tokens of the joint sequence as the layers see it: what the backend is quickest at, and as many in every part."""
         parts = self.mesh.shape["context"]
-        rows = getattr(self.attention, "rows", lambda tokens: tokens)(self.tokens)
-        return -(-rows // parts) * parts
+        return -(-self.attention.rows(self.tokens) // parts) * parts
 
     def exchange(self, by_heads: Callable[..., Array], parts: tuple[Array, ...], *whole: Any) -> Float[Array, "b s d"]:
         """Ulysses (arXiv 2309.14509): a device trades its part of the sequence with all heads for the whole sequence with its part of the
@@ -217,16 +216,14 @@ class Layout:
         heads = PartitionSpec(RULES["batch"], RULES["sequence"])
 
         def local(parts: tuple[Array, ...], whole: tuple[Any, ...]) -> Array:
-            return self._trade(by_heads(tuple(self._trade(part, 2, 1) for part in parts), *whole, attend=self._attend), 1, 2)
+            parts = tuple(self._trade(part, 2, 1) for part in parts)
+            return self._trade(by_heads(parts, *whole, attend=partial(self.attention, tokens=self.tokens)), 1, 2)
 
         specs = (heads, PartitionSpec())
         return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)(parts, whole)
 
     def _trade(self, x: Float[Array, "b s d"], give: int, take: int) -> Float[Array, "b s2 d2"]:
         return x if self.mesh.shape["context"] == 1 else lax.all_to_all(x, "context", give, take, tiled=True)
-
-    def _attend(self, q: Float[Array, "b n s k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]) -> Float[Array, "b n s k"]:
-        return self.attention(q, k, v, self.tokens)
 
     def in_turn(self, predict: Callable[..., Array], *batch: Array) -> Array:
         """Predictions of a batch: all at once, or on each device one after another. A long sequence fills a device alone, so that turns

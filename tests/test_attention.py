@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import assert_close
+from flax import nnx
 
 from cogi2v_jax import attention
+from cogi2v_jax.layers import LayerNorm
+from cogi2v_jax.positions import Positions
 
 
 def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -46,35 +49,49 @@ def test_memory_is_linear_in_the_sequence() -> None:
 SPLASH = attention.Splash(attention.Tile(256, 768, 384), interpret=True)
 
 
+def given(rng: np.random.Generator, rows: int, width: int = 64) -> tuple:
+    """Queries, keys and values of two videos and three heads, with norms and angles."""
+    q, k, v = rng.normal(size=(3, 2, 3, rows, width)).astype(np.float32)
+    norms = tuple(LayerNorm(width, epsilon=1e-2, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    for norm in norms:
+        norm.scale[...], norm.bias[...] = 1 + rng.normal(size=(2, width)) / 2
+    angles = rng.normal(size=(rows, width // 2)).astype(np.float32)
+    return q, k, v, norms, Positions(np.cos(angles), np.sin(angles), np.zeros(rows, bool), None)
+
+
+def turned(x: np.ndarray, norm: LayerNorm, positions: Positions) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.epsilon) * norm.scale[...] + norm.bias[...]
+    pairs = (x[..., : x.shape[-1] // 2] + 1j * x[..., x.shape[-1] // 2 :]) * (positions.cos + 1j * positions.sin)
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
+@pytest.mark.parametrize("backend", [attention.BACKENDS["xla"], SPLASH], ids=["xla", "splash"])
 @pytest.mark.parametrize(
-    ("tokens", "width"),
-    [(7, 64), (131, 64), (300, 32), (1000, 64)],
-    ids=["part of a tile", "one tile", "two", "several"],
+    ("rows", "tokens", "width"),
+    [(7, 7, 64), (131, 131, 64), (300, 300, 32), (1000, 1000, 64), (131, 130, 64), (300, 130, 64), (512, 512, 64), (384, 300, 64)],
 )
-def test_the_tpu_kernels_tiles_do_not_change_the_result(tokens: int, width: int, rng: np.random.Generator) -> None:
-    q, k, v = rng.normal(size=(3, 2, 3, tokens, width)).astype(np.float32)
-    ours = SPLASH(*map(jnp.asarray, (q, k, v)), tokens)
-    assert_close(ours, exact(q, k, v), 2e-6)
-    assert_close(ours, attention.xla(*map(jnp.asarray, (q, k, v)), tokens), 2e-6)
-
-
-@pytest.mark.parametrize("backend", [attention.xla, SPLASH], ids=["xla", "splash"])
-@pytest.mark.parametrize("filled", [131, 200, 256, 300])
-def test_what_evens_a_sequence_out_has_no_weight(filled: int, backend: attention.Attend, rng: np.random.Generator) -> None:
-    tokens = 130
-    q, k, v = rng.normal(size=(3, 1, 1, filled, 64)).astype(np.float32)
-    k[:, :, tokens:], v[:, :, tokens:] = 1e4, -1e4
-    ours = np.asarray(backend(*map(jnp.asarray, (q, k, v)), tokens))
-    assert ours.shape == q.shape
+def test_a_backend_norms_rotates_and_attends_and_gives_no_weight_to_what_evens_a_sequence_out(
+    rows: int, tokens: int, width: int, backend: attention.Backend, rng: np.random.Generator
+) -> None:
+    q, k, v, norms, positions = given(rng, rows, width)
+    k[:, :, tokens:], v[:, :, tokens:] = 1e4 * k[:, :, tokens:], -1e4
+    ours = np.asarray(backend(*map(jnp.asarray, (q, k, v)), norms, positions, tokens))
+    assert ours.shape == v.shape
     assert np.isfinite(ours).all()
-    assert_close(ours[:, :, :tokens], exact(*(x[:, :, :tokens] for x in (q, k, v))), 2e-6)
+    q, k = (turned(x, norm, positions)[:, :, :tokens] for x, norm in zip((q, k), norms, strict=True))
+    assert_close(ours[:, :, :tokens], exact(q, k, v[:, :, :tokens]), 2e-6)
 
 
 def test_it_has_none_even_where_all_real_logits_are_far_below_zero(rng: np.random.Generator) -> None:
-    q = np.ones((1, 1, 130, 64), np.float32)
-    k = -100 * q + rng.normal(size=q.shape).astype(np.float32)
-    v = rng.normal(size=q.shape).astype(np.float32)
-    assert_close(SPLASH(*map(jnp.asarray, (q, k, v)), 130), exact(q, k, v), 1e-4)
+    q, k, v, norms, positions = given(rng, 130)
+    norms[0].scale[...], norms[0].bias[...] = np.zeros(64), np.full(64, 10.0)
+    norms[1].scale[...], norms[1].bias[...] = np.ones(64), np.full(64, -10.0)
+    still = positions._replace(cos=np.ones((130, 32), np.float32), sin=np.zeros((130, 32), np.float32))
+    ours = SPLASH(*map(jnp.asarray, (q, k, v)), norms, still, 130)
+    q, k = (turned(x, norm, still) for x, norm in zip((q, k), norms, strict=True))
+    assert np.einsum("bnqk,bnsk->bnqs", q, k).max() < -400
+    assert_close(ours, exact(q, k, v), 1e-4)
 
 
 @pytest.mark.parametrize("generation", attention.TILES)
@@ -109,13 +126,15 @@ HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
         (V5E, HALF, attention.Splash(attention.TILES["v5e"])),
         (V6E, HALF, attention.Splash(attention.TILES["v6e"])),
         (device("tpu", "TPU v9"), HALF, attention.Splash(attention.TILES["v5e"])),
-        (V5E, FULL, attention.xla),
-        (H100, HALF, attention.cudnn),
-        (H100, FULL, attention.xla),
-        (CPU, HALF, attention.xla),
+        (V5E, FULL, attention.BACKENDS["xla"]),
+        (H100, HALF, attention.BACKENDS["cudnn"]),
+        (H100, FULL, attention.BACKENDS["xla"]),
+        (CPU, HALF, attention.BACKENDS["xla"]),
     ],
 )
-def test_auto_takes_the_fastest_that_is_exact(where: types.SimpleNamespace, dtype: jnp.dtype, expected: attention.Attend) -> None:
+def test_auto_takes_the_fastest_that_is_exact(
+    where: types.SimpleNamespace, dtype: jnp.dtype, expected: attention.Backend | attention.Splash
+) -> None:
     assert attention.choose("auto", dtype, where) == expected
 
 
@@ -152,11 +171,13 @@ def test_a_gpu_kernel_is_as_exact_as_bfloat16_allows(name: str, rng: np.random.G
     if name == "tokamax":
         pytest.importorskip("tokamax")
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 3, 131, 64)))
-    assert_close(np.float32(attention.BACKENDS[name](q, k, v, 131)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
+    assert_close(np.float32(attention.BACKENDS[name].kernel(q, k, v, 131)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
 
 
-@pytest.mark.skipif(jax.default_backend() != "tpu", reason="the kernel needs a TPU")
-def test_the_tpu_kernel_is_as_exact_as_bfloat16_allows(rng: np.random.Generator) -> None:
-    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 3, 2146, 64)))
-    backend = attention.choose("splash", HALF)
-    assert_close(np.float32(backend(q, k, v, 2146)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
+@pytest.mark.skipif(jax.default_backend() != "tpu", reason="the kernels need a TPU")
+def test_the_tpu_kernels_are_as_exact_as_bfloat16_allows(rng: np.random.Generator) -> None:
+    q, k, v, norms, positions = given(rng, 2146)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    ours = attention.choose("splash", HALF)(q, k, v, norms, positions, 2146)
+    q, k = (turned(np.float32(x), norm, positions) for x, norm in zip((q, k), norms, strict=True))
+    assert_close(np.float32(ours), exact(q, k, np.float32(v)), 1e-2)

@@ -15,6 +15,7 @@ from flax import nnx
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import cogi2v_jax
+from cogi2v_jax.attention import BACKENDS
 from cogi2v_jax.checkpoint import NETWORKS, is_stacked, leaf_names
 from cogi2v_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from cogi2v_jax.sharding import Layout, Sizes, make_mesh
@@ -130,6 +131,6 @@ def positions_of(config: TransformerConfig, latents: tuple[int, int, int]) -> An
     return jax.tree.map(jnp.asarray, positions(config, latents))
 
 
-def one_device(tokens: int, attention: Any) -> Layout:
+def one_device(tokens: int, attention: Any = BACKENDS["xla"]) -> Layout:
     """The layout of a transformer that is not spread at all."""
     return Layout(make_mesh(Sizes(), jax.devices()[:1]), attention, tokens)

@@ -1,6 +1,7 @@
 """The CogVideoX transformer: text and video tokens in one sequence, both streams through the same weights, told apart only by their
 modulation. Both generations: 1x2x2 patches with a learned table (1.0), 2x2x2 patches with `ofs` (1.5)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,7 +10,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from ..attention import Attend
 from ..config import TransformerConfig
 from ..layers import LayerNorm, Linear, gelu, rounded, silu, stacked
 from ..positions import Positions
@@ -87,12 +87,11 @@ class Attention(nnx.Module):
         q, k, v = (rounded(part(x), x.dtype) for part in (self.q, self.k, self.v))
         graph, norms = nnx.split((self.norm_q, self.norm_k))
 
-        def by_heads(parts: tuple, norms: Any, positions: Positions, attend: Attend) -> Float[Array, "b s d2"]:
+        def by_heads(parts: tuple, norms: Any, positions: Positions, attend: Callable[..., Array]) -> Array:
             """The whole sequence, with some of the heads or all."""
-            norm_q, norm_k = nnx.merge(graph, norms)
-            q, k, v = (rearrange(part, "b s (n k) -> b n s k", k=norm_q.scale.shape[0]) for part in parts)
-            q, k = (rotate(norm(part), positions).astype(x.dtype) for norm, part in ((norm_q, q), (norm_k, k)))
-            return rearrange(attend(q, k, v), "b n s k -> b s (n k)")
+            norms = nnx.merge(graph, norms)
+            q, k, v = (rearrange(part, "b s (n k) -> b n s k", k=norms[0].scale.shape[0]) for part in parts)
+            return rearrange(attend(q, k, v, norms, positions), "b n s k -> b s (n k)")
 
         return self.out(layout.exchange(by_heads, (q, k, v), norms, positions))
 
@@ -180,9 +179,3 @@ def by_stream(part: Float[Array, "2 d"], is_text: Bool[Array, " s"]) -> Float[Ar
     """A modulation row for every token, in float32."""
     video, text = part.astype(jnp.float32)
     return jnp.where(is_text[:, None], text, video)
-
-
-def rotate(x: Float[Array, "b n s k"], positions: Positions) -> Float[Array, "b n s k"]:
-    """Turns channel i with channel i + k/2 by the token's angle, in float32."""
-    cos, sin = (jnp.concatenate(halves, axis=-1) for halves in ((positions.cos, positions.cos), (-positions.sin, positions.sin)))
-    return x * cos + jnp.roll(x, x.shape[-1] // 2, axis=-1) * sin
