@@ -10,7 +10,7 @@ for its memory does not fit. Static seconds are the cycles that the compiler sch
 three published step times of another port on v4 within 5 %: one constant, fitted on one generation and one kernel.
 
 Every row is compiled in a process of its own, because libtpu reads its flags once. Rows that configs/plans.toml already holds are kept, if
-they were made with the same jax and libtpu.
+they were made with the same jax and libtpu: after a change to the programs, remove the file first.
 """
 
 import argparse

@@ -17,6 +17,7 @@ import tpu_kernel
 from jax.experimental import topologies
 
 from cogi2v_jax import config
+from cogi2v_jax.attention import FASTEST
 from cogi2v_jax.phases import Phases
 from cogi2v_jax.request import Request
 from cogi2v_jax.sharding import make_mesh, sizes_of
@@ -47,7 +48,8 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
     phases = Phases(checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention)
     steps = request.num_inference_steps
     row: dict[str, Any] = {"model": model, "mesh": mesh, "phase": phase, "height": request.height, "width": request.width}
-    row |= {"num_frames": request.num_frames, "steps": steps, "guided": request.guided, "dtype": DTYPE.name, "attention": attention}
+    row |= {"num_frames": request.num_frames, "steps": steps, "guided": request.guided, "dtype": DTYPE.name}
+    row["attention"] = FASTEST["tpu"] if attention == "auto" else attention
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
     try:

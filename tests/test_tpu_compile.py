@@ -61,6 +61,12 @@ def test_a_collectives_bytes_are_those_that_leave_one_chip(programs: Path, colle
     assert found.flops == 0
 
 
+def test_an_exchange_that_runs_beside_products_counts_like_any_other(programs: Path) -> None:
+    program = programs / "all-to-all-beside-products"
+    assert "all-to-all-start(" in (program / "program.txt").read_text()
+    assert cost(program).sent == 7 * 2 * 3 / 4 * MIB
+
+
 def test_a_kernels_products_are_read_from_its_own_program(programs: Path) -> None:
     for rows, keys in ((1024, 1024), (2048, 1024), (1024, 2048)):
         kernel, _ = kernel_cost(programs / f"attention-{rows}-{keys}")

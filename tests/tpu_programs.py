@@ -41,6 +41,12 @@ def repeat(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Ar
     return jax.shard_map(lambda x: lax.scan(once, x, length=LOOPS)[0], mesh=EIGHT, in_specs=spec, out_specs=spec)(x)
 
 
+def beside(x: jax.Array) -> jax.Array:
+    """Two exchanges with products that need not wait for them."""
+    there = lax.all_to_all(x, "parts", 1, 0, tiled=True)
+    return lax.all_to_all(there, "parts", 0, 1, tiled=True) + jnp.tanh(x @ (x.T @ x))
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """[heads, rows, 64] in tiles of 512 x 512."""
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((q.shape[1], k.shape[1]))] * len(q))
@@ -61,6 +67,7 @@ PROGRAMS = {
     **{f"nested-{outer}": (ONE, partial(nested, outer=outer), [(256, 512), (5, 512, 512)]) for outer in (3, 6, 12)},
     "convolution": (ONE, convolve, [(16, 32, 48, 128), (3, 3, 128, 256)]),
     "all-to-all": parts(lambda x: lax.all_to_all(x, "parts", 1, 0, tiled=True)),
+    "all-to-all-beside-products": parts(beside),
     "all-gather": parts(lambda x: lax.all_gather(x, "parts", tiled=True)),
     "reduce-scatter": parts(lambda x: lax.psum_scatter(x, "parts", tiled=True)),
     "all-reduce": parts(lambda x: lax.psum(x, "parts")),
@@ -75,7 +82,7 @@ def main(folder: Path, schedules: Path) -> None:
         place = NamedSharding(mesh, PartitionSpec("parts") if mesh is EIGHT else PartitionSpec())
         arguments = [jax.ShapeDtypeStruct(shape, HALF, sharding=place) for shape in shapes]
         try:
-            text = jax.jit(function).lower(*arguments).compile().as_text()
+            text = jax.jit(function).lower(*arguments).compile({"xla_tpu_enable_async_all_to_all": True}).as_text()
         except jax.errors.JaxRuntimeError as error:
             text = str(error)
         (folder / name).mkdir()
