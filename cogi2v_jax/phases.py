@@ -87,6 +87,7 @@ def denoise(
     indices = first + jnp.arange(slab)
     rows, shifts, noise = jax.tree.map(lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts, noise))
     copies = text.shape[0] // image.shape[0]  # 2 where guided
+    text = network.text_in(text)
 
     def one(carry: Carry, column: tuple[Any, ...]) -> tuple[Carry, None]:
         (x, x0_prev), (index, row, shifts, drawn) = carry, column

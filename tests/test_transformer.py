@@ -39,7 +39,7 @@ def ours(module: torch.nn.Module, video: torch.Tensor, text: torch.Tensor, dtype
     @jax.jit
     def run(network: Transformer, latents: Any, text: Any, positions: Any, time: Any, ofs: Any) -> Any:
         shifts = jax.tree.map(lambda all_steps: all_steps[0], network.modulation(time, ofs))
-        return network(latents, text, shifts, positions, twins.one_device(len(positions.is_text)))
+        return network(latents, network.text_in(text), shifts, positions, twins.one_device(len(positions.is_text)))
 
     positions = twins.positions_of(config, latents.shape[1:4])
     time = sinusoid(np.array([TIMESTEP]), config.width)

@@ -144,14 +144,14 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "b t h w c"],  # noisy latents, then the image's, on channels
-        text: Float[Array, "b p e"],
+        text: Float[Array, "b p d"],  # as `text_in` makes it: the same in every step
         shifts: Shifts,  # of one step
         positions: Positions,  # as many rows as the joint sequence, rounded up to what the layout splits
         layout: Layout,
     ) -> Float[Array, "b t h w c2"]:
         (t, r, c), (_, frames, rows, columns, _) = self.patch, latents.shape
         video = self.video_in(rearrange(latents, "b (f t) (h r) (w c) z -> b (f h w) (t r c z)", t=t, r=r, c=c))
-        x = jnp.concatenate([self.text_in(text), video], axis=1)
+        x = jnp.concatenate([text, video], axis=1)
         # Frames are the table's slowest axis, so fewer frames than it was made for are a prefix of it.
         table = positions.table if self.table is None else self.table[: x.shape[1]]
         if table is not None:
