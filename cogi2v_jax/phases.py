@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
+from . import flags
 from . import noise as streams
 from .attention import choose
 from .checkpoint import bytes_per_device, fits_whole, piece, placed, places
@@ -25,7 +26,7 @@ from .models.vae import VAE, posterior, sample_posterior, strips_within
 from .positions import Positions, positions, sinusoid, token_count
 from .request import LatentShape, Resolved
 from .schedule import Tableau, step, tableau
-from .sharding import GUIDED, Layout, choose_sizes, make_mesh, pin, put, spatial, split, work_of
+from .sharding import AXES, GUIDED, Layout, choose_sizes, make_mesh, pin, put, spatial, split, work_of
 
 SPARE = 0.9  # of a device's memory: what an estimate may fill
 LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
@@ -166,6 +167,12 @@ class Place:
     mesh: Mesh
     memory: int
 
+    def report(self) -> list[str]:
+        """What was chosen for this machine, as lines to print."""
+        first = self.mesh.devices.flat[0]
+        sizes = ",".join(f"{axis}={self.mesh.shape[axis]}" for axis in AXES)
+        return [f"mesh: {sizes} on {self.mesh.size} of {jax.device_count()} x {first.device_kind}", *flags.report(first.device_kind)]
+
     def network(self, name: str) -> nnx.Module:
         """A piece's shapes, and where they lie."""
         return placed(self.config, name, self.dtype, self.mesh, self.memory)
@@ -199,6 +206,10 @@ class Phases(Place):
 
     request: Resolved
     attention: str
+
+    def report(self) -> list[str]:
+        split_up = "" if self.layout.whole else ", weights split and gathered a layer at a time"
+        return [*super().report(), f"attention: {self.layout.attention}, {self.layout.tokens} tokens{split_up}"]
 
     @cached_property
     def shape(self) -> LatentShape:

@@ -197,7 +197,9 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
         warnings.simplefilter("ignore")  # `generate` gives them
         batches = request.batches(videos_at_once(models, request))
         for batch in batches:  # so that the last one's fault doesn't wait until all others are sampled
-            prepare(models, batch)
+            phases = prepare(models, batch).phases
+    for line in phases.report() if options.verbose else ():
+        _say(line)
     loading = time.perf_counter() - watch
     outputs = iter([output for *_, output in jobs])
     for batch in batches:
