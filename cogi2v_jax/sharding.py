@@ -31,6 +31,7 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": AXES,
     "mlp": AXES,
 }
+SHOWN = 2  # faults of a mesh that are told one by one
 GUIDED = 2  # predictions of a guidance pair
 
 
@@ -94,10 +95,11 @@ def choose_sizes(text: str, work: Sequence[Work], devices: Sequence[Any]) -> Siz
     sizes = sizes_of(text)
     faults = misfits(sizes, work)
     if sizes.devices > len(devices):
-        faults.append(f"mesh {text} must have at most the {len(devices)} devices that there are: got {sizes.devices}")
+        faults.insert(0, f"mesh {text} must have at most the {len(devices)} devices that there are: got {sizes.devices}")
     if faults:
         nearest = min(fitting, key=lambda other: sum(abs(math.log(a / b)) for a, b in zip(sizes, other, strict=True)))
-        raise ValueError(f"{'; '.join(faults)}; nearest mesh that works is {nearest}")
+        more = f"; and {len(faults) - SHOWN} more like it" if len(faults) > SHOWN else ""
+        raise ValueError(f"{'; '.join(faults[:SHOWN])}{more}; nearest mesh that works is {nearest}")
     return sizes
 
 

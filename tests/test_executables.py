@@ -253,14 +253,15 @@ SCRIPT = """
 import jax, numpy as np
 from jax import monitoring
 from cogi2v_jax.compiled import keep_compilations
-from cogi2v_jax.pipeline import START
+from cogi2v_jax.phases import START
+from cogi2v_jax.sharding import Sizes, make_mesh
 heard = []
 monitoring.register_event_duration_secs_listener(lambda event, _, **__: heard.append(event.rpartition("/")[2]))
 monitoring.register_event_listener(lambda event, **_: heard.append(event.rpartition("/")[2]))
 keep_compilations()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 words = np.array([[1, 2]], np.uint32)
-executable = START.compile(None, words, shape=(2, 3))
+executable = START.compile(None, words, shape=(2, 3), mesh=make_mesh(Sizes(), jax.devices()[:1]))
 seen = [heard.count(event) for event in ("jaxpr_trace_duration", "backend_compile_duration", "cache_hits")]
 print(*seen, float(np.asarray(executable(None, words)[0]).sum()))
 """

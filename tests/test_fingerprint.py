@@ -212,12 +212,12 @@ def test_sources_are_hashed_by_path_and_content(tmp_path: Path) -> None:
 SCRIPT = """
 from functools import partial
 import numpy as np
-from cogi2v_jax import attention, pipeline
+from cogi2v_jax import attention, phases
 from cogi2v_jax.checkpoint import abstract
 from cogi2v_jax.config import named
 from cogi2v_jax.fingerprint import fingerprint
 network = abstract(named("cogi2v-tiny"), "vae", np.dtype("float32"))
-print(fingerprint(pipeline.decode_latents, (network, np.ones(3)), {"attend": partial(attention.xla, k=1), "slab": 1}, {}))
+print(fingerprint(phases.decode_latents, (network, np.ones(3)), {"attend": partial(attention.xla, k=1), "slab": 1}, {}))
 """
 
 
