@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sample test lint clean
+.PHONY: sample test test-slow lint clean
 
 sample: .venv/sample
 	$(BIN)/python -m cogi2v_jax.sample --output out.mp4
 
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What takes minutes each: the released checkpoints through the TPU compiler.
+test-slow: .venv/test
+	$(BIN)/python -m pytest -m slow
 
 lint: .venv/test
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ import tpu_kernel
 from jax.experimental import topologies
 
 from cogi2v_jax import config
-from cogi2v_jax.attention import FASTEST
+from cogi2v_jax.attention import resolved
 from cogi2v_jax.phases import Phases
 from cogi2v_jax.request import Request
 from cogi2v_jax.sharding import make_mesh, sizes_of
@@ -49,7 +49,7 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
     steps = request.num_inference_steps
     row: dict[str, Any] = {"model": model, "mesh": mesh, "phase": phase, "height": request.height, "width": request.width}
     row |= {"num_frames": request.num_frames, "steps": steps, "guided": request.guided, "dtype": DTYPE.name}
-    row["attention"] = FASTEST["tpu"] if attention == "auto" else attention
+    row["attention"] = resolved(attention, DTYPE, phases.mesh.devices.flat[0])
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
     try:

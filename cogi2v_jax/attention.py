@@ -185,12 +185,17 @@ NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}  # and bfloat16: the
 FASTEST = {"gpu": "cudnn", "tpu": "splash"}
 
 
+def resolved(name: str, dtype: jnp.dtype, device: Any) -> str:
+    """The name that `auto` stands for."""
+    fastest = FASTEST.get(device.platform, "xla") if dtype == jnp.bfloat16 else "xla"
+    return fastest if name == "auto" else name
+
+
 def choose(name: str, dtype: jnp.dtype, device: Any = None) -> Backend | Splash:
     """A backend by name; `auto` takes the fastest that computes `dtype` on the device, or on the default one. Raises ValueError for a name
     that is unknown or no good there."""
     device = jax.devices()[0] if device is None else device
-    if name == "auto":
-        name = FASTEST.get(device.platform, "xla") if dtype == jnp.bfloat16 else "xla"
+    name = resolved(name, dtype, device)
     if name not in BACKENDS:
         raise ValueError(f"attention must be auto, {', '.join(BACKENDS)}: got {name!r}")
     if name in NEEDS and (device.platform, dtype) != (NEEDS[name], jnp.bfloat16):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from . import flags
 from . import noise as streams
-from .attention import choose
+from .attention import choose, resolved
 from .checkpoint import bytes_per_device, fits_whole, piece, placed, places
 from .compiled import Program
 from .config import CheckpointConfig
@@ -209,7 +209,8 @@ class Phases(Place):
 
     def report(self) -> list[str]:
         split_up = "" if self.layout.whole else ", weights split and gathered a layer at a time"
-        return [*super().report(), f"attention: {self.layout.attention}, {self.layout.tokens} tokens{split_up}"]
+        name = resolved(self.attention, self.dtype, self.mesh.devices.flat[0])
+        return [*super().report(), f"attention: {name}, {self.layout.tokens} tokens evened out to {self.layout.padded}{split_up}"]
 
     @cached_property
     def shape(self) -> LatentShape:

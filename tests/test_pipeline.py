@@ -102,6 +102,28 @@ def test_latents_and_video_are_the_references(
     assert 10 * np.log10(255**2 / max(mean_square, 1e-12)) >= 60
 
 
+def test_with_tiles_latents_and_video_are_the_references_with_tiles(image: Image.Image, tmp_path: Path) -> None:
+    pipe = twins.pipeline("1.5")
+    pipe.vae = twins.vae(5, invert_scale_latents=True, sample_height=96, sample_width=160)  # a tile is 48x80
+    pipe.vae.enable_tiling()
+    pipe.set_progress_bar_config(disable=True)
+    folder = twins.save(pipe, tmp_path / "tiled")
+    shared = {"height": 80, "width": 112, "num_frames": 17, "num_inference_steps": 2, "use_dynamic_cfg": False}
+    length = pipe.transformer.config.max_text_seq_length
+    generator = torch.Generator().manual_seed(7)
+    theirs = pipe(image, PROMPT, generator=generator, max_sequence_length=length, output_type="latent", **shared).frames
+    with torch.no_grad():
+        pixels = pipe.video_processor.postprocess_video(pipe.decode_latents(theirs[:, 1:]), output_type="np")
+
+    noise = reference_noise("ddim", 2, tuple(theirs.shape[1:]), seed=7)
+    request = Request(image, PROMPT, scheduler="ddim", fit="stretch", **shared)
+    ours = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32", vae_tiling=True), request, noise)
+    assert_close(ours.latents, twins.frames_last(theirs)[:, 1:], TOLERANCE["latents"])
+    assert np.abs(ours.video - np.round(pixels * 255.0)).max() <= 1
+    whole = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32"), request, noise)
+    assert np.abs(ours.video.astype(int) - whole.video).max() > 5
+
+
 def test_without_guidance_only_the_prompt_is_predicted(models: Models, pipe: Any, family: str, image: Image.Image) -> None:
     height, width, frames = SIZES[family]
     shared = {

@@ -174,6 +174,7 @@ def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
     assert table[-1] == "Compiled with jax 1, libtpu 2, 2030-01-01."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "mesh", "phase", "most_gib", "most_mib"),
     [
