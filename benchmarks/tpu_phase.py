@@ -53,9 +53,13 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
     try:
-        executables = [call.compile(phases) for call in phases.calls()[phase]]
+        executables = [call.compile(phases) for call in phases.calls(phase)]
     except jax.errors.JaxRuntimeError as error:
         return row | {"fits": False, "peak_gib": needed_gib(error)}, ""
+    except ValueError as error:
+        if "must fit" not in str(error):
+            raise
+        return row | {"fits": False}, ""  # known before the compiler is asked
     seconds = time.perf_counter() - begin
     for executable in executables:
         memory_of = executable.memory_analysis()

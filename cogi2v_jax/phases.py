@@ -275,20 +275,20 @@ class Phases(Place):
     def _shape(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=split(self.mesh, *axes))
 
-    def calls(self, videos: int = 1) -> dict[str, list[Call]]:
-        """Every program of a request for so many videos, by phase, with nothing but shapes: to be compiled, for machines anywhere."""
-        shape, copies = self.shape, GUIDED if self.request.guided else 1
-        ids = np.zeros((copies * videos, self.config.transformer.max_text_seq_length), np.int32)
-        words = self._shape((videos, 2), np.uint32)
-        pixels = np.zeros((videos, 1, self.request.height, self.request.width, self.config.vae.in_channels), np.float32)
-        moments = self._shape((videos, 1, *shape[1:3], 2 * shape.channels), self.dtype, "video")
-        latents = np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)
-        frames = (videos, self.request.num_frames, self.request.height, self.request.width, self.config.vae.out_channels)
-        view = spatial(self.mesh, *shape[1:3])
-        video = jax.ShapeDtypeStruct(frames, self.dtype, sharding=split(view, "video", None, "rows", "columns"))
-        return {
-            "text": [self.text(ids)],
-            "encode": [self.moments(pixels), self.image(moments, None, words)],
-            "denoise": [self.shifts(), self.start(None, words), self.loop(videos, self.request.num_inference_steps)],
-            "decode": [self.decode(latents), self.to_bytes(video)],
-        }
+    def calls(self, phase: str, videos: int = 1) -> list[Call]:
+        """The programs of a phase ("text", "encode", "denoise", "decode") of a request for so many videos, with nothing but shapes: to be
+        compiled, for machines anywhere. Raises ValueError for what no such machine can hold."""
+        request, vae, shape, words = self.request, self.config.vae, self.shape, self._shape((videos, 2), np.uint32)
+        if phase == "text":
+            ids = (GUIDED if request.guided else 1) * videos, self.config.transformer.max_text_seq_length
+            return [self.text(np.zeros(ids, np.int32))]
+        if phase == "encode":
+            pixels = np.zeros((videos, 1, request.height, request.width, vae.in_channels), np.float32)
+            moments = self._shape((videos, 1, *shape[1:3], 2 * shape.channels), self.dtype, "video")
+            return [self.moments(pixels), self.image(moments, None, words)]
+        if phase == "denoise":
+            return [self.shifts(), self.start(None, words), self.loop(videos, request.num_inference_steps)]
+        frames = (videos, request.num_frames, request.height, request.width, vae.out_channels)
+        lies = split(spatial(self.mesh, *shape[1:3]), "video", None, "rows", "columns")
+        video = jax.ShapeDtypeStruct(frames, self.dtype, sharding=lies)
+        return [self.decode(np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)), self.to_bytes(video)]

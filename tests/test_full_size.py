@@ -49,7 +49,7 @@ def test_every_phase_of_a_released_checkpoint_has_its_published_shapes(name: str
     assert (*place.shape[:4],) == latents
     assert place.layout.tokens == tokens
     assert place.layout.padded % sizes_of(mesh).context == 0
-    calls = place.calls()
+    calls = {phase: place.calls(phase) for phase in ("text", "encode", "denoise", "decode")}
     assert traced(calls["text"][0], place) == ((2, 226, 4096), "bfloat16")
     moments, image = (traced(call, place) for call in calls["encode"])
     assert moments == ((1, 1, *latents[1:3], 32), "bfloat16")

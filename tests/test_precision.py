@@ -44,9 +44,10 @@ def lowered(phase: str, dtype: str, tpu: str | None = None) -> jax.stages.Lowere
             call = place.moments(np.zeros((1, 1, 16, 16, 3), np.float32))
         case "decode":
             call = place.decode(np.zeros((1, 1, 2, 2, 16), np.float32))
+        case "text":
+            (call,) = place.calls("text")
         case _:
-            calls = place.calls()
-            call = {"text": calls["text"][0], "shifts": calls["denoise"][0], "denoise": calls["denoise"][-1]}[phase]
+            call = place.calls("denoise")[0 if phase == "shifts" else -1]
     with jax.default_matmul_precision("default"):
         return call.lower(place)
 

@@ -310,7 +310,7 @@ def strips_within(budget: int, config: VAEConfig, rows: int, columns: int, items
         return fitting[0]
     raise ValueError(
         f"decoding {rows}x{columns} latents must fit {budget / 2**30:.1f} GiB: it takes {sizes[rows] / 2**30:.1f} GiB in {rows} strips; "
-        "use more devices or a smaller size"
+        "use more devices, a smaller size, or the reference's tiles (vae_tiling)"
     )
 
 
