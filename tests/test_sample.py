@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import twins
+from PIL import Image
 from runs import QUICK, enter, failed, files, without_sampling
 from safetensors.numpy import load_file
 

@@ -121,7 +121,7 @@ def normed(norm: Moved, x: Float[Array, "b f h w c"]) -> Rows:
 
 def fit(strip: Strip, part: Float[Array, "b t h w c"], size: tuple[int, ...]) -> Float[Array, "b f h2 w2 c"]:
     """The rows of a coarser `part` at a wide strip of `size`."""
-    if part.shape[2] == 1:  # the same for all
+    if part.shape[1:4] == (1, 1, 1):  # the same for all
         return part
     part, (frames, height, width) = strip.wide(part), size
     factor = (height - 2 * strip.halo) // (part.shape[2] - 2 * strip.halo)
