@@ -151,7 +151,7 @@ class Call(NamedTuple):
 
 
 def mesh_for(config: CheckpointConfig, dtype: jnp.dtype, text: str, videos: int, guided: bool, devices: Sequence[Any], memory: int) -> Mesh:
-    """The mesh asked for, or ("auto") the one that suits a request for so many videos. Raises ValueError as `sharding.choose` does."""
+    """The mesh asked for, or ("auto") the one that suits a request for so many videos. Raises ValueError as `choose_sizes` does."""
     networks = {"text_encoder": piece(config, "text_encoder", dtype)}
     if not fits_whole(transformer := piece(config, "transformer", dtype), memory):
         networks["transformer"] = transformer
