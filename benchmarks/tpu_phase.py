@@ -39,8 +39,9 @@ def devices_of(mesh: str) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
-def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path) -> tuple[dict[str, Any], str]:
-    """The row of a phase, and its programs' HLO. Keys that the compiler gives no figure for are left out."""
+def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path | None) -> tuple[dict[str, Any], str]:
+    """The row of a phase, and its programs' HLO. Keys that the compiler gives no figure for are left out; those that need its schedules of
+    kernels, where there is no folder of these."""
     checkpoint = config.named(model)
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
@@ -71,19 +72,21 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
         for name, times in cost.kernels.items():
             kernel = tpu_kernel.read(cost.bodies[name])
             kernel_flops += times * kernel.flops
-            kernel_cycles += times * tpu_kernel.cycles(schedule_of(name, schedules), kernel)
-    clock = 1e9 * chip["clock_ghz"]
-    fixed = total.cycles / clock + total.sent / WIRE
+            kernel_cycles += times * tpu_kernel.cycles(schedule_of(name, schedules), kernel) if schedules else 0.0
     layers = {"text": checkpoint.text_encoder.num_layers, "denoise": checkpoint.transformer.num_layers * steps}.get(phase, 1)
-    return row | {
+    row |= {
         "fits": peak <= chip["hbm_gib"],
         "peak_gib": round(peak, 3),
         "flops": total.flops + kernel_flops,
         "collective_mib_per_layer": round(total.sent / layers / MIB, 3),
-        "static_seconds_floor": round(fixed + kernel_cycles / clock, 4),
-        "static_seconds": round(fixed + KERNEL_FACTOR * kernel_cycles / clock, 4),
         "compile_seconds": round(seconds, 1),
-    }, "\n".join(texts)
+    }
+    if schedules or not total.kernels:
+        clock = 1e9 * chip["clock_ghz"]
+        fixed = total.cycles / clock + total.sent / WIRE
+        row["static_seconds_floor"] = round(fixed + kernel_cycles / clock, 4)
+        row["static_seconds"] = round(fixed + KERNEL_FACTOR * kernel_cycles / clock, 4)
+    return row, "\n".join(texts)
 
 
 def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
@@ -109,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("model", "mesh", "phase", "attention"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--schedules", type=Path, required=True, help="where libtpu was told to dump schedules")
+    parser.add_argument("--schedules", type=Path, help="where libtpu was told to dump schedules")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--hlo", type=Path)
     args = parser.parse_args()

@@ -1,5 +1,6 @@
-"""Attention of queries and keys that have yet to be turned (norm, rotation). A backend is a row of BACKENDS; models get one by way of
-`sharding.Layout`. Keys from `tokens` on only even a sequence out, and have no weight."""
+"""Attention of queries and keys that have yet to be turned (norm, rotation), from the flat layout, where a token's heads lie side by side,
+into the same. A backend is a row of BACKENDS; models get one by way of `sharding.Layout`. Keys from `tokens` on only even a sequence out,
+and have no weight."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float
 
 from . import config
-from .kernels.turn import turn
+from .kernels.heads import LANES, merge_heads, split_heads, turn_heads
 from .layers import LayerNorm, precision
 from .positions import Positions
 
@@ -25,16 +27,16 @@ LOGITS = 4 * 2**20
 ROWS = 128
 
 
-def xla(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int) -> Float[Array, "b n s k"]:
+def xla(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Array, "b s2 n k"], tokens: int) -> Float[Array, "b s n k"]:
     """Plain attention in slices of queries, which keeps memory linear in the sequence; for every device. Softmax and sums are float32."""
+    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k[:, :tokens], v[:, :tokens]))
     b, n, s, width = q.shape
-    k, v = k[:, :, :tokens], v[:, :, :tokens]
     rows = min(s, max(ROWS, LOGITS // (b * n * s)))
     slices = -(-s // rows)
     rows = -(-s // slices)  # even slices, so that padding is less than a row each
     q = jnp.pad(q, _after(4, 2, slices * rows - s)).reshape(b, n, slices, rows, width)
     out = lax.map(partial(_rows, k=k, v=v), jnp.moveaxis(q, 2, 0))
-    return jnp.moveaxis(out, 0, 2).reshape(b, n, slices * rows, width)[:, :, :s]
+    return rearrange(out, "slices b n rows k -> b (slices rows) n k")[:, :s]
 
 
 def _rows(q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]) -> Float[Array, "b n q k"]:
@@ -45,10 +47,9 @@ def _rows(q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array
     return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
 
-def cudnn(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int) -> Float[Array, "b n s k"]:
+def cudnn(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Array, "b s2 n k"], tokens: int) -> Float[Array, "b s n k"]:
     """NVIDIA's fused kernel; bfloat16 only."""
-    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k[:, :, :tokens], v[:, :, :tokens]))
-    return jnp.moveaxis(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"), 2, 1)
+    return jax.nn.dot_product_attention(q, k[:, :tokens], v[:, :tokens], implementation="cudnn")
 
 
 class Tile(NamedTuple):
@@ -68,7 +69,6 @@ TILES = {
     "v5p": Tile(1280, 3584, 896),
     "v6e": Tile(1792, 8960, 1792),
 }
-LANES = 128  # of a TPU's vectors: sizes are multiples
 # What the compiler's schedules say of other tiles: a step over a block of keys takes the time of so many more rows of them, and a tile of
 # half the size is slower by this share.
 STEP, SMALL = 200, 0.07
@@ -79,7 +79,7 @@ FAR = -1e30  # a logit whose weight is zero
 class Backend:
     """A kernel for one device that takes queries and keys as they are turned here, by plain operations in float32."""
 
-    kernel: Callable[..., Float[Array, "b n s k"]]
+    kernel: Callable[..., Float[Array, "b s n k"]]
 
     def rows(self, tokens: int) -> int:
         """The length that a sequence is best evened out to."""
@@ -87,21 +87,22 @@ class Backend:
 
     def __call__(
         self,
-        q: Float[Array, "b n s k"],
-        k: Float[Array, "b n s k"],
-        v: Float[Array, "b n s k"],
-        norms: tuple[LayerNorm, LayerNorm],  # of queries and of keys
+        q: Float[Array, "b s d"],
+        k: Float[Array, "b s d"],
+        v: Float[Array, "b s d"],
+        norms: tuple[LayerNorm, LayerNorm],  # of a head's queries and of its keys
         positions: Positions,
         tokens: int,
-    ) -> Float[Array, "b n s k"]:
+    ) -> Float[Array, "b s d"]:
+        q, k, v = (rearrange(x, "b s (n k) -> b s n k", k=norms[0].scale.shape[0]) for x in (q, k, v))
         q, k = (rotate(norm(x), positions).astype(x.dtype) for norm, x in zip(norms, (q, k), strict=True))
-        return self.kernel(q, k, v, tokens)
+        return rearrange(self.kernel(q, k, v, tokens), "b s n k -> b s (n k)")
 
 
-def rotate(x: Float[Array, "b n s k"], positions: Positions) -> Float[Array, "b n s k"]:
+def rotate(x: Float[Array, "b s n k"], positions: Positions) -> Float[Array, "b s n k"]:
     """Turns channel i with channel i + k/2 by the token's angle, in float32."""
     first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = positions.cos, positions.sin
+    cos, sin = positions.cos[:, None], positions.sin[:, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -118,28 +119,29 @@ class Splash:
 
     def __call__(
         self,
-        q: Float[Array, "b n s k"],
-        k: Float[Array, "b n s k"],
-        v: Float[Array, "b n s k"],
+        q: Float[Array, "b s d"],
+        k: Float[Array, "b s d"],
+        v: Float[Array, "b s d"],
         norms: tuple[LayerNorm, LayerNorm],
         positions: Positions,
         tokens: int,
-    ) -> Float[Array, "b n s k"]:
-        heads, given, width = q.shape[1:]
+    ) -> Float[Array, "b s d"]:
+        given, width = q.shape[1], norms[0].scale.shape[0]
         tile, rows = fitted(self.tile, tokens)
         queries = -(-given // tile.queries) * tile.queries  # more than there are keys where a mesh evens out further
-        q, k, v = (jnp.pad(x, _after(x.ndim, 2, queries - given)) for x in (q, k, v))
-        cos, sin = (jnp.pad(x, _after(x.ndim, 0, queries - given)) for x in (positions.cos, positions.sin))
-        turned = partial(turn, cos=cos, sin=sin, rows=tile.queries, interpret=self.interpret)
+        q, k, v = (jnp.pad(x, _after(3, 1, queries - given)) for x in (q, k, v))
+        cos, sin = (jnp.pad(x, _after(2, 0, queries - given)) for x in (positions.cos, positions.sin))
+        of_step: Any = {"rows": tile.queries, "interpret": self.interpret}
         far = jnp.where(jnp.arange(queries) < tokens, 0.0, FAR)
         q, k = (
-            turned(x, norm.scale[...], norm.bias[...], last=last, epsilon=norm.epsilon, factor=factor)
+            turn_heads(x, norm.scale[...], norm.bias[...], cos, sin, last, epsilon=norm.epsilon, factor=factor, **of_step)
             for x, norm, last, factor in zip((q, k), norms, (jnp.ones(queries), far), (width**-0.5, 1.0), strict=True)
         )
-        mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, rows))] * heads)
+        v = split_heads(v, width, **of_step)
+        mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, rows))] * v.shape[1])
         sizes = splash_kernel.BlockSizes(block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.at_once)
         attend: Any = splash_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=self.interpret)
-        return jax.vmap(attend)(q, k[:, :, :rows], v[:, :, :rows])[:, :, :given]
+        return merge_heads(jax.vmap(attend)(q, k[:, :, :rows], v[:, :, :rows]), **of_step)[:, :given]
 
 
 def _after(axes: int, axis: int, count: int) -> list[tuple[int, int]]:
@@ -167,12 +169,11 @@ def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int]:
     return tile, even(tokens, math.lcm(tile.queries, tile.keys))
 
 
-def tokamax(q: Float[Array, "b n s k"], k: Float[Array, "b n s2 k"], v: Float[Array, "b n s2 k"], tokens: int) -> Float[Array, "b n s k"]:
+def tokamax(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Array, "b s2 n k"], tokens: int) -> Float[Array, "b s n k"]:
     """The tokamax library's kernels for NVIDIA devices: Mosaic where it has one for the device, else Triton."""
     from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
 
-    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k[:, :, :tokens], v[:, :, :tokens]))
-    return jnp.moveaxis(dot_product_attention(q, k, v, implementation=("mosaic_gpu", "triton")), 2, 1)
+    return dot_product_attention(q, k[:, :tokens], v[:, :tokens], implementation=("mosaic_gpu", "triton"))
 
 
 BACKENDS: dict[str, Backend | Splash] = {

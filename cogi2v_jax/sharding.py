@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -212,17 +211,18 @@ class Layout:
         parts = self.mesh.shape["context"]
         return -(-self.attention.rows(self.tokens) // parts) * parts
 
-    def exchange(self, by_heads: Callable[..., Array], parts: tuple[Array, ...], *whole: Any) -> Float[Array, "b s d"]:
-        """Ulysses (arXiv 2309.14509): a device trades its part of the sequence with all heads for the whole sequence with its part of the
-        heads, computes `by_heads(parts, *whole, attend)` alone, and trades back. What is moved is [b s d] as it is, on full lanes."""
+    def exchange(self, parts: tuple[Array, Array, Array], norms: Any, positions: Any) -> Float[Array, "b s d"]:
+        """Attention by Ulysses (arXiv 2309.14509): a device trades its part of the sequence with all heads for the whole sequence with its
+        part of the heads, attends alone, and trades back. What is moved is [b s d] as it is, on full lanes."""
         heads = PartitionSpec(RULES["batch"], RULES["sequence"])
+        graph, norms = nnx.split(norms)
 
-        def local(parts: tuple[Array, ...], whole: tuple[Any, ...]) -> Array:
-            parts = tuple(self._trade(part, 2, 1) for part in parts)
-            return self._trade(by_heads(parts, *whole, attend=partial(self.attention, tokens=self.tokens)), 1, 2)
+        def local(parts: tuple[Array, Array, Array], norms: Any, positions: Any) -> Array:
+            q, k, v = (self._trade(part, 2, 1) for part in parts)
+            return self._trade(self.attention(q, k, v, nnx.merge(graph, norms), positions, self.tokens), 1, 2)
 
-        specs = (heads, PartitionSpec())
-        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)(parts, whole)
+        specs = (heads, PartitionSpec(), PartitionSpec())
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)(parts, norms, positions)
 
     def _trade(self, x: Float[Array, "b s d"], give: int, take: int) -> Float[Array, "b s2 d2"]:
         return x if self.mesh.shape["context"] == 1 else lax.all_to_all(x, "context", give, take, tiled=True)

@@ -14,7 +14,7 @@ FLOORS = {
     0: "config watch",
     1: "request schedule positions media tokenizer noise manifest sharding flags fingerprint executables hosts",
     2: "layers recipe strips",
-    2.5: "kernels.turn",
+    2.5: "kernels.heads",
     3: "attention",
     4: "models.t5 models.vae models.transformer",
     5: "checkpoint compiled models.tiling",

@@ -176,17 +176,17 @@ def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "mesh", "phase", "most_gib", "most_mib"),
+    ("model", "mesh", "phase", "most_gib", "most_mib", "most_seconds"),
     [
-        ("cogvideox-5b-i2v", "v5e-1", "denoise", 15.75, 0),
-        ("cogvideox-5b-i2v", "v5e-8", "denoise", 12.5, 90),
-        ("cogvideox-5b-i2v", "v6e-8", "denoise", 12.5, 90),
-        ("cogvideox-5b-i2v", "v5e-1", "decode", 15.75, 0),
-        ("cogvideox1.5-5b-i2v", "v5e-1", "denoise", 15.75, 0),
+        ("cogvideox-5b-i2v", "v5e-1", "denoise", 15.75, 0, 330),
+        ("cogvideox-5b-i2v", "v5e-8", "denoise", 12.5, 90, 48),
+        ("cogvideox-5b-i2v", "v6e-8", "denoise", 12.5, 90, 20),
+        ("cogvideox-5b-i2v", "v5e-1", "decode", 15.75, 0, 15),
+        ("cogvideox1.5-5b-i2v", "v5e-1", "denoise", 15.75, 0, 1700),
     ],
 )
-def test_a_released_checkpoint_fits_and_sends_no_more_than_it_should(
-    model: str, mesh: str, phase: str, most_gib: float, most_mib: float, tmp_path: Path
+def test_a_released_checkpoint_keeps_within_its_bounds(
+    model: str, mesh: str, phase: str, most_gib: float, most_mib: float, most_seconds: float, tmp_path: Path
 ) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "tpu_compile.py", "--model", model, "--mesh", mesh, "--phase", phase]
     done = subprocess.run([*command, "--json", tmp_path / "row.json"], capture_output=True, text=True)
@@ -195,4 +195,4 @@ def test_a_released_checkpoint_fits_and_sends_no_more_than_it_should(
     assert row["fits"], row
     assert row["peak_gib"] <= most_gib
     assert row["collective_mib_per_layer"] <= most_mib
-    assert 0 < row["static_seconds_floor"] <= row["static_seconds"]
+    assert 0 < row["static_seconds_floor"] <= min(row["static_seconds"], most_seconds)

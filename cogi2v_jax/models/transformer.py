@@ -1,8 +1,7 @@
 """The CogVideoX transformer: text and video tokens in one sequence, both streams through the same weights, told apart only by their
 modulation. Both generations: 1x2x2 patches with a learned table (1.0), 2x2x2 patches with `ofs` (1.5)."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -85,15 +84,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b s d"], positions: Positions, layout: Layout) -> Float[Array, "b s d"]:
         q, k, v = (rounded(part(x), x.dtype) for part in (self.q, self.k, self.v))
-        graph, norms = nnx.split((self.norm_q, self.norm_k))
-
-        def by_heads(parts: tuple, norms: Any, positions: Positions, attend: Callable[..., Array]) -> Array:
-            """The whole sequence, with some of the heads or all."""
-            norms = nnx.merge(graph, norms)
-            q, k, v = (rearrange(part, "b s (n k) -> b n s k", k=norms[0].scale.shape[0]) for part in parts)
-            return rearrange(attend(q, k, v, norms, positions), "b n s k -> b s (n k)")
-
-        return self.out(layout.exchange(by_heads, (q, k, v), norms, positions))
+        return self.out(layout.exchange((q, k, v), (self.norm_q, self.norm_k), positions))
 
 
 class Mlp(nnx.Module):
