@@ -31,10 +31,12 @@ def keep_compilations() -> None:
 
 class Program:
     """A jitted function that keeps an executable for every set of shapes, so that compiling can be done, timed and counted apart. Threads
-    may share it, and processes find each other's executables in the user's cache folder."""
+    may share it, and processes find each other's executables in the user's cache folder. The denoising `loop` is compiled with options of
+    its own."""
 
-    def __init__(self, function: Callable[..., Any], static: tuple[str, ...] = ()):
+    def __init__(self, function: Callable[..., Any], static: tuple[str, ...] = (), loop: bool = False):
         self._function = function
+        self._loop = loop
         self._jit = jax.jit(function, static_argnames=static)
         self._executables: dict[Any, Future[Callable[..., Any]]] = {}
         self._lock = threading.Lock()
@@ -63,7 +65,7 @@ class Program:
 
     def _build(self, args: tuple[Any, ...], static: dict[str, Any]) -> Callable[..., Any]:
         used = devices(args)
-        options = compiler_options(used[0].device_kind)
+        options = compiler_options(used[0].device_kind, self._loop)
         name = fingerprint(self._function, args, static, options)
         if name is not None and (kept := load(name, args, used)) is not None:
             return kept

@@ -9,9 +9,9 @@ import jax
 
 VARIABLE = "COGI2V_COMPILER_OPTIONS"
 
-# VMEM that one fusion may take for its tiles. The default leaves the products of the mlp short of it: figures are the scheduled cycles of
-# libtpu 0.0.52 for both of them on [2 17776 3072] bfloat16, against the floor of a full matrix unit. More than this gains 4 % at most, or
-# loses as much on eight chips, and takes two to four times as long to compile.
+# VMEM that one fusion may take for its tiles. The default leaves the products of the transformer's mlp short of it: figures are scheduled
+# cycles of libtpu 0.0.52 for both of them on [2 17776 3072] bfloat16, against the floor of a full matrix unit. More than this gains 4 % at
+# most, or loses as much on eight chips, and takes two to four times as long to compile. The VAE gains nothing, and takes five times as long.
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # Lets the exchange of one of q, k, v around attention run beside the product that makes the next: of the four all-to-alls of a layer, two
 # or three become a start and a done, at 0 to 9 % fewer cycles elsewhere (v5e alone: 1 % more). Off by default in libtpu.
@@ -19,19 +19,27 @@ _EXCHANGE = {"xla_tpu_enable_async_all_to_all": "true"}
 
 # Kinds are as jax reports them. A row holds what the compiler's own figures say helps, and nothing that was only read about.
 OPTIONS: dict[str, dict[str, str]] = {
-    "TPU v4": _EXCHANGE,  # its VMEM is no larger than the default limit
-    "TPU v5 lite": {_VMEM: "49152", **_EXCHANGE},  # 45.0 -> 41.6 million cycles of at least 41.0; the whole transformer but attention -20 %
-    "TPU v5": {_VMEM: "32768", **_EXCHANGE},  # 23.5 -> 20.9 of at least 20.5
-    "TPU v6 lite": {_VMEM: "65536", **_EXCHANGE},  # 20.8 -> 12.1 of at least 10.2
+    "TPU v4": _EXCHANGE,
+    "TPU v5 lite": _EXCHANGE,
+    "TPU v5": _EXCHANGE,
+    "TPU v6 lite": _EXCHANGE,
     "NVIDIA H100 80GB HBM3": {},  # nothing measured yet
     "cpu": {},
 }
+# What the denoising loop is compiled with besides. A v4 has no more VMEM than the default limit.
+LOOP: dict[str, dict[str, str]] = {
+    "TPU v5 lite": {_VMEM: "49152"},  # 45.0 -> 41.6 million cycles of at least 41.0; the whole transformer but attention -20 %
+    "TPU v5": {_VMEM: "32768"},  # 23.5 -> 20.9 of at least 20.5
+    "TPU v6 lite": {_VMEM: "65536"},  # 20.8 -> 12.1 of at least 10.2
+}
 
 
-def compiler_options(kind: str) -> dict[str, str]:
-    """The options for a device kind, as jax reports it, with those of COGI2V_COMPILER_OPTIONS="name=value name=value" laid over them; an
-    empty value there removes an option. Raises ValueError for anything else in it."""
-    return {name: value for name, value in {**OPTIONS.get(kind, {}), **_users()}.items() if value}
+def compiler_options(kind: str, loop: bool = False) -> dict[str, str]:
+    """The options for a device kind, as jax reports it, and for the denoising loop there, with those of
+    COGI2V_COMPILER_OPTIONS="name=value name=value" laid over them; an empty value there removes an option. Raises ValueError for anything
+    else in it."""
+    ours = OPTIONS.get(kind, {}) | (LOOP.get(kind, {}) if loop else {})
+    return {name: value for name, value in {**ours, **_users()}.items() if value}
 
 
 def _users() -> dict[str, str]:
@@ -43,9 +51,12 @@ def _users() -> dict[str, str]:
 
 
 def report(kind: str) -> list[str]:
-    """The options for a device kind as lines to print, those marked that the user chose."""
-    users = _users()
-    lines = [f"  {name}={value}{f' ({VARIABLE})' if name in users else ''}" for name, value in compiler_options(kind).items()]
+    """The options for a device kind as lines to print, those marked that the user chose and those that only the loop gets."""
+    users, everywhere = _users(), compiler_options(kind)
+    lines = []
+    for name, value in compiler_options(kind, loop=True).items():
+        mark = f" ({VARIABLE})" if name in users else "" if everywhere.get(name) == value else " (denoising loop)"
+        lines.append(f"  {name}={value}{mark}")
     lines += [f"  {name} removed ({VARIABLE})" for name, value in users.items() if not value]
     return [f"compiler options for {kind}:", *(lines or ["  none"])]
 

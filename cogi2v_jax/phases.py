@@ -125,7 +125,7 @@ MOMENTS = Program(encode_image, static=("mesh",))
 IMAGE = Program(draw_image, static=("frames", "mesh"))
 SHIFTS = Program(modulate, static=("mesh",))
 START = Program(draw_start, static=("shape", "mesh"))
-DENOISE = Program(denoise, static=("slab", "layout"))
+DENOISE = Program(denoise, static=("slab", "layout"), loop=True)
 DECODE = Program(decode_latents, static=("strips", "mesh"))
 BYTES = Program(to_bytes, static=("mesh",))
 

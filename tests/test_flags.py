@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from topologies import NAMES, chip
 
-from cogi2v_jax import flags
+from cogi2v_jax import flags, phases
 from cogi2v_jax.compiled import Program
 from cogi2v_jax.flags import VARIABLE, compile_with, compiler_options, report
 
@@ -14,6 +14,7 @@ from cogi2v_jax.flags import VARIABLE, compile_with, compiler_options, report
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flags, "OPTIONS", {"TPU v9": {"xla_one": "1", "xla_two": "true"}})
+    monkeypatch.setattr(flags, "LOOP", {"TPU v9": {"xla_two": "false", "xla_four": "4"}})
     monkeypatch.delenv(VARIABLE, raising=False)
 
 
@@ -33,6 +34,25 @@ def test_the_user_s_options_lie_over_those_of_the_device(chosen, options, table,
     assert compiler_options("TPU v9") == options
 
 
+def test_the_loop_has_options_of_its_own_and_the_user_s_lie_over_these_too(table, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiler_options("TPU v9", loop=True) == {"xla_one": "1", "xla_two": "false", "xla_four": "4"}
+    monkeypatch.setenv(VARIABLE, "xla_two=maybe xla_four=")
+    assert compiler_options("TPU v9", loop=True) == {"xla_one": "1", "xla_two": "maybe"}
+
+
+def test_the_loop_s_options_reach_the_loop_s_compiler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flags, "LOOP", {"cpu": {"xla_cpu_enable_fast_math": "false"}})
+    seen, compile_ = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self, compiler_options=None: seen.append(compiler_options) or compile_(self, compiler_options)
+    )
+    for loop in (False, True):
+        Program(lambda x: x + 2, loop=loop).compile(jax.ShapeDtypeStruct((), float))
+    assert seen == [None, {"xla_cpu_enable_fast_math": False}]
+    assert phases.DENOISE._loop
+    assert not phases.DECODE._loop
+
+
 def test_an_unknown_device_has_the_user_s_options_alone(table, monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiler_options("TPU v10") == {}
     monkeypatch.setenv(VARIABLE, "xla_one=5")
@@ -47,12 +67,18 @@ def test_what_is_no_option_is_refused_by_its_word(chosen: str, table, monkeypatc
 
 
 def test_the_report_says_what_is_handed_over_and_who_chose_it(table, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert report("TPU v9") == ["compiler options for TPU v9:", "  xla_one=1", "  xla_two=true"]
+    assert report("TPU v9") == [
+        "compiler options for TPU v9:",
+        "  xla_one=1",
+        "  xla_two=false (denoising loop)",
+        "  xla_four=4 (denoising loop)",
+    ]
     assert report("TPU v10") == ["compiler options for TPU v10:", "  none"]
     monkeypatch.setenv(VARIABLE, "xla_two= xla_three=3")
     assert report("TPU v9") == [
         "compiler options for TPU v9:",
         "  xla_one=1",
+        "  xla_four=4 (denoising loop)",
         f"  xla_three=3 ({VARIABLE})",
         f"  xla_two removed ({VARIABLE})",
     ]
@@ -102,7 +128,7 @@ def test_a_tpu_s_compiler_takes_every_option_of_its_row(name: str, capsys) -> No
     (device,) = mesh.devices.flat
     assert compiler_options(device.device_kind).keys() >= {"xla_tpu_enable_async_all_to_all"}
     x = jax.ShapeDtypeStruct((256, 256), np.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    compile_with(compiler_options(device.device_kind), jax.jit(lambda x: x @ x).lower(x))
+    compile_with(compiler_options(device.device_kind, loop=True), jax.jit(lambda x: x @ x).lower(x))
     assert "compiler option" not in capsys.readouterr().err
 
 
@@ -111,4 +137,4 @@ def test_a_tpu_s_compiler_s_refusals_are_understood(monkeypatch: pytest.MonkeyPa
     for option in ("xla_tpu_no_such_option=1", "xla_tpu_scoped_vmem_limit_kib=much"):
         monkeypatch.setenv(VARIABLE, option)
         with pytest.raises(ValueError, match=f"^{VARIABLE} must name options that this compiler takes: got {option}"):
-            compile_with(compiler_options("TPU v5 lite"), jax.jit(lambda x: x @ x).lower(x))
+            compile_with(compiler_options("TPU v5 lite", loop=True), jax.jit(lambda x: x @ x).lower(x))
