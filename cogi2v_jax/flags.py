@@ -11,7 +11,7 @@ VARIABLE = "COGI2V_COMPILER_OPTIONS"
 
 # VMEM that one fusion may take for its tiles. The default leaves the products of the transformer's mlp short of it: figures are scheduled
 # cycles of libtpu 0.0.52 for both of them on [2 17776 3072] bfloat16, against the floor of a full matrix unit. More than this gains 4 % at
-# most, or loses as much on eight chips, and takes two to four times as long to compile. The VAE gains nothing, and takes five times as long.
+# most, or loses as much on eight chips, and takes two to four times as long to compile. The VAE gains nothing, at five times the time.
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
 # Lets the exchange of one of q, k, v around attention run beside the product that makes the next: of the four all-to-alls of a layer, two
 # or three become a start and a done, at 0 to 9 % fewer cycles elsewhere (v5e alone: 1 % more). Off by default in libtpu.
