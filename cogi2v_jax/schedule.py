@@ -81,7 +81,8 @@ def _ddim(config: SchedulerConfig, timesteps: np.ndarray) -> dict[str, np.ndarra
     """DDIM (arXiv 2010.02502) without noise, for v-prediction."""
     here, next_ = _levels(config, timesteps)
     x = np.sqrt((1 - next_) / (1 - here))
-    return {"x": x, "x0": np.sqrt(next_) - x * np.sqrt(here), "x0_prev": np.zeros_like(x), "noise": np.zeros_like(x)}
+    none = np.zeros_like(x)
+    return {"x": x, "x0": np.sqrt(next_) - x * np.sqrt(here), "x0_prev": none, "noise": none, "draws": none}
 
 
 def _dpm(config: SchedulerConfig, timesteps: np.ndarray) -> dict[str, np.ndarray]:
@@ -95,12 +96,15 @@ def _dpm(config: SchedulerConfig, timesteps: np.ndarray) -> dict[str, np.ndarray
         second = 0.5 / r  # weight of the multistep correction; 1/inf = 0 after an infinite first step
         x = np.sqrt((1 - next_) / (1 - here)) * np.exp(-h)
     landing = timesteps - config.num_train_timesteps // len(timesteps)
-    second = np.where((np.arange(len(timesteps)) == 0) | (landing < 0), 0.0, second)
+    one_step = (np.arange(len(timesteps)) == 0) | (landing < 0)
+    second = np.where(one_step, 0.0, second)
     gain = -np.expm1(-2 * h) * np.sqrt(next_)
     noise = np.sqrt(1 - next_) * np.sqrt(1 - np.exp(-2 * h))
-    return {"x": x, "x0": gain * (1 + second), "x0_prev": -gain * second, "noise": noise}
+    draws = np.where(one_step, 1, 2)  # the reference makes the one-step result first, of noise of its own, and may throw it away
+    return {"x": x, "x0": gain * (1 + second), "x0_prev": -gain * second, "noise": noise, "draws": draws}
 
 
+# A sampler's own columns, and `draws`: how often the reference draws noise in a step, the last of which counts.
 SCHEDULES: dict[str, Callable[[SchedulerConfig, np.ndarray], dict[str, np.ndarray]]] = {"ddim": _ddim, "dpm": _dpm}
 
 
@@ -116,12 +120,18 @@ def tableau(config: SchedulerConfig, scheduler: str, steps: int, guidance_scale:
         raise ValueError(f"scheduler must be one of {', '.join(SCHEDULES)}: got {scheduler!r}")
     timesteps = trailing_timesteps(config, steps)
     here, _ = _levels(config, timesteps)
+    own = SCHEDULES[scheduler](config, timesteps)
     columns = {
         "guidance": _dynamic(guidance_scale, steps, timesteps) if use_dynamic_cfg else np.full(steps, guidance_scale),
         "alpha": np.sqrt(here),
         "sigma": np.sqrt(1 - here),
-        **SCHEDULES[scheduler](config, timesteps),
+        **{name: column for name, column in own.items() if name in Tableau._fields},
     }
     if not all(np.isfinite(column).all() for column in columns.values()):
         raise ValueError(f"scheduler {scheduler} must have finite coefficients: got others from {config}")
     return Tableau(timestep=timesteps.astype(np.int32), **{name: column.astype(np.float32) for name, column in columns.items()})
+
+
+def draws(config: SchedulerConfig, scheduler: str, steps: int) -> Int[np.ndarray, " i"]:
+    """How often the reference draws noise in every step of a schedule that `tableau` takes."""
+    return SCHEDULES[scheduler](config, trailing_timesteps(config, steps))["draws"].astype(int)

@@ -13,7 +13,7 @@ from conftest import TOLERANCE, assert_close
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from cogi2v_jax.config import SchedulerConfig
-from cogi2v_jax.schedule import SCHEDULES, alphas_cumprod, step, tableau, trailing_timesteps
+from cogi2v_jax.schedule import SCHEDULES, alphas_cumprod, draws, step, tableau, trailing_timesteps
 
 REFERENCES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 SETTINGS = {
@@ -64,6 +64,25 @@ def test_every_step_of_a_trajectory_leads_where_the_reference_leads(scheduler: s
     _, ours = jax.lax.scan(one, (start, jnp.zeros(SHAPE)), (rows, noise))
     assert ours.dtype == np.float32
     assert_close(ours, path, TOLERANCE["trajectory"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_noise_is_drawn_as_often_as_the_reference_draws_it(scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: drawn.append(1) or torch.zeros(shape))
+    reference = REFERENCES[scheduler](**SETTINGS["5b"])
+    reference.set_timesteps(steps)
+    x, x0, before, counts = torch.zeros(SHAPE), None, None, []
+    for t in reference.timesteps:
+        drawn.clear()
+        if scheduler == "ddim":
+            reference.step(x, t, x)
+        else:
+            _, x0 = reference.step(x, x0, t, before, x)
+        before = t
+        counts.append(len(drawn))
+    assert draws(config(), scheduler, steps).tolist() == counts
 
 
 LEVELS = {  # alphas_cumprod at a timestep: 5b, 2b
