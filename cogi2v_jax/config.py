@@ -258,6 +258,7 @@ class Defaults:
     scheduler: str = "dpm"
     fit: str = "crop"
     image_latent_scale: str = "reference"
+    noise: str = "jax"
 
 
 @dataclass(frozen=True)

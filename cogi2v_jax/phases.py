@@ -76,7 +76,7 @@ def denoise(
     first: Int[Array, ""],
     rows: Tableau,
     shifts: Shifts,
-    noise: Float[Array, "i b t h w c"] | None,
+    noise: Float[Array, "{slab} b t h w c"] | None,
     words: UInt32[Array, "b 2"],
     image: Float[Array, "b t h w c"],
     text: Float[Array, "pairs p d"],  # negative prompts first, where guided
@@ -84,9 +84,10 @@ def denoise(
     slab: int,
     layout: Layout,
 ) -> Carry:
-    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and seeds are data, not part of it."""
+    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and seeds are data, not part of it; so is given
+    noise, of these steps alone, for a whole schedule's may be as large as a network."""
     indices = first + jnp.arange(slab)
-    rows, shifts, noise = jax.tree.map(lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts, noise))
+    rows, shifts = jax.tree.map(lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts))
     copies = text.shape[0] // image.shape[0]  # 2 where guided
     text = network.text_in(text)
 
@@ -260,8 +261,8 @@ class Phases(Place):
         everywhere, table = split(self.mesh), None if where.table is None else split(self.mesh)
         return Positions(everywhere, everywhere, split(self.mesh, "sequence"), table)
 
-    def loop(self, videos: int, slab: int, noise: Float[Any, "i b t h w c"] | None = None) -> Call:
-        """`denoise` before its arguments are there."""
+    def loop(self, videos: int, slab: int, noise: Float[Any, "{slab} b t h w c"] | None = None) -> Call:
+        """`denoise` before its arguments are there, but for noise that is given."""
         network, copies = self.config.transformer, GUIDED if self.request.guided else 1
         image = self._shape((videos, *self.shape[:4]), jnp.float32, "video")
         text = self._shape((copies * videos, network.max_text_seq_length, network.text_embed_dim), self.dtype, "batch")

@@ -22,6 +22,7 @@ from .media import fit_image, read_image
 from .models.tiling import decode_tiled, encode_tiled, sides
 from .phases import Call, Phases, Place, mesh_for
 from .request import Noise, Request, Resolved
+from .schedule import draws
 from .sharding import fetch, put, split
 from .tokenizer import tokenize
 
@@ -85,12 +86,18 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Pre
 
 def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: Stopwatch) -> Float[np.ndarray, "b t h w c"]:
     """A prepared request's final latents, scaled, without padding."""
-    request, phases, noise, _, pixels, ids = prepared
+    request, phases, _, _, pixels, ids = prepared
     words = put(prepared.words, split(phases.mesh))
     steps = request.num_inference_steps
     slab = steps if on_step is None else 1
+    with watch("denoise"):
+        noise = _noise(prepared)
+
+    def drawn(first: int) -> Float[np.ndarray, "i b t h w c"] | None:
+        return None if noise.steps is None else noise.steps[first : first + slab]
+
     with ThreadPoolExecutor(1) as background:
-        ahead = background.submit(_get_ready, models, phases, phases.loop(len(words), slab, noise.steps))
+        ahead = background.submit(_get_ready, models, phases, phases.loop(len(words), slab, drawn(0)))
         text = run(models, phases, watch, "text", phases.text(ids))
         moments = encode(models, pixels, watch, phases)
         image = run(models, phases, watch, "image", phases.image(moments, noise.posterior, words))
@@ -98,14 +105,24 @@ def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: S
         with watch("compile"):
             ahead.result()
     carry = run(models, phases, watch, "denoise", phases.start(noise.initial, words))
-    given = (shifts, noise.steps, words, image, text, phases.positions())
-    loop = ready(models, phases, watch, phases.denoise(carry, 0, *given, slab=slab))
+    given = (words, image, text, phases.positions())
+    loop = ready(models, phases, watch, phases.denoise(carry, 0, shifts, drawn(0), *given, slab=slab))
     for first in range(0, steps, slab):
         with watch("denoise"):
-            carry = jax.block_until_ready(loop(*phases.denoise(carry, first, *given, slab=slab).args))
+            carry = jax.block_until_ready(loop(*phases.denoise(carry, first, shifts, drawn(first), *given, slab=slab).args))
         if on_step is not None:
             on_step(first + slab, steps, carry[0])
     return fetch(carry[0])[:, phases.shape.padding :]
+
+
+def _noise(prepared: Prepared) -> Noise:
+    """What was given, and the rest of torch's stream where the request means that; what is None still the devices draw."""
+    request, phases, given, *_ = prepared
+    if request.noise != "torch":
+        return given
+    counts = draws(phases.config.scheduler, request.scheduler, request.num_inference_steps)
+    drawn = streams.draw_as_torch([video.seed for video in request.videos], phases.dtype, phases.shape[:4], counts)
+    return Noise(*(own if array is None else array for own, array in zip(drawn, vars(given).values(), strict=True)))
 
 
 def _get_ready(models: Models, phases: Phases, call: Call) -> None:

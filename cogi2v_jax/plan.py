@@ -39,7 +39,7 @@ def table() -> dict[str, Any]:
 
 def lines(model: str, mesh: str, dtype: str | None = None, attention: str = "auto", **settings: Any) -> list[str]:
     """What one video takes, to be printed: the mesh, memory and static seconds a phase, whether it fits. `settings` are `Request`'s, from
-    height to image_latent_scale, with None for the checkpoint's default. Raises ValueError in one line for a model or a mesh without a
+    height to noise, with None for the checkpoint's default. Raises ValueError in one line for a model or a mesh without a
     name, and for what the network can't compute."""
     chips(mesh)  # the mesh has a name
     model = named(model)

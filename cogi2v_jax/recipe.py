@@ -24,6 +24,7 @@ SETTINGS = (
     "scheduler",
     "fit",
     "image_latent_scale",
+    "noise",
 )
 
 

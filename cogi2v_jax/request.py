@@ -15,6 +15,7 @@ from .config import CheckpointConfig
 
 # What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales; the reference's is the default.
 IMAGE_LATENT_SCALES = ("reference", "sat", "trainer")
+NOISES = ("jax", "torch")  # whose random numbers a seed means
 
 Whole = int | np.integer
 Real = int | float | np.number
@@ -92,6 +93,7 @@ class Request:
     seed: Whole | Sequence[Whole] | np.ndarray = 42
     fit: str | None = None  # "crop", "pad" or "stretch"
     image_latent_scale: str | Real | None = None  # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number
+    noise: str | None = None  # "jax" or "torch": whose random numbers a seed means
 
     @property
     def videos(self) -> list[Video]:
@@ -148,6 +150,8 @@ class Request:
         scale = self.image_latent_scale
         if scale not in (None, *IMAGE_LATENT_SCALES) and not (_is_real(scale) and 0 < scale < math.inf):
             faults.append(f"image_latent_scale must be {', '.join(IMAGE_LATENT_SCALES)} or a positive number: got {scale!r}")
+        if self.noise not in (None, *NOISES):
+            faults.append(f"noise must be {' or '.join(NOISES)}: got {self.noise!r}")
         try:
             for video in self.videos:
                 if not isinstance(video.prompt, str) or not isinstance(video.negative_prompt, str):
@@ -178,6 +182,7 @@ class Resolved(Request):
     scheduler: str
     fit: str
     image_latent_scale: str | float
+    noise: str
 
     @property
     def guided(self) -> bool:

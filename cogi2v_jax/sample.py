@@ -15,7 +15,7 @@ from .config import names
 from .manifest import Job, read_manifest
 from .media import FITS, check_output, read_image, write_video
 from .recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
-from .request import IMAGE_LATENT_SCALES, Request, Video
+from .request import IMAGE_LATENT_SCALES, NOISES, Request, Video
 
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         type=_scale,
         help=f"{', '.join(IMAGE_LATENT_SCALES)} or a number; sat helps 1.5 videos that start too bright",
     )
+    how.add_argument("--noise", choices=NOISES, help="whose random numbers a seed means; torch draws those of the official script")
 
     model = main.add_argument_group("model and machine")
     model.add_argument(

@@ -16,6 +16,7 @@ from PIL import Image
 
 import cogi2v_jax
 from cogi2v_jax import Models, Noise, Request
+from cogi2v_jax.noise import draw_as_torch
 
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
@@ -102,6 +103,19 @@ def test_latents_and_video_are_the_references(
     assert 10 * np.log10(255**2 / max(mean_square, 1e-12)) >= 60
 
 
+@pytest.mark.parametrize(("scheduler", "steps"), [("ddim", 4), ("dpm", 1), ("dpm", 4), ("dpm", 7)])  # 7 doesn't land on no noise
+def test_with_torchs_numbers_a_seed_alone_gives_the_references_latents(
+    models: Models, pipe: Any, family: str, image: Image.Image, scheduler: str, steps: int
+) -> None:
+    height, width, frames = SIZES[family]
+    shared = {"height": height, "width": width, "num_frames": frames, "num_inference_steps": steps, "use_dynamic_cfg": True}
+    pipe.scheduler, seed = SCHEDULERS[scheduler](**twins.SCHEDULER), 2**32 + 7
+    length, generator = models.config.transformer.max_text_seq_length, torch.Generator().manual_seed(seed)
+    theirs = pipe(image, PROMPT, generator=generator, max_sequence_length=length, output_type="latent", **shared).frames
+    ours = cogi2v_jax.generate(models, Request(image, PROMPT, scheduler=scheduler, fit="stretch", seed=seed, noise="torch", **shared))
+    assert_close(ours.latents, twins.frames_last(theirs)[:, theirs.shape[1] - ours.latents.shape[1] :], TOLERANCE["latents"])
+
+
 def test_with_tiles_latents_and_video_are_the_references_with_tiles(image: Image.Image, tmp_path: Path) -> None:
     pipe = twins.pipeline("1.5")
     pipe.vae = twins.vae(5, invert_scale_latents=True, sample_height=96, sample_width=160)  # a tile is 48x80
@@ -171,8 +185,9 @@ def test_a_second_run_with_other_values_compiles_nothing(tiny: Models, image: Im
     assert not second
 
 
-def test_slabs_of_the_loop_give_what_the_whole_loop_gives(tiny: Models, image: Image.Image) -> None:
-    request = Request(image, "the red circle grows", num_inference_steps=5, scheduler="dpm")
+@pytest.mark.parametrize("noise", ["jax", "torch"])
+def test_slabs_of_the_loop_give_what_the_whole_loop_gives(tiny: Models, image: Image.Image, noise: str) -> None:
+    request = Request(image, "the red circle grows", num_inference_steps=5, scheduler="dpm", noise=noise)
     seen = []
     walked = cogi2v_jax.generate(tiny, request, on_step=lambda step, steps, latents: seen.append((step, steps, np.array(latents))))
     whole = cogi2v_jax.generate(tiny, request)
@@ -218,6 +233,16 @@ def test_given_noise_replaces_only_its_own_draw(tiny: Models, image: Image.Image
     )
 
 
+def test_given_noise_replaces_its_own_draw_of_torchs_stream_alone(tiny: Models, image: Image.Image) -> None:
+    shared = {"num_inference_steps": 3, "scheduler": "dpm", "seed": [5, 6]}
+    posterior, initial, steps = draw_as_torch([5, 6], tiny.dtype, (3, 8, 8, 16), np.array([1, 2, 2]))
+    images, prompts = [image, image], ["the red circle grows"] * 2
+    mixed = cogi2v_jax.generate(tiny, Request(images, prompts, noise="torch", **shared), Noise(initial=0 * initial)).latents
+    given = cogi2v_jax.generate(tiny, Request(images, prompts, **shared), Noise(posterior, 0 * initial, steps)).latents
+    np.testing.assert_array_equal(mixed, given)
+    assert not np.allclose(given, cogi2v_jax.generate(tiny, Request(images, prompts, noise="torch", **shared)).latents, atol=1e-2)
+
+
 def test_decoding_latents_alone_gives_the_same_video(tiny: Models, image: Image.Image) -> None:
     kept: list[Any] = []
     request = Request(image, "the red circle grows", num_inference_steps=2)
@@ -246,7 +271,7 @@ def test_a_prompt_longer_than_the_learned_table_is_refused(tiny: Models, image: 
 
 def test_bad_requests_end_before_weights_are_read(image: Image.Image) -> None:
     models = cogi2v_jax.load("cogi2v-tiny", dtype="float32")
-    for wrong in ({"num_inference_steps": 61}, {"height": 65}, {"scheduler": "euler"}, {"fit": "zoom"}):
+    for wrong in ({"num_inference_steps": 61}, {"height": 65}, {"scheduler": "euler"}, {"fit": "zoom"}, {"noise": "numpy"}):
         with pytest.raises(ValueError, match="must be"):
             cogi2v_jax.generate(models, Request(image, "the red circle grows", **wrong))
     assert not models._resident

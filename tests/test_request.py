@@ -38,10 +38,10 @@ def refusal(config: CheckpointConfig = SECOND, **given: Any) -> str:
 @pytest.mark.parametrize(
     ("config", "answers"),
     [
-        (FIRST, (480, 720, 49, 8.0, 50, 6.0, True, "dpm", "crop", "reference")),
-        (SECOND, (768, 1360, 81, 16.0, 50, 6.0, True, "dpm", "crop", "reference")),
-        (TINY, (64, 64, 9, 8.0, 50, 3.0, False, "ddim", "crop", "reference")),
-        (OWN, (480, 720, 25, 8.0, 50, 6.0, True, "dpm", "crop", "reference")),
+        (FIRST, (480, 720, 49, 8.0, 50, 6.0, True, "dpm", "crop", "reference", "jax")),
+        (SECOND, (768, 1360, 81, 16.0, 50, 6.0, True, "dpm", "crop", "reference", "jax")),
+        (TINY, (64, 64, 9, 8.0, 50, 3.0, False, "ddim", "crop", "reference", "jax")),
+        (OWN, (480, 720, 25, 8.0, 50, 6.0, True, "dpm", "crop", "reference", "jax")),
     ],
     ids=lambda value: value.title if isinstance(value, CheckpointConfig) else "",
 )
@@ -57,6 +57,7 @@ def test_open_fields_are_answered_by_the_checkpoint_then_its_family_then_its_fol
 def test_what_is_given_is_kept() -> None:
     given = {"height": 784, "width": 768, "num_frames": 17, "fps": 12.5, "num_inference_steps": 7, "guidance_scale": 0.0}
     given |= {"use_dynamic_cfg": False, "scheduler": "ddim", "fit": "pad", "image_latent_scale": 0.9, "negative_prompt": "blur", "seed": 0}
+    given |= {"noise": "torch"}
     published = dataclasses.replace(SECOND, published=Published())
     assert request(**given).resolve(published) == Resolved(image="photo.jpg", prompt="a panda", **given)
 
@@ -96,6 +97,7 @@ def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: 
     [
         ({"fps": 0}, "fps must be a finite number and positive: got 0"),
         ({"use_dynamic_cfg": 1}, "use_dynamic_cfg must be true or false: got 1"),
+        ({"noise": "numpy"}, "noise must be jax or torch: got 'numpy'"),
         ({"prompt": 3}, "prompt and negative_prompt must be text: got 3 and ''"),
         ({"prompt": ["a"], "negative_prompt": [3]}, "prompt and negative_prompt must be text: got 'a' and 3"),
         ({"image": None}, "image must be a path, a PIL image or an array: got None"),

@@ -65,7 +65,7 @@ def test_the_default_run_makes_a_video_with_its_recipe_and_its_latents(default):
     recipe = read_recipe(folder / "out.mp4")
     assert recipe["prompt"] == "the cyan triangle grows"
     assert (recipe["model"], recipe["checkpoint"], recipe["dtype"]) == ("cogi2v-tiny", "cogi2v-tiny", "float32")
-    assert (recipe["seed"], recipe["num_inference_steps"], recipe["guidance_scale"]) == (42, 50, 3.0)
+    assert (recipe["seed"], recipe["noise"], recipe["num_inference_steps"], recipe["guidance_scale"]) == (42, "jax", 50, 3.0)
     assert recipe["program"] == f"cogi2v-jax {__version__}"
     assert recipe.keys() >= {"image", "image_sha256", "negative_prompt", "fps", "scheduler", "use_dynamic_cfg", "fit", "jax", "device"}
     latents = load_file(folder / "out.latents.safetensors")["latents"]
@@ -197,10 +197,11 @@ def test_every_flag_of_the_official_script_still_works(default, capsys):
 def test_our_own_flags_reach_the_request(requests, default):
     arguments = ["--image", "photo.png", "--prompt", "p", "--negative_prompt", "blurry", "--model", "cogi2v-tiny", "--output", "o.gif"]
     arguments += ["--scheduler", "dpm", "--use_dynamic_cfg", "--fit", "pad", "--image_latent_scale", "0.5", "--attention", "xla"]
+    arguments += ["--noise", "torch"]
     assert main(arguments) == 0
     (request,) = requests
     assert (request.prompt, request.negative_prompt, request.scheduler, request.use_dynamic_cfg) == ("p", "blurry", "dpm", True)
-    assert (request.fit, request.image_latent_scale, str(request.image)) == ("pad", 0.5, "photo.png")
+    assert (request.fit, request.image_latent_scale, request.noise, str(request.image)) == ("pad", 0.5, "torch", "photo.png")
     assert main(["--no-use_dynamic_cfg", "--image_latent_scale", "sat"]) == 0
     assert (requests[1].use_dynamic_cfg, requests[1].image_latent_scale) == (False, "sat")
 
@@ -209,7 +210,7 @@ def test_what_is_left_out_is_the_checkpoint_s(requests, default):
     assert main([]) == 0
     (request,) = requests
     assert (request.height, request.width, request.num_frames, request.fps) == (64, 64, 9, 8)
-    assert (request.scheduler, request.use_dynamic_cfg, request.fit, request.seed) == ("ddim", False, "crop", 42)
+    assert (request.scheduler, request.use_dynamic_cfg, request.fit, request.noise, request.seed) == ("ddim", False, "crop", "jax", 42)
 
 
 @pytest.mark.parametrize("output", ["clip.gif", "clip.png", "clip", "CLIP.MP4"])
