@@ -1,4 +1,4 @@
-"""`cogi2v-convert`: weights between PyTorch folders and ours."""
+"""`cogi2v-convert`: weights between PyTorch folders and ours, and how far their videos are apart."""
 
 import argparse
 import sys
@@ -8,7 +8,8 @@ from cogi2v_jax import __version__
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="cogi2v-convert", description="Converts CogVideoX image-to-video weights between PyTorch and JAX.")
+    what = "Converts CogVideoX image-to-video weights between PyTorch and JAX, and compares the videos."
+    main = argparse.ArgumentParser(prog="cogi2v-convert", description=what)
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     flax = commands.add_parser("to-flax", help="a diffusers folder as a folder that `--model` takes", description=_to_flax.__doc__)
@@ -24,6 +25,12 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("source", metavar="SRC", type=Path, help="diffusers or converted folder")
     inspect.add_argument("--keys", action="store_true", help="list the matched tensors too, with their places")
     inspect.set_defaults(run=_inspect)
+    compare = commands.add_parser("compare", help="how far two videos are apart: PSNR and SSIM", description=_compare.__doc__)
+    compare.add_argument("a", metavar="VIDEO_A", type=Path, help="mp4, gif or folder of png frames")
+    compare.add_argument("b", metavar="VIDEO_B", type=Path, help="another of as many frames and the same size")
+    compare.add_argument("--curve", metavar="FILE.png", type=Path, help="draw both over the frame number")
+    compare.add_argument("--json", metavar="FILE.json", type=Path, help='write every figure; an infinite PSNR is the string "inf"')
+    compare.set_defaults(run=_compare)
     return main
 
 
@@ -71,6 +78,16 @@ def _inspect(options: argparse.Namespace) -> int:
     lines, whole = report(options.source, options.keys)
     print("\n".join(lines))
     return 0 if whole else 1
+
+
+def _compare(options: argparse.Namespace) -> int:
+    """Prints PSNR and SSIM of two videos and their worst frame, counted from 0. The video's PSNR is that of the mean squared error over all
+    frames, "inf" where they are equal; its SSIM is the mean over frames, by Wang et al.'s window. mp4 and gif are lossy and
+    measure their codec too; folders of png frames measure the models alone. Needs pip install 'cogi2v-jax[compare]'."""
+    from .compare import report
+
+    print("\n".join(report(options.a, options.b, options.curve, options.json, _progress)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ FLOORS = {
     7.0: "cogi2v_convert.rules cogi2v_convert.diffusers",
     7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer",
     7.2: "cogi2v_convert.conversion",
-    7.3: "cogi2v_convert.inspection",
+    7.3: "cogi2v_convert.inspection cogi2v_convert.compare",
     7.4: "cogi2v_convert.__main__",
     8: "hub plan",
     9: "sample preflight",
@@ -102,6 +102,7 @@ def test_a_file_fits_one_sitting(name: str) -> None:
         "cogi2v_jax.Request('a.png', 'b'), cogi2v_jax.Noise(), cogi2v_jax.__version__, dir(cogi2v_jax)",
         "cogi2v_convert.__main__.main(['--help'])",
         "cogi2v_convert.__main__.main(['no-such-command'])",
+        "cogi2v_convert.__main__.main(['compare', 'no such a.mp4', 'no such b.mp4'])",
     ],
 )
 def test_arguments_and_their_errors_do_not_wait_for_jax(line: str, tmp_path: Path) -> None:
