@@ -25,7 +25,7 @@ from .models.transformer import Modulation, Shifts, Transformer
 from .models.vae import VAE, posterior, sample_posterior, strips_within
 from .positions import Positions, positions, sinusoid, token_count
 from .request import LatentShape, Resolved
-from .schedule import Tableau, step, tableau
+from .schedule import Tableau, guide, step, tableau
 from .sharding import AXES, GUIDED, Layout, choose_sizes, make_mesh, pin, put, spatial, split, work_of
 
 SPARE = 0.9  # of a device's memory: what an estimate may fill
@@ -97,8 +97,7 @@ def denoise(
         v = layout.in_turn(lambda both, text: network(both, text, shifts, positions, layout), jnp.concatenate([both] * copies), text)
         v = v.astype(jnp.float32)
         if copies == GUIDED:
-            unconditional, conditional = jnp.split(v, GUIDED)
-            v = unconditional + row.guidance * (conditional - unconditional)
+            v = guide(row, *jnp.split(v, GUIDED))
         if drawn is None:
             drawn = streams.draw(words, streams.STEPS, x.shape[1:], index)
         x, x0 = step(row, x, v, x0_prev, drawn)
@@ -246,9 +245,9 @@ class Phases(Place):
         return Call(START, None, (noise, words), {"shape": tuple(self.shape[:4]), "mesh": self.mesh})
 
     def denoise(
-        self, carry: Any, first: int, shifts: Any, noise: Any, words: Any, image: Any, text: Any, where: Positions, slab: int
+        self, carry: Any, first: int, rows: Tableau, shifts: Any, noise: Any, words: Any, image: Any, text: Any, where: Any, slab: int
     ) -> Call:
-        args = (carry, np.int32(first), self.rows, shifts, noise, words, image, text, where)
+        args = (carry, np.int32(first), rows, shifts, noise, words, image, text, where)
         return Call(DENOISE, "transformer", args, {"slab": slab, "layout": self.layout})
 
     def positions(self) -> Positions:
@@ -271,7 +270,7 @@ class Phases(Place):
         where = jax.eval_shape(lambda: positions(network, self.shape[:3], self.layout.padded))
         where = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), where, self._places(where))
         words = self._shape((videos, 2), np.uint32)
-        return self.denoise((image, image), 0, shifts, noise, words, image, text, where, slab)
+        return self.denoise((image, image), 0, self.rows, shifts, noise, words, image, text, where, slab)
 
     def _shape(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=split(self.mesh, *axes))

@@ -86,33 +86,53 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Pre
 
 def _sample(models: Models, prepared: Prepared, on_step: OnStep | None, watch: Stopwatch) -> Float[np.ndarray, "b t h w c"]:
     """A prepared request's final latents, scaled, without padding."""
-    request, phases, _, _, pixels, ids = prepared
-    words = put(prepared.words, split(phases.mesh))
-    steps = request.num_inference_steps
-    slab = steps if on_step is None else 1
     with watch("denoise"):
-        noise = _noise(prepared)
-
-    def drawn(first: int) -> Float[np.ndarray, "i b t h w c"] | None:
-        return None if noise.steps is None else noise.steps[first : first + slab]
-
+        prepared = prepared._replace(noise=_noise(prepared))
+    phases, noise = prepared.phases, prepared.noise
+    slab = prepared.request.num_inference_steps if on_step is None else 1
     with ThreadPoolExecutor(1) as background:
-        ahead = background.submit(_get_ready, models, phases, phases.loop(len(words), slab, drawn(0)))
-        text = run(models, phases, watch, "text", phases.text(ids))
-        moments = encode(models, pixels, watch, phases)
-        image = run(models, phases, watch, "image", phases.image(moments, noise.posterior, words))
-        shifts = run(models, phases, watch, "denoise", phases.shifts())
+        ahead = background.submit(_get_ready, models, phases, phases.loop(len(prepared.words), slab, noise.of_slab(0, slab)))
+        given = condition(models, prepared, watch)
         with watch("compile"):
             ahead.result()
+    return fetch(denoise(models, prepared, given, slab, on_step, watch))[:, phases.shape.padding :]
+
+
+class Conditions(NamedTuple):
+    """What the loop is given beside noise, on the devices."""
+
+    text: Float[Any, "pairs p d"]
+    moments: Float[Any, "b 1 h w c2"]  # of the image; the loop has no use for them
+    image: Float[Any, "b t h w c"]
+    shifts: Any
+
+
+def condition(models: Models, prepared: Prepared, watch: Stopwatch) -> Conditions:
+    """The text's and the image's encoding, and what the timesteps decide."""
+    phases, words = prepared.phases, put(prepared.words, split(prepared.phases.mesh))
+    text = run(models, phases, watch, "text", phases.text(prepared.ids))
+    moments = encode(models, prepared.pixels, watch, phases)
+    image = run(models, phases, watch, "image", phases.image(moments, prepared.noise.posterior, words))
+    return Conditions(text, moments, image, run(models, phases, watch, "denoise", phases.shifts()))
+
+
+def denoise(models: Models, prepared: Prepared, given: Conditions, slab: int, on_step: OnStep | None, watch: Stopwatch) -> Any:
+    """The final latents on the devices, padding included; `on_step` is called after every `slab` steps."""
+    request, phases, noise, *_ = prepared
+    words, steps = put(prepared.words, split(phases.mesh)), request.num_inference_steps
     carry = run(models, phases, watch, "denoise", phases.start(noise.initial, words))
-    given = (words, image, text, phases.positions())
-    loop = ready(models, phases, watch, phases.denoise(carry, 0, shifts, drawn(0), *given, slab=slab))
+    constant = (words, given.image, given.text, phases.positions())
+
+    def call(first: int) -> Call:
+        return phases.denoise(carry, first, phases.rows, given.shifts, noise.of_slab(first, slab), *constant, slab=slab)
+
+    loop = ready(models, phases, watch, call(0))
     for first in range(0, steps, slab):
         with watch("denoise"):
-            carry = jax.block_until_ready(loop(*phases.denoise(carry, first, shifts, drawn(first), *given, slab=slab).args))
+            carry = jax.block_until_ready(loop(*call(first).args))
         if on_step is not None:
             on_step(first + slab, steps, carry[0])
-    return fetch(carry[0])[:, phases.shape.padding :]
+    return carry[0]
 
 
 def _noise(prepared: Prepared) -> Noise:
@@ -163,16 +183,20 @@ def decode(
     """Scaled latents to frames: 4 (t - 1) + 1 of them where t is odd, 4 t where it is even."""
     watch, place = watch or Stopwatch(), place or Place(*_where(models, videos=len(latents), guided=True))
     latents = np.asarray(latents, np.float32)
+    videos = []
+    for first in range(0, len(latents), side_by_side := place.mesh.shape["data"]):  # a decoder is the hungriest program of all
+        video = decode_part(models, latents[first : first + side_by_side], watch, place)
+        videos.append(fetch(run(models, place, watch, "decode", place.to_bytes(video))))
+    return np.concatenate(videos)
+
+
+def decode_part(models: Models, latents: Float[Any, "b t h w c"], watch: Stopwatch, place: Place) -> Float[Any, "b f h2 w2 3"]:
+    """As many videos as the mesh takes side by side, in [-1, 1] or a little beyond, on the devices."""
 
     def network(latents: Float[Any, "b t h w c"]) -> Float[Any, "b f h2 w2 3"]:
         return run(models, place, watch, "decode", place.decode(latents))
 
-    videos = []
-    for first in range(0, len(latents), side_by_side := place.mesh.shape["data"]):  # a decoder is the hungriest program of all
-        part = latents[first : first + side_by_side]
-        video = decode_tiled(network, part, models.config.vae) if models.vae_tiling else network(part)
-        videos.append(fetch(run(models, place, watch, "decode", place.to_bytes(video))))
-    return np.concatenate(videos)
+    return decode_tiled(network, latents, models.config.vae) if models.vae_tiling else network(latents)
 
 
 def phases_of(models: Models, request: Resolved) -> Phases:

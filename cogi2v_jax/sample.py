@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, hosts, plan
+from .arguments import add_settings
 from .config import names
 from .manifest import Job, read_manifest
-from .media import FITS, check_output, read_image, write_video
+from .media import check_output, read_image, write_video
 from .recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
-from .request import IMAGE_LATENT_SCALES, NOISES, Request, Video
+from .request import Request, Video
 
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
@@ -50,23 +51,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--num_videos_per_prompt", metavar="N", type=int, default=1, help="with seeds counting up from --seed")
     what.add_argument("--seed", metavar="N", type=int, default=42)
 
-    how = main.add_argument_group("how to sample (default: what the checkpoint was made for)")
-    how.add_argument("--height", metavar="PX", type=int, help="multiple of 16")
-    how.add_argument("--width", metavar="PX", type=int, help="multiple of 16")
-    how.add_argument("--num_frames", metavar="N", type=int, help="8k+1")
-    how.add_argument("--fps", metavar="N", type=float)
-    how.add_argument("--num_inference_steps", metavar="N", type=int)
-    how.add_argument("--guidance_scale", metavar="X", type=float, help="1 or less samples without guidance, in half the time")
-    how.add_argument("--use_dynamic_cfg", action=argparse.BooleanOptionalAction, help="guidance that varies over the steps")
-    how.add_argument("--scheduler", choices=["dpm", "ddim"])
-    how.add_argument("--fit", choices=FITS, help="how the image meets the size; stretch is the reference's way")
-    how.add_argument(
-        "--image_latent_scale",
-        metavar="X",
-        type=_scale,
-        help=f"{', '.join(IMAGE_LATENT_SCALES)} or a number; sat helps 1.5 videos that start too bright",
-    )
-    how.add_argument("--noise", choices=NOISES, help="whose random numbers a seed means; torch draws those of the official script")
+    add_settings(main)
 
     model = main.add_argument_group("model and machine")
     model.add_argument(
@@ -94,13 +79,6 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--lora_path", help=argparse.SUPPRESS)
     model.add_argument("--lora_rank", type=int, help=argparse.SUPPRESS)
     return main
-
-
-def _scale(text: str) -> str | float:
-    try:
-        return text if text in IMAGE_LATENT_SCALES else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {', '.join(IMAGE_LATENT_SCALES)} or a number: got {text!r}") from None
 
 
 @hosts.together

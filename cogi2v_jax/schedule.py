@@ -37,6 +37,11 @@ def step(
     return row.x * x + row.x0 * x0 + row.x0_prev * x0_prev + row.noise * noise, x0
 
 
+def guide(row: Tableau, unconditional: Float[Array, "b t h w c"], conditional: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
+    """Classifier-free guidance (arXiv 2207.12598) of a pair of predictions, in float32."""
+    return unconditional + row.guidance * (conditional - unconditional)
+
+
 def alphas_cumprod(config: SchedulerConfig) -> Float[np.ndarray, " levels"]:
     """Noise levels of training: scaled-linear betas, the SNR shift, then the zero-SNR rescale of arXiv 2305.08891, in this order."""
     betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps, dtype=np.float64) ** 2

@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 from cogi2v_jax import __version__
+from cogi2v_jax.arguments import add_settings
+from cogi2v_jax.recipe import SETTINGS
+from cogi2v_jax.request import Request
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,6 +28,31 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("source", metavar="SRC", type=Path, help="diffusers or converted folder")
     inspect.add_argument("--keys", action="store_true", help="list the matched tensors too, with their places")
     inspect.set_defaults(run=_inspect)
+    record = commands.add_parser("record", help="what the PyTorch reference computes, stage by stage", description=_record.__doc__)
+    record.add_argument("source", metavar="SRC", type=Path, help="diffusers folder")
+    record.add_argument("trace", metavar="TRACE", type=Path, help="safetensors file to make; it appears only when complete")
+    record.add_argument("--image", metavar="FILE", type=Path, required=True, help="stretched to the size, as the reference does")
+    record.add_argument("--prompt", metavar="TEXT", required=True)
+    record.add_argument("--negative_prompt", metavar="TEXT", default="")
+    record.add_argument("--seed", metavar="N", type=int, default=42)
+    record.add_argument("--device", choices=["cuda", "cpu"], help="(default: cuda where PyTorch finds it)")
+    record.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: bfloat16, on CPUs float32)")
+    record.add_argument("--vae_tiling", action="store_true", help="encode and decode in blended tiles, as the official script does")
+    record.add_argument(
+        "--keep_steps",
+        metavar="N,N,...",
+        type=_numbers,
+        help="steps whose predictions are kept (default: all); latents and noise always are",
+    )
+    add_settings(record, ours=False)
+    record.set_defaults(run=_record)
+    verify = commands.add_parser("verify", help="a checkpoint against such a trace", description=_verify.__doc__)
+    verify.add_argument("checkpoint", metavar="CHECKPOINT", help="converted folder, or whatever --model takes")
+    verify.add_argument("trace", metavar="TRACE", type=Path, help="of cogi2v-convert record; its dtype is computed in")
+    verify.add_argument("--truth", metavar="TRACE32", type=Path, help="a float32 trace of the same request, to judge a bfloat16 one by")
+    verify.add_argument("--json", metavar="FILE", type=Path, help="write every figure there")
+    verify.add_argument("--markdown", action="store_true", help="print the table as markdown")
+    verify.set_defaults(run=_verify)
     compare = commands.add_parser("compare", help="how far two videos are apart: PSNR and SSIM", description=_compare.__doc__)
     compare.add_argument("a", metavar="VIDEO_A", type=Path, help="mp4, gif or folder of png frames")
     compare.add_argument("b", metavar="VIDEO_B", type=Path, help="another of as many frames and the same size")
@@ -69,6 +97,37 @@ def _to_torch(options: argparse.Namespace) -> int:
 
     print(to_torch(options.source, options.destination, _progress))
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be step numbers with commas between them: got {text!r}") from None
+
+
+def _record(options: argparse.Namespace) -> int:
+    """Runs the PyTorch reference on one request and keeps what every stage computes. Needs the extra `reference`."""
+    from .reference import record
+
+    settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
+    request = Request(options.image, options.prompt, options.negative_prompt, seed=options.seed, fit="stretch", noise="torch", **settings)
+    machine = {"device": options.device, "dtype": options.dtype, "vae_tiling": options.vae_tiling, "keep_steps": options.keep_steps}
+    print(record(options.source, options.trace, request, **machine))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Runs every stage in JAX, fed with the reference's input and freely from the start. Exits 1 where one is not the reference's."""
+    from .verify import verify
+
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(f"json must lie in an existing folder: got {options.json}")
+    report = verify(options.checkpoint, options.trace, options.truth)
+    print("\n".join(report.lines(options.markdown)))
+    if options.json:
+        options.json.write_text(report.json() + "\n", encoding="utf-8")
+    return 1 if report.faults else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -13,20 +13,21 @@ PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert
 FLOORS = {
     0: "config watch",
     1: "request schedule positions media tokenizer noise manifest sharding flags fingerprint executables hosts",
-    2: "layers recipe strips",
+    2: "arguments layers recipe strips",
     2.5: "kernels.heads",
     3: "attention",
     4: "models.t5 models.vae models.transformer",
     5: "checkpoint compiled models.tiling",
-    6: "phases pipeline",
+    6: "phases",
     6.5: "pipeline",
     # The conversion package is one floor with an order of its own.
-    7.0: "cogi2v_convert.rules cogi2v_convert.diffusers",
+    7.0: "cogi2v_convert.rules cogi2v_convert.diffusers cogi2v_convert.trace",
     7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer",
     7.2: "cogi2v_convert.conversion",
-    7.3: "cogi2v_convert.inspection cogi2v_convert.compare",
-    7.4: "cogi2v_convert.__main__",
+    7.3: "cogi2v_convert.inspection cogi2v_convert.compare cogi2v_convert.reference",
     8: "hub plan",
+    8.1: "cogi2v_convert.verify",
+    8.2: "cogi2v_convert.__main__",
     9: "sample preflight",
 }
 FLOOR = {
