@@ -113,9 +113,9 @@ def draw_as_torch(
     if not draws.any():
         return posterior, initial, None
     steps = np.zeros((len(draws), *initial.shape), np.float32)
-    for step, count in zip(steps, draws.tolist(), strict=True):
+    for step, count in enumerate(draws.tolist()):
         for stream in streams * (count - 1):
             stream.skip((frames, channels, height, width))
         if count:
-            step[:] = drawn(frames)
+            steps[step] = drawn(frames)
     return posterior, initial, steps
