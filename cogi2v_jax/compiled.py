@@ -32,12 +32,13 @@ def keep_compilations() -> None:
 class Program:
     """A jitted function that keeps an executable for every set of shapes, so that compiling can be done, timed and counted apart. Threads
     may share it, and processes find each other's executables in the user's cache folder. The denoising `loop` is compiled with options of
-    its own."""
+    its own. `lies` says of the static arguments where results lie, where the compiler must not choose."""
 
-    def __init__(self, function: Callable[..., Any], static: tuple[str, ...] = (), loop: bool = False):
-        self._function = function
-        self._loop = loop
-        self._jit = jax.jit(function, static_argnames=static)
+    def __init__(
+        self, function: Callable[..., Any], static: tuple[str, ...] = (), loop: bool = False, lies: Callable[..., Any] | None = None
+    ):
+        self._function, self._static = function, static
+        self._loop, self._lies = loop, lies
         self._executables: dict[Any, Future[Callable[..., Any]]] = {}
         self._lock = threading.Lock()
 
@@ -61,7 +62,8 @@ class Program:
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
         """The program as XLA is given it."""
-        return self._jit.lower(*args, **static)
+        lies = {} if self._lies is None else {"out_shardings": self._lies(**static)}
+        return jax.jit(self._function, static_argnames=self._static, **lies).lower(*args, **static)
 
     def _build(self, args: tuple[Any, ...], static: dict[str, Any]) -> Callable[..., Any]:
         used = devices(args)
