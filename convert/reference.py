@@ -54,7 +54,7 @@ def record(
     kept = sorted(steps if keep_steps is None else set(keep_steps))
     if set(kept) - set(steps):
         raise ValueError(f"keep_steps must be from 0 to {steps[-1]}: got {', '.join(map(str, keep_steps or ()))}")
-    torch, diffusers = _reference()
+    torch, diffusers, transformers = _reference()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu where PyTorch finds no CUDA: got cuda")
@@ -62,6 +62,7 @@ def record(
     diffusers.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
 
     pipe = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
@@ -99,14 +100,14 @@ def record(
     return f"{target}: {len(tensors)} tensors of {count} steps in {dtype} on {made['device']}"
 
 
-def _reference() -> tuple[Any, Any]:
+def _reference() -> tuple[Any, Any, Any]:
     try:
         import diffusers
         import torch
-        import transformers  # noqa: F401 (diffusers has stand-ins without it)
+        import transformers
     except ImportError as error:
         raise ValueError(f"record must have the reference: {error}; pip install 'cogi2v-jax[reference]'") from None
-    return torch, diffusers
+    return torch, diffusers, transformers
 
 
 def _write(target: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
