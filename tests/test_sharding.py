@@ -269,7 +269,7 @@ def stages(models: Models, request: Request, given: dict[str, Any] | None = None
     image = on(stage("image", phases.image(moments, None, words)), "video")
     shifts = on(stage("shifts", phases.shifts()))
     start = on(stage("start", phases.start(None, words)), "video")
-    given_to_loop = (shifts, None, words, image, text, phases.positions())
+    given_to_loop = (phases.rows, shifts, None, words, image, text, phases.positions())
     x, _ = stage("denoised", phases.denoise(start, 0, *given_to_loop, slab=2))
     results["video"] = pipeline.decode(models, x, place=phases)
     return results
