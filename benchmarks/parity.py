@@ -26,7 +26,7 @@ except ImportError as missing:
     sys.exit(f"benchmarks/parity.py must have the reference installed: {missing}; pip install 'cogi2v-jax[reference]'")
 
 from cogi2v_convert.reference import record  # pyright: ignore[reportMissingImports]
-from cogi2v_convert.verify import FED, RATIO, Report, verify  # pyright: ignore[reportMissingImports]
+from cogi2v_convert.verify import FED, Report, verify  # pyright: ignore[reportMissingImports]
 
 from cogi2v_jax import Request
 from cogi2v_jax.hub import EMBEDDED
@@ -92,7 +92,7 @@ def table(reports: dict[str, tuple[Report, Report]]) -> list[str]:
             psnr = [row.psnr for row in ours if row.psnr is not None]
             error = max(row.error for row in ours)
             cells.append(f"{min(psnr):.0f} dB" if psnr else f"{error:.1e}" if error else "equal")
-            ratios = [RATIO * row.error / row.limit for row in theirs if row.limit and row.error]
+            ratios = [row.error / row.reference_error for row in theirs if row.reference_error]
             cells.append(f"{max(ratios):.2f} x" if ratios else "equal")
         lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -154,7 +154,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     def our_steps() -> Any:
         shifts = ours(phases.shifts())
         carry = ours(phases.start(noise.initial, words))
-        return ours(phases.denoise(carry, 0, phases.rows, shifts, None, words, *inputs, where, slab=size.steps))[0]
+        return ours(phases.denoise(carry, 0, phases.rows, shifts, None, words, *inputs, where=where, slab=size.steps))[0]
 
     def their_video() -> np.ndarray:
         return pipe.video_processor.postprocess_video(pipe.decode_latents(latents), output_type="np")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -80,7 +81,7 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Pre
     words = streams.seed_words([video.seed for video in videos])
     images = [fit_image(read_image(video.image), resolved.height, resolved.width, resolved.fit) for video in videos]
     prompts = [video.prompt for video in videos]
-    ids = _tokens(models, [video.negative_prompt for video in videos] + prompts if resolved.guided else prompts)
+    ids = tokens(models.config, models.folder, [video.negative_prompt for video in videos] + prompts if resolved.guided else prompts)
     return Prepared(resolved, phases, noise, words, np.stack(images)[:, None], ids)
 
 
@@ -216,12 +217,14 @@ def _where(models: Models, videos: int, guided: bool) -> tuple[CheckpointConfig,
     return models.config, models.dtype, mesh, memory
 
 
-def _tokens(models: Models, prompts: Sequence[str]) -> Int[np.ndarray, "b p"]:
-    length = models.config.transformer.max_text_seq_length
-    ids, counts = tokenize(models.folder / "tokenizer", prompts, length)
+def tokens(config: CheckpointConfig, folder: Path, prompts: Sequence[str]) -> Int[np.ndarray, "b p"]:
+    """Token ids by the tokenizer of a checkpoint's folder. Raises ValueError for a prompt that the network has no positions for; where it
+    has, the rest of it is cut off with a warning."""
+    length = config.transformer.max_text_seq_length
+    ids, counts = tokenize(folder / "tokenizer", prompts, length)
     for prompt, count in zip(prompts, counts, strict=True):
-        what = f"prompt must be at most {length} tokens for {models.config.title}, its end mark included: got {count} in {prompt!r}"
-        if count > length and models.config.transformer.use_learned_positional_embeddings:
+        what = f"prompt must be at most {length} tokens for {config.title}, its end mark included: got {count} in {prompt!r}"
+        if count > length and config.transformer.use_learned_positional_embeddings:
             raise ValueError(what)
         if count > length:
             warnings.warn(f"{what}; the rest is cut off", stacklevel=4)

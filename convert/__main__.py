@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from cogi2v_jax import __version__
@@ -65,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        return options.run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"cogi2v-convert: warning: {message}", file=sys.stderr)
+            return options.run(options)
     except (ValueError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -119,14 +122,16 @@ def _record(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     """Runs every stage in JAX, fed with the reference's input and freely from the start. Exits 1 where one is not the reference's."""
+    from .targets import beside, check_target
     from .verify import verify
 
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(f"json must lie in an existing folder: got {options.json}")
+    if options.json:
+        check_target("json", options.json, tuple(path for path in (options.trace, options.truth) if path))
     report = verify(options.checkpoint, options.trace, options.truth)
     print("\n".join(report.lines(options.markdown)))
     if options.json:
-        options.json.write_text(report.json() + "\n", encoding="utf-8")
+        with beside(options.json) as part:
+            part.write_text(report.json() + "\n", encoding="utf-8")
     return 1 if report.faults else 0
 
 

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +11,8 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 
 from cogi2v_jax.media import read_frames
+
+from .targets import beside, check_target
 
 TOP = 255  # the range of a byte
 WINDOW = 11  # SSIM's Gaussian of sigma 1.5, cut off at 3.5 sigma: Wang et al. 2004, "Image quality assessment"
@@ -73,14 +72,14 @@ def report(a: Path, b: Path, curve: Path | None, record: Path | None, progress: 
             raise ValueError(f"compare must have {library}: pip install 'cogi2v-jax[compare]'")
     for what, target, suffix in (("curve", curve, ".png"), ("json", record, ".json")):
         if target:
-            _check_target(what, target, suffix, (a, b))
+            check_target(what, target, (a, b), suffix)
     frames = read_frames(a)
     comparison = compare(frames, read_frames(b), progress)
     if curve:
-        with _beside(curve) as part:
+        with beside(curve) as part:
             draw(part, comparison)
     if record:
-        with _beside(record) as part:
+        with beside(record) as part:
             part.write_text(json.dumps(_plain(frames, comparison), allow_nan=False, indent=2) + "\n")
     lines = [f"{'':7} {'video':>8} {'worst':>8} {'frame':>6}"]
     for name, score, form in (("PSNR dB", comparison.psnr, ".2f"), ("SSIM", comparison.ssim, ".4f")):
@@ -133,22 +132,3 @@ def _plain(frames: UInt8[np.ndarray, "f h w 3"], comparison: Comparison) -> dict
         for name, score in comparison._asdict().items()
     }
     return {"frames": count, "height": height, "width": width, **scores}
-
-
-def _check_target(what: str, path: Path, suffix: str, videos: tuple[Path, Path]) -> None:
-    if path.suffix.lower() != suffix or len(os.fsencode(path.name)) > 200:
-        raise ValueError(f"{what} must be a name of at most 200 bytes that ends in {suffix}: got {path}")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{what} must lie in an existing, writable folder: got {path}; make {path.parent} or choose another")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{what} must be a file or a new name: got {path}, which is a folder or a device")
-    if {video.resolve() for video in videos} & {path.resolve(), path.parent.resolve()}:
-        raise ValueError(f"{what} must lie outside the videos: got {path}")  # it would replace a picture, or be taken for one
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A path to write to, which becomes the target if all goes well."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True) as folder:
-        yield (part := Path(folder, "new"))
-        os.replace(part, target)

@@ -3,10 +3,11 @@
 import inspect
 import platform
 import sys
-import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from unittest import mock
 
 import numpy as np
 
+from cogi2v_jax.checkpoint import MANIFEST, first_line
+from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.media import read_image
+from cogi2v_jax.pipeline import tokens
 from cogi2v_jax.recipe import SETTINGS
-from cogi2v_jax.request import Request
+from cogi2v_jax.request import Request, Resolved
 from cogi2v_jax.schedule import tableau
 
 from . import trace
 from .diffusers import Source
+from .targets import beside, check_target
 
 MODULES = (  # where the reference draws noise
     "diffusers.models.autoencoders.vae",
@@ -42,11 +47,14 @@ def record(
     """Writes the trace of one request, with the predictions of all steps or of `keep_steps`. What is left out is CUDA where there is any,
     and bfloat16 there, float32 on a CPU. Returns what was done, in one line. Raises ValueError or FileNotFoundError, in one line, before
     the slow work."""
-    if not target.parent.is_dir() or target.is_dir():
-        raise ValueError(f"trace must be a file to make in an existing folder: got {target}")
+    if (source / MANIFEST).is_file():
+        raise ValueError(f"SRC must be a diffusers folder: got {source}, a converted one; cogi2v-convert to-torch makes one of it")
     config = Source(source).config
     request = request.resolve(config)
     (video,) = request.videos
+    check_target("trace", target, (video.image,))
+    tokens(config, source, [video.negative_prompt, video.prompt])
+    _check_table(config, request)
     picture = read_image(video.image)
     count = request.num_inference_steps
     tableau(config.scheduler, request.scheduler, count, request.guidance_scale, request.use_dynamic_cfg)  # some counts it can't compute
@@ -55,6 +63,8 @@ def record(
     if set(kept) - set(steps):
         raise ValueError(f"keep_steps must be from 0 to {steps[-1]}: got {', '.join(map(str, keep_steps or ()))}")
     torch, diffusers, transformers = _reference()
+    from safetensors.torch import save_file
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu where PyTorch finds no CUDA: got cuda")
@@ -65,7 +75,12 @@ def record(
         transformers.utils.logging.disable_progress_bar()
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
 
-    pipe = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the dtype's name, which not all versions call alike
+            pipe = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source} must be a whole diffusers folder: {first_line(error)}") from None
     pipe.to(getattr(torch, dtype))  # some versions leave a part as it was stored
     schedulers = {"dpm": diffusers.CogVideoXDPMScheduler, "ddim": diffusers.CogVideoXDDIMScheduler}
     pipe.scheduler = schedulers[request.scheduler].from_config(pipe.scheduler.config, timestep_spacing="trailing")
@@ -96,7 +111,11 @@ def record(
     made = {"checkpoint": config.title, "dtype": dtype, "vae_tiling": vae_tiling, "kept_steps": kept}
     made |= {"device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()}
     made |= {package: version(package) for package in ("torch", "diffusers", "transformers")}
-    _write(target, tensors, trace.head(settings, made))
+    with beside(target) as part:
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(tensors, part, trace.head(settings, made))
+        part.chmod(mode)  # save_file's are for their owner alone
     return f"{target}: {len(tensors)} tensors of {count} steps in {dtype} on {made['device']}"
 
 
@@ -110,19 +129,13 @@ def _reference() -> tuple[Any, Any, Any]:
     return torch, diffusers, transformers
 
 
-def _write(target: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Under a name beside it first, so that a trace is whole or not there."""
-    from safetensors.torch import save_file
-
-    part = target.with_name(f".{target.name}.part-{uuid.uuid4().hex[:8]}")
-    try:
-        part.touch()
-        mode = part.stat().st_mode
-        save_file(tensors, part, metadata)
-        part.chmod(mode)  # save_file's are for their owner alone
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+def _check_table(config: CheckpointConfig, request: Resolved) -> None:
+    """The reference silently takes another table where frames are fewer than the learned one's: no conversion of it could be verified."""
+    network = config.transformer
+    frames = config.vae.decoded_frames(network.table_grid[0])
+    if network.use_learned_positional_embeddings and request.num_frames != frames:
+        why = "at any other count the reference leaves its learned position table"
+        raise ValueError(f"num_frames must be {frames} for a trace of {config.title} ({why}): got {request.num_frames}")
 
 
 class Recorder:
@@ -145,7 +158,7 @@ class Recorder:
         pipe, sample = self._pipe, DiagonalGaussianDistribution.sample
         with ExitStack() as stack:
             for module in MODULES:
-                stack.enter_context(mock.patch(f"{module}.randn_tensor", self._drawing(_function(module))))
+                stack.enter_context(mock.patch(f"{module}.randn_tensor", self._drawing(import_module(module).randn_tensor)))
             stack.enter_context(mock.patch.object(DiagonalGaussianDistribution, "sample", self._sampling(sample)))
             stack.enter_context(mock.patch.object(pipe.vae, "encode", self._encoding(pipe.vae.encode)))
             stack.enter_context(mock.patch.object(pipe.scheduler, "step", self._stepping(pipe.scheduler.step)))
@@ -229,12 +242,6 @@ class Recorder:
             return result
 
         return stepped
-
-
-def _function(module: str) -> Callable[..., Any]:
-    from importlib import import_module
-
-    return import_module(module).randn_tensor
 
 
 def _kept(tensor: Any) -> Any:

@@ -11,6 +11,8 @@ import numpy as np
 from einops import EinopsError, rearrange
 from safetensors import SafetensorError, safe_open
 
+from cogi2v_jax.recipe import SETTINGS
+
 FORMAT = 1
 
 # Every tensor with its layout there and here.
@@ -38,6 +40,10 @@ LAYOUTS = {
 }
 
 
+OF_STEPS = ("noise", "latents", "x0_prev", "unconditional", "conditional", "guided")
+MADE = {"checkpoint": str, "dtype": str, "vae_tiling": bool, "kept_steps": list, "device": str, "torch": str, "diffusers": str}
+
+
 class Trace(NamedTuple):
     """A trace on disk. Tensors are read one at a time."""
 
@@ -54,18 +60,13 @@ class Trace(NamedTuple):
         return _numbered(name, step) in self.names
 
     def read(self, name: str, step: int | None = None) -> Any:
-        """A tensor in our layout: float32, or integers as they are. Raises ValueError where it is missing or of another layout."""
+        """A tensor in our layout: float32, or integers as they are. Raises ValueError where it can't be read."""
         full = _numbered(name, step)
-        if full not in self.names:
-            raise ValueError(f"{self.path} must hold {full}: found none")
         try:
             with safe_open(self.path, framework="numpy") as file:
-                value = file.get_tensor(full)
-            value = np.ascontiguousarray(rearrange(value, LAYOUTS[name]))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} must hold {full}: {error}") from None
-        except EinopsError:
-            raise ValueError(f"{full} must be [{LAYOUTS[name].split(' -> ')[0]}] in {self.path}: got {list(value.shape)}") from None
+                value = np.ascontiguousarray(rearrange(file.get_tensor(full), LAYOUTS[name]))
+        except (SafetensorError, OSError, EinopsError) as error:
+            raise ValueError(f"{self.path} must hold {full}: {str(error).splitlines()[0]}") from None
         return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
 
 
@@ -76,16 +77,52 @@ def _numbered(name: str, step: int | None) -> str:
 def open_trace(path: Path) -> Trace:
     """Raises FileNotFoundError or ValueError, in one line, for what is no whole trace."""
     if not path.is_file():
-        raise FileNotFoundError(f"trace must exist: found no {path}")
+        raise FileNotFoundError(f"trace must be an existing file: got {path}")
     try:
         with safe_open(path, framework="numpy") as file:
             head = json.loads((file.metadata() or {})["trace"])
-            names = frozenset(file.keys())
-        if head["format"] != FORMAT:
-            raise ValueError(f"its format is {head['format']}, this program reads {FORMAT}")
-        return Trace(path, names, dict(head["settings"]), dict(head["made"]))
+            if head["format"] != FORMAT:
+                raise ValueError(f"its format is {head['format']}, this program reads {FORMAT}")
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            kinds = {name: file.get_slice(name).get_dtype() for name in shapes}
+        found = Trace(path, frozenset(shapes), dict(head["settings"]), dict(head["made"]))
+        faults = _faults(found, shapes, kinds)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"trace must be a whole file of cogi2v-convert record: {path} is not ({error})") from None
+    if faults:
+        more = f"; and {len(faults) - 1} more like it" if len(faults) > 1 else ""
+        raise ValueError(f"trace must be as cogi2v-convert record makes it: {path} has {faults[0]}{more}")
+    return found
+
+
+def _faults(trace: Trace, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]) -> list[str]:
+    """What a trace lacks that its request has, and what is not of its kind."""
+    settings, made = trace.settings, trace.made
+    asked = {"prompt", "negative_prompt", "seed", *SETTINGS}
+    faults = [f"no {name} in its settings" for name in sorted(asked - settings.keys())]
+    faults += [f"the unknown {name} in its settings" for name in sorted(settings.keys() - asked)]
+    faults += [f"no {name} in its making" for name in sorted(MADE.keys() - made.keys())]
+    faults += [f"{name} {made[name]!r} in its making" for name, kind in MADE.items() if name in made and not isinstance(made[name], kind)]
+    numbers = ("num_inference_steps", "guidance_scale", "seed")
+    faults += [f"{name} {settings[name]!r}" for name in numbers if not isinstance(settings.get(name, 0), int | float)]
+    if faults:
+        return faults
+    pair = ("unconditional", "conditional") if settings["guidance_scale"] > 1 else ("conditional",)
+    noisy = settings["scheduler"] == "dpm"
+    needed = {name for name in LAYOUTS if name not in OF_STEPS}
+    needed |= {f"{name}.{step}" for step in range(trace.steps) for name in ("latents", *(("noise",) if noisy else ()))}
+    needed |= {f"{name}.{step}" for step in made["kept_steps"] for name in ("guided", *pair)}
+    needed |= {f"x0_prev.{step}" for step in made["kept_steps"] if noisy and step}
+    faults += [f"no {name}" for name in sorted(needed - shapes.keys())]
+    for name in sorted(needed & shapes.keys()):
+        whole = name in ("ids", "timesteps", "picture")
+        if whole != kinds[name].startswith(("I", "U")):
+            faults.append(f"{name} of type {kinds[name]}")
+        if len(shapes[name]) != len(LAYOUTS[name.partition(".")[0]].partition(" -> ")[0].replace(" 1 ", " _ ").split()):
+            faults.append(f"{name} of shape {list(shapes[name])}")
+        elif "." in name and shapes[name] != shapes.get("initial"):
+            faults.append(f"{name} of shape {list(shapes[name])} where initial has {list(shapes.get('initial', ()))}")
+    return faults
 
 
 def head(settings: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, str]:

@@ -208,9 +208,9 @@ def test_a_missing_or_broken_video_is_one_line_and_nothing_is_written(videos, tm
         ("--curve", "missing/c.png", "curve must lie in an existing, writable folder"),
         ("--json", "missing/c.json", "json must lie in an existing, writable folder"),
         ("--curve", "folder.png", "curve must be a file or a new name"),
-        ("--curve", "a/00000.png", "curve must lie outside the videos"),
-        ("--curve", "b/../a/c.png", "curve must lie outside the videos"),
-        ("--json", "b/recipe.json", "json must lie outside the videos"),
+        ("--curve", "a/00000.png", "curve must lie outside of what is read"),
+        ("--curve", "b/../a/c.png", "curve must lie outside of what is read"),
+        ("--json", "b/recipe.json", "json must lie outside of what is read"),
     ],
 )
 def test_a_target_that_cannot_be_written_is_refused_before_a_video_is_read(option, name, rule, videos, tmp_path, capsys, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_target_that_cannot_be_written_is_refused_before_a_video_is_read(optio
 def test_a_curve_does_not_replace_the_picture_that_it_is_of(videos, tmp_path, capsys):
     picture_file = shutil.copy(videos[0] / "00000.png", tmp_path / "one.png")
     line = one_line(capsys, ["compare", picture_file, picture_file, "--curve", picture_file])
-    assert "curve must lie outside the videos" in line
+    assert "curve must lie outside of what is read" in line
 
 
 @pytest.mark.parametrize("module", ["skimage", "matplotlib"])

@@ -21,7 +21,7 @@ FLOORS = {
     6: "phases",
     6.5: "pipeline",
     # The conversion package is one floor with an order of its own.
-    7.0: "cogi2v_convert.rules cogi2v_convert.diffusers cogi2v_convert.trace",
+    7.0: "cogi2v_convert.rules cogi2v_convert.diffusers cogi2v_convert.trace cogi2v_convert.targets",
     7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer",
     7.2: "cogi2v_convert.conversion",
     7.3: "cogi2v_convert.inspection cogi2v_convert.compare cogi2v_convert.reference",

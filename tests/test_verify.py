@@ -1,6 +1,7 @@
 """Traces of the reference, and converted checkpoints against them: what is equal passes, and each fault is found at its own stage."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -75,14 +76,16 @@ def case(cases: Callable[[str], Case]) -> Case:
 
 
 STAGES = {"ids", "pixels", "text", "moments", "posterior", "image", "timesteps", "guidance", "unconditional", "conditional", "guided"}
-STAGES |= {"latents", "video"}
+STAGES |= {"latents", "video", "posterior_noise", "initial"}
 
 
 def test_every_stage_of_a_conversion_is_the_references_in_float32(family: Case) -> None:
     report = verify.verify(str(family.source), family.single)
     assert not report.faults, "\n".join(report.lines())
-    assert {row.stage for row in report.rows} == STAGES
-    assert {row.stage for row in report.rows if row.mode == verify.FREE} == STAGES - {"ids", "pixels", "timesteps", "guidance"}
+    noise = {"noise"} if FAMILY_SCHEDULER[family.family] == "dpm" else set()
+    assert {row.stage for row in report.rows} == STAGES | noise
+    ends = {"ids", "pixels", "timesteps", "guidance", "posterior_noise", "initial"}
+    assert {row.stage for row in report.rows if row.mode == verify.FREE} == STAGES - ends
     assert all(row.error <= (1e-5 if row.mode == verify.FED else 1e-4) for row in report.rows)
     assert min(row.psnr for row in report.rows if row.psnr is not None) >= 100
     assert [row.step for row in report.rows if (row.stage, row.mode) == ("latents", verify.FREE)] == list(range(STEPS))
@@ -91,7 +94,7 @@ def test_every_stage_of_a_conversion_is_the_references_in_float32(family: Case) 
 def test_in_bfloat16_we_are_as_close_to_the_truth_as_the_reference(family: Case) -> None:
     report = verify.verify(str(family.source), family.half, family.single)
     assert not report.faults, "\n".join(report.lines())
-    assert {row.stage for row in report.rows} == STAGES
+    assert {row.stage for row in report.rows} >= STAGES
     assert max(row.error for row in report.rows if row.stage == "video") > 1e-3  # it did run in bfloat16
 
 
@@ -142,8 +145,8 @@ def test_a_wrong_latent_scale_is_placed_at_the_images_latents(family: Case, tmp_
 
 
 def test_a_swapped_pair_is_placed_at_the_prompts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = pipeline._tokens
-    monkeypatch.setattr(pipeline, "_tokens", lambda models, prompts: tokens(models, prompts)[::-1])
+    tokens = pipeline.tokens
+    monkeypatch.setattr(pipeline, "tokens", lambda *given: tokens(*given)[::-1])
     report = verify.verify(str(case.source), case.single)
     assert fed(report) == {"ids"}
     assert {row.stage for row in report.faults if row.mode == verify.FREE} >= {"text", "unconditional", "conditional", "latents", "video"}
@@ -272,10 +275,14 @@ def damaged(change: Callable[[dict], Any], source: Path, target: Path, made: dic
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda tensors: tensors.pop("text"), "must hold text: found none"),
-        (lambda tensors: tensors.update(initial=tensors["initial"][:, 1:].contiguous()), "initial must have the shape"),
+        (lambda tensors: tensors.pop("text"), "has no text"),
+        (lambda tensors: [tensors.pop(f"guided.{step}") for step in range(STEPS)], "has no guided.0; and 3 more like it"),
+        (lambda tensors: tensors.pop("noise.2"), "has no noise.2"),
+        (lambda tensors: tensors.pop("x0_prev.1"), "has no x0_prev.1"),
+        (lambda tensors: tensors.update(ids=tensors["ids"].float()), "has ids of type F32"),
+        (lambda tensors: tensors.update({"x0_prev.1": tensors["x0_prev.1"][:, 1:].contiguous()}), "has x0_prev.1 of shape [1, 4, "),
+        (lambda tensors: tensors.update({"guided.0": tensors["guided.0"][0]}), "has guided.0 of shape ["),
         (lambda tensors: tensors.update(moments=tensors["moments"][..., 1:].contiguous()), "moments must have the shape"),
-        (lambda tensors: tensors.update({"guided.0": tensors["guided.0"][0]}), "guided.0 must be [b t c h w] in "),
     ],
 )
 def test_a_damaged_trace_is_one_clear_line(change: Callable, said: str, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -284,6 +291,41 @@ def test_a_damaged_trace_is_one_clear_line(change: Callable, said: str, case: Ca
     (error,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("converting"))
     assert said in error
     assert error.startswith("cogi2v-convert: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "made", "said"),
+    [
+        ({"prompt": None}, {}, "no prompt in its settings"),
+        ({"image": "a"}, {}, "the unknown image in its settings"),
+        ({"num_inference_steps": "4"}, {}, "num_inference_steps '4'"),
+        ({}, {"torch": None}, "no torch in its making"),
+        ({}, {"vae_tiling": "no"}, "vae_tiling 'no' in its making"),
+    ],
+)
+def test_a_trace_that_says_something_else_of_itself_is_one_clear_line(
+    settings: dict, made: dict, said: str, case: Case, tmp_path: Path
+) -> None:
+    kept = trace.open_trace(case.single)
+    both = ({**kept.settings, **settings}, {**kept.made, **made})
+    told = [{name: value for name, value in given.items() if value is not None} for given in both]
+    save_file(load_file(case.single), target := tmp_path / "trace", trace.head(*told))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        trace.open_trace(target)
+
+
+def test_nothing_that_is_read_is_written_over(case: Case, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, content in (("image.png", picture.read_bytes()), ("trace", case.single.read_bytes())):
+        (tmp_path / name).write_bytes(content)
+    image, target = str(tmp_path / "image.png"), str(tmp_path / "trace")
+    assert __main__.main(["record", str(case.source), image, "--image", image, "--prompt", "a", "--height", "48", "--width", "80"]) == 1
+    assert "trace must lie outside of what is read" in capsys.readouterr().err
+    assert __main__.main(["verify", str(case.source), target, "--json", target]) == 1
+    assert "json must lie outside of what is read" in capsys.readouterr().err
+    assert __main__.main(["verify", str(case.source), target, "--json", str(tmp_path)]) == 1
+    assert "json must be a file or a new name" in capsys.readouterr().err
+    assert (tmp_path / "image.png").read_bytes() == picture.read_bytes()
+    assert (tmp_path / "trace").read_bytes() == case.single.read_bytes()
 
 
 def test_what_is_no_trace_is_one_clear_line(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -299,12 +341,16 @@ def test_what_is_no_trace_is_one_clear_line(case: Case, tmp_path: Path, capsys: 
         assert "trace must be a whole file of cogi2v-convert record" in error
         assert error.count("\n") == 1
     assert __main__.main(["verify", str(case.source), str(tmp_path / "none")]) == 1
-    assert "trace must exist" in capsys.readouterr().err
+    assert "trace must be an existing file" in capsys.readouterr().err
 
 
-def test_a_truth_is_of_the_same_request_in_float32(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert __main__.main(["verify", str(case.source), str(case.half), "--truth", str(case.half)]) == 1
-    assert "truth must be a float32 trace of the same request" in capsys.readouterr().err
+def test_a_truth_is_of_the_same_request_in_float32(case: Case, tmp_path: Path) -> None:
+    for checked in (case.half, case.single):
+        with pytest.raises(ValueError, match="truth must be a float32 trace beside a bfloat16 one"):
+            verify.verify(str(case.source), checked, checked)
+    other = damaged(lambda tensors: tensors.update(picture=255 - tensors["picture"]), case.single, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"truth must be a trace of the same request: got .* with another picture"):
+        verify.verify(str(case.source), case.half, other)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +360,8 @@ def test_a_truth_is_of_the_same_request_in_float32(case: Case, tmp_path: Path, c
         (["--image", "no such picture.png"], "image must be an existing file"),
         (["--num_frames", "11"], "num_frames must be"),
         (["--num_inference_steps", "61"], "num_inference_steps must be"),
+        (["--num_frames", "9"], "num_frames must be 17 for a trace of"),
+        (["--prompt", "the red circle " * 9], "prompt must be at most 12 tokens"),
         (["--device", "cuda"], "device must be cpu where PyTorch finds no CUDA: got cuda"),
     ],
 )
