@@ -3,10 +3,13 @@
 import argparse
 import itertools
 import resource
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -191,7 +194,8 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
                 if hosts.leads():
                     write_latents(output.with_name(output.stem + LATENTS), latents[number : number + 1], recipes[-1])
 
-        result = generate(models, batch, on_step=_progress(), on_latents=keep)
+        with _interrupts() as came:
+            result = generate(models, batch, on_step=_progress(came), on_latents=keep)
         seconds = {**result.seconds, "load": result.seconds["load"] + loading}
         _finish(zip(made, result.video, recipes, strict=True), seconds)
         loading = 0.0
@@ -227,13 +231,35 @@ def _decode_alone(options: argparse.Namespace) -> None:
     _finish([(output, video, recipe)], {**stopwatch.seconds, "load": stopwatch.seconds["load"] + loading})
 
 
-def _progress() -> Callable[[int, int, Any], None]:
-    """A line that grows old in place: step, seconds a step, time left."""
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Whether one came. Python loses an interrupt that arrives inside a destructor or a callback of the garbage collector, where jax has
+    some, so that the next step must ask."""
+    came = threading.Event()
+
+    def note(*_: Any) -> NoReturn:
+        came.set()
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _progress(came: threading.Event) -> Callable[[int, int, Any], None]:
+    """A line that grows old in place: step, seconds a step, time left. Raises KeyboardInterrupt if one `came` and was lost."""
     started = time.perf_counter()
     live = sys.stderr.isatty()
 
     def show(step: int, steps: int, latents: Any) -> None:
         nonlocal started
+        if came.is_set():
+            raise KeyboardInterrupt
         if step == 1:  # what came before was compiling and loading
             started = time.perf_counter()
         if not live and step not in (1, steps):
