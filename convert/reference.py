@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
 from importlib.metadata import version
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,7 +53,7 @@ def record(
     config = Source(source).config
     request = request.resolve(config)
     (video,) = request.videos
-    check_target("trace", target, (video.image,))
+    check_target("trace", target, (Path(video.image),) if isinstance(video.image, str | PathLike) else ())
     tokens(config, source, [video.negative_prompt, video.prompt])
     _check_table(config, request)
     picture = read_image(video.image)
@@ -130,7 +131,7 @@ def _reference() -> tuple[Any, Any, Any]:
 
 
 def _check_table(config: CheckpointConfig, request: Resolved) -> None:
-    """The reference silently takes another table where frames are fewer than the learned one's: no conversion of it could be verified."""
+    """The reference silently takes another table where frames are not the learned one's: no conversion of it could be verified."""
     network = config.transformer
     frames = config.vae.decoded_frames(network.table_grid[0])
     if network.use_learned_positional_embeddings and request.num_frames != frames:

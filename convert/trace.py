@@ -38,9 +38,8 @@ LAYOUTS = {
     "conditional": "b t c h w -> b t h w c",
     "guided": "b t c h w -> b t h w c",
 }
-
-
 OF_STEPS = ("noise", "latents", "x0_prev", "unconditional", "conditional", "guided")
+# What a trace says of its making.
 MADE = {"checkpoint": str, "dtype": str, "vae_tiling": bool, "kept_steps": list, "device": str, "torch": str, "diffusers": str}
 
 

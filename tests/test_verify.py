@@ -257,7 +257,8 @@ def test_the_command_line_exits_1_on_a_fault_and_shows_it(
     monkeypatch.setattr(verify, "MOST", {verify.FED: 1e-5, verify.FREE: 1e-12})
     assert __main__.main(["verify", str(case.source), str(case.single)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("weights of its own in float32: jax") or lines[0].split(" in float32: jax")[0]
+    assert " in float32: jax " in lines[0]
+    assert " against diffusers " in lines[0]
     assert any(line.startswith("latents") and "free" in line and line.endswith("FAIL") for line in lines)
     assert lines[-1].startswith("FAIL: ")
     assert __main__.main(["verify", str(case.source), str(case.single), "--markdown"]) == 1
