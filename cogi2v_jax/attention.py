@@ -77,13 +77,15 @@ FAR = -1e30  # a logit whose weight is zero
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel for one device that takes queries and keys as they are turned here, by plain operations in float32."""
+    """A kernel for one device that takes queries and keys as they are turned here, by plain operations in float32. Every part of a split
+    sequence has a multiple of `unit` rows."""
 
     kernel: Callable[..., Float[Array, "b s n k"]]
+    unit: int = 1
 
-    def rows(self, tokens: int) -> int:
-        """The length that a sequence is best evened out to."""
-        return tokens
+    def rows(self, tokens: int, parts: int) -> int:
+        """The length that a sequence in so many parts is best evened out to."""
+        return even(tokens, self.unit * parts)
 
     def __call__(
         self,
@@ -114,8 +116,8 @@ class Splash:
     tile: Tile
     interpret: bool = False
 
-    def rows(self, tokens: int) -> int:
-        return fitted(self.tile, tokens)[1]
+    def rows(self, tokens: int, parts: int) -> int:
+        return even(fitted(self.tile, tokens)[1], parts)
 
     def __call__(
         self,
@@ -149,11 +151,13 @@ def _after(axes: int, axis: int, count: int) -> list[tuple[int, int]]:
     return [(0, count if axis == which else 0) for which in range(axes)]
 
 
+def even(count: int, unit: int) -> int:
+    """The next multiple."""
+    return math.ceil(count / unit) * unit
+
+
 def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int]:
     """(the quickest tile no larger than the wanted one, rows of a sequence that it evens out)."""
-
-    def even(count: int, unit: int) -> int:
-        return math.ceil(count / unit) * unit
 
     def sizes(most: int) -> range:
         return range(LANES, even(most, LANES) + LANES, LANES)
@@ -176,11 +180,13 @@ def tokamax(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Ar
     return dot_product_attention(q, k[:, :tokens], v[:, :tokens], implementation=("mosaic_gpu", "triton"))
 
 
+# XLA evens the rows of every bfloat16 product of an NVIDIA device out to this, by a copy before and one after it.
+UNIT = 8
 BACKENDS: dict[str, Backend | Splash] = {
     "xla": Backend(xla),
-    "cudnn": Backend(cudnn),
+    "cudnn": Backend(cudnn, UNIT),
     "splash": Splash(TILES["v5e"]),
-    "tokamax": Backend(tokamax),
+    "tokamax": Backend(tokamax, UNIT),
 }
 NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}  # and bfloat16: their float32 is not float32
 FASTEST = {"gpu": "cudnn", "tpu": "splash"}

@@ -38,7 +38,7 @@ class Program:
         self, function: Callable[..., Any], static: tuple[str, ...] = (), loop: bool = False, lies: Callable[..., Any] | None = None
     ):
         self._function, self._static = function, static
-        self._loop, self._lies = loop, lies
+        self.loop, self._lies = loop, lies
         self._executables: dict[Any, Future[Callable[..., Any]]] = {}
         self._lock = threading.Lock()
 
@@ -67,7 +67,7 @@ class Program:
 
     def _build(self, args: tuple[Any, ...], static: dict[str, Any]) -> Callable[..., Any]:
         used = devices(args)
-        options = compiler_options(used[0].device_kind, self._loop)
+        options = compiler_options(used[0].device_kind, self.loop)
         name = fingerprint(self._function, args, static, options)
         if name is not None and (kept := load(name, args, used)) is not None:
             return kept

@@ -2,6 +2,7 @@
 float32 inside, with one rounding to the compute dtype on the way out."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Axes = tuple[str | None, ...]
+Pads = tuple[int, int]  # zeros before and after an axis
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision:
@@ -34,8 +36,18 @@ class Linear(nnx.Module):
         self.bias = param((outputs,), axes[1:], dtype, rngs, 0.02) if bias else None
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        y = jnp.dot(x, self.kernel[...], precision=precision(x.dtype), preferred_element_type=jnp.float32)
-        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+
+        def summed(x: Float[Array, "*rows inputs"], kernel: Array, bias: Array | None) -> Float[Array, "*rows outputs"]:
+            y = jnp.dot(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+            return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+        def cublas(x: Float[Array, "*rows inputs"], kernel: Array, bias: Array | None) -> Float[Array, "*rows outputs"]:
+            # In this form XLA gives the bias to cuBLASLt, which sums in float32 and rounds once; the other writes float32 sums to memory.
+            y = jnp.dot(x, kernel, precision=precision(x.dtype))
+            return y if bias is None else y + bias
+
+        return lax.platform_dependent(x, kernel, bias, cuda=cublas, default=summed)
 
 
 class LayerNorm(nnx.Module):
@@ -108,16 +120,45 @@ class Conv(nnx.Module):
         self.stride = stride
 
     def __call__(self, x: Float[Array, "b f h w c"], *, rows: tuple[int, int], columns: tuple[int, int]) -> Float[Array, "b f h2 w2 c2"]:
-        y = convolve(x, self.kernel[...][None], rows, columns, self.stride)
-        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return convolve(x, self.kernel[...][None], self.bias[...], rows, columns, self.stride)
 
 
 def convolve(
-    x: Float[Array, "b f h w c"], kernel: Float[Array, "p q r c c2"], rows: tuple[int, int], columns: tuple[int, int], stride: int = 1
+    x: Float[Array, "b f h w c"],
+    kernel: Float[Array, "p q r c c2"],
+    bias: Float[Array, " c2"],
+    rows: Pads,
+    columns: Pads,
+    stride: int = 1,
 ) -> Float[Array, "b f2 h2 w2 c2"]:
-    """Over frames, rows and columns; the sum stays float32. `stride` is that of rows and columns, and frames have no padding.
+    """Over frames, rows and columns, summed in float32 and rounded once. `stride` is that of rows and columns; frames have no padding."""
+    how = {"rows": rows, "columns": columns, "stride": stride}
+    return lax.platform_dependent(x, kernel, bias, cuda=partial(_by_frames, **how), default=partial(_by_columns, **how))
 
-    Column taps lie side by side on the channels, and columns are the batch of a 2-D convolution over frames and rows: there are always
+
+def _by_frames(
+    x: Float[Array, "b f h w c"], kernel: Float[Array, "p q r c c2"], bias: Float[Array, " c2"], *, rows: Pads, columns: Pads, stride: int
+) -> Float[Array, "b f2 h2 w2 c2"]:
+    """Frame taps lie side by side on the channels, and frames are the batch of a 2-D convolution: channels last and in bfloat16, what
+    cuDNN's matrix units take, with the bias inside. XLA turns a 3-D one to channels first, and asked for float32 sums of bfloat16 it
+    computes in float32 altogether."""
+    taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
+    x = jnp.concatenate([x[:, tap : tap + frames] for tap in range(taps)], axis=-1)
+    y = lax.conv_general_dilated(
+        rearrange(x, "b f h w c -> (b f) h w c"),
+        rearrange(kernel, "p q r c c2 -> q r (p c) c2"),
+        (stride, stride),
+        (rows, columns),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision(x.dtype),
+    )
+    return rearrange(y + bias, "(b f) h w c -> b f h w c", b=len(x))
+
+
+def _by_columns(
+    x: Float[Array, "b f h w c"], kernel: Float[Array, "p q r c c2"], bias: Float[Array, " c2"], *, rows: Pads, columns: Pads, stride: int
+) -> Float[Array, "b f2 h2 w2 c2"]:
+    """Column taps lie side by side on the channels, and columns are the batch of a 2-D convolution over frames and rows: there are always
     many of them. With the frames as its batch, of which there are two to nine, a TPU pads or splits pictures to fill its tiles: twice the
     cycles and five times the time to compile, by the compiler's own account."""
     taps, last = kernel.shape[2], x.shape[3] + sum(columns) - kernel.shape[2]
@@ -132,7 +173,7 @@ def convolve(
         precision=precision(x.dtype),
         preferred_element_type=jnp.float32,
     )
-    return rearrange(y, "(b w) f h c -> b f h w c", b=x.shape[0])
+    return (rearrange(y, "(b w) f h c -> b f h w c", b=len(x)) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def stacked(layers: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:

@@ -209,8 +209,7 @@ class Layout:
     @property
     def padded(self) -> int:
         """Tokens of the joint sequence as the layers see it: what the backend is quickest at, and as many in every part."""
-        parts = self.mesh.shape["context"]
-        return -(-self.attention.rows(self.tokens) // parts) * parts
+        return self.attention.rows(self.tokens, self.mesh.shape["context"])
 
     def exchange(self, parts: tuple[Array, Array, Array], norms: Any, positions: Any) -> Float[Array, "b s d"]:
         """Attention by Ulysses (arXiv 2309.14509): a device trades its part of the sequence with all heads for the whole sequence with its

@@ -49,8 +49,8 @@ def test_the_loop_s_options_reach_the_loop_s_compiler_alone(monkeypatch: pytest.
     for loop in (False, True):
         Program(lambda x: x + 2, loop=loop).compile(jax.ShapeDtypeStruct((), float))
     assert seen == [None, {"xla_cpu_enable_fast_math": False}]
-    assert phases.DENOISE._loop
-    assert not phases.DECODE._loop
+    assert phases.DENOISE.loop
+    assert not phases.DECODE.loop
 
 
 def test_an_unknown_device_has_the_user_s_options_alone(table, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,8 +74,7 @@ class CausalConv(nnx.Module):
         def layer(strip: Strip) -> tuple[Float[Array, "b f h2 w c2"], Float[Array, "b 2 h2 w c"]]:
             x = strip.blank(wide(strip))
             x = past.before(x, None if kept is None else strip.blank(strip.wide(kept)))
-            y = convolve(x, self.kernel[...], strip.padding, (1, 1))
-            y = (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+            y = convolve(x, self.kernel[...], self.bias[...], strip.padding, (1, 1))
             return y if onto is None else onto(strip) + y, strip.narrow(x[:, -2:])
 
         y, kept = in_strips(layer, strips)
