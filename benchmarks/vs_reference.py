@@ -214,10 +214,15 @@ def table(rows: list[Row], markdown: bool) -> str:
         low, middle, high = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
         times = [f"{1e3 * statistics.median(side):.4g}" for side in (ours, theirs)]
         cells.append([name, *times, f"{middle:.2f}", f"{low:.2f} - {high:.2f}", f"{error:.0e}"])
+    return aligned(cells, markdown)
+
+
+def aligned(cells: list[list[str]], markdown: bool) -> str:
+    """A table, its heads first."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    if markdown:
-        cells.insert(1, ["-" * width for width in widths])
     lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    if markdown:
+        lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines)
 
 

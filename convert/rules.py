@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from einops import rearrange
 
@@ -18,7 +19,7 @@ class Rule:
     axes: str = ""  # empty: as it is
     sizes: Mapping[str, int] = field(default_factory=dict)
 
-    def to_flax(self, tensor: np.ndarray) -> np.ndarray:
+    def to_flax(self, tensor: np.ndarray | jax.Array) -> Any:
         return rearrange(tensor, self.axes, **self.sizes) if self.axes else tensor
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:

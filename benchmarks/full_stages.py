@@ -1,0 +1,233 @@
+"""The stages of a request at full size, each as two callables on one device: ours and the reference's, on the same weights and inputs."""
+
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from full_networks import cut, ours, reference
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cogi2v_jax.checkpoint import memory_limit
+from cogi2v_jax.config import CheckpointConfig
+from cogi2v_jax.flags import compile_with
+from cogi2v_jax.noise import seed_words
+from cogi2v_jax.phases import OFS, Phases, mesh_for
+from cogi2v_jax.request import Request
+from cogi2v_jax.sharding import put, split
+
+GUIDANCE = 6.0
+# How the reference can be run: through torch.compile with one of its modes, and with the attention kernel that torch is held to.
+VARIANTS: dict[str, tuple[str | None, SDPBackend | None]] = {
+    "eager": (None, None),
+    "eager, cuDNN attention": (None, SDPBackend.CUDNN_ATTENTION),
+    "compile": ("default", None),
+    "compile, cuDNN attention": ("default", SDPBackend.CUDNN_ATTENTION),
+    "compile, flash attention": ("default", SDPBackend.FLASH_ATTENTION),
+    "compile max-autotune": ("max-autotune-no-cudagraphs", None),
+    "compile max-autotune, cuDNN attention": ("max-autotune-no-cudagraphs", SDPBackend.CUDNN_ATTENTION),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a checkpoint's architecture at a size, in a dtype, on the one device of both frameworks."""
+
+    model: str
+    size: str
+    dtype: str
+    steps: int
+    attention: str = "auto"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @cached_property
+    def config(self) -> CheckpointConfig:
+        return cut(self.model, self.size)[0]
+
+    @cached_property
+    def phases(self) -> Phases:
+        config, asked = cut(self.model, self.size)
+        settings = {"num_inference_steps": self.steps, "guidance_scale": GUIDANCE, "use_dynamic_cfg": False, "scheduler": "ddim"}
+        with warnings.catch_warnings(action="ignore"):  # sizes outside of the published range
+            request = Request("none.png", "none", **settings, **asked).resolve(config)
+        dtype, memory = jnp.dtype(self.dtype), memory_limit()
+        mesh = mesh_for(config, dtype, "data=1", 1, True, jax.devices()[:1], memory)
+        return Phases(config, dtype, mesh, memory, request, self.attention)
+
+    def normal(self, seed: int, *shape: int) -> torch.Tensor:
+        """Float32 values that bfloat16 holds, so that every dtype starts from the same ones."""
+        return torch.randn(shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device).bfloat16().float()
+
+
+class Program(NamedTuple):
+    """Ours, compiled: a call, and the bytes that its executables take at most, weights and arguments included."""
+
+    call: Callable[[], Any]
+    peak: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One result, of the reference's and of ours. `inner` is the module of theirs that torch.compile gets; `parts` is what times are
+    divided by."""
+
+    inner: torch.nn.Module
+    theirs: Callable[[], torch.Tensor]  # already in our layout
+    ours: Callable[..., Program]  # of the loop with the compiler's `options` in place of flags.py's
+    parts: int = 1
+
+    def variant(self, name: str) -> Callable[[], torch.Tensor]:
+        """The reference run in one of VARIANTS. What torch.compile makes is kept between the calls."""
+        mode, kernel = VARIANTS[name]
+        plain = type(self.inner).forward
+
+        def held(*args: Any, **settings: Any) -> Any:
+            with nullcontext() if kernel is None else sdpa_kernel(kernel):
+                return plain(self.inner, *args, **settings)
+
+        forward = held if mode is None else torch.compile(held, mode=mode)
+
+        def run() -> torch.Tensor:
+            self.inner.forward = forward
+            try:
+                return self.theirs()
+            finally:
+                del self.inner.forward
+
+        return run
+
+
+def frames_first(video: torch.Tensor) -> torch.Tensor:
+    """[b c f h w] as our [b f h w c]."""
+    return video.permute(0, 2, 3, 4, 1)
+
+
+def channels_last(latents: torch.Tensor) -> torch.Tensor:
+    """[b t c h w] as our [b t h w c]."""
+    return latents.permute(0, 1, 3, 4, 2)
+
+
+def given(tensor: torch.Tensor) -> jax.Array:
+    """The same values for us, where they are."""
+    return jnp.array(jax.dlpack.from_dlpack(tensor.contiguous()))
+
+
+def peak(*executables: Any) -> int:
+    """Bytes of arguments, results and what lies between, by the compiler's own plan."""
+    sizes = [executable.memory_analysis() for executable in executables]
+    return max(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes for m in sizes)
+
+
+def text_encoder(case: Case) -> dict[str, Stage]:
+    """T5 of a prompt and a negative one."""
+    module = reference("text_encoder", case.config, case.torch_dtype, case.device)
+    network, place = ours("text_encoder", module, case.phases), case.phases
+    sizes = (2, case.config.transformer.max_text_seq_length)
+    ids = torch.randint(2, case.config.text_encoder.vocab_size, sizes, generator=torch.manual_seed(1)).to(case.device)
+
+    def program() -> Program:
+        call = place.text(given(ids.int()))
+        executable = call.compile(place)
+        return Program(lambda: executable(network, *call.args), peak(executable))
+
+    return {"text": Stage(module, lambda: module(ids)[0], program)}
+
+
+def vae(case: Case) -> dict[str, Stage]:
+    """The moments of a picture, and the video of latents."""
+    module = reference("vae", case.config, case.torch_dtype, case.device)
+    network, place, dtype = ours("vae", module, case.phases), case.phases, case.torch_dtype
+    request, (frames, rows, columns, channels, padding) = place.request, place.shape
+    pixels = case.normal(2, 1, 1, request.height, request.width, 3).clamp(-1, 1)
+    latents = case.normal(3, 1, frames - padding, rows, columns, channels)
+
+    def program(call: Any) -> Program:
+        executable = call.compile(place)
+        return Program(lambda: executable(network, *call.args), peak(executable))
+
+    def moments() -> torch.Tensor:
+        return frames_first(module._encode(pixels.permute(0, 4, 1, 2, 3).to(dtype)))
+
+    def video() -> torch.Tensor:
+        unscaled = latents.permute(0, 4, 1, 2, 3).to(dtype) / case.config.vae.scaling_factor
+        return frames_first(module.decode(unscaled, return_dict=False)[0])
+
+    return {
+        "image encode": Stage(module.encoder, moments, lambda: program(place.moments(given(pixels)))),
+        "VAE decode": Stage(module.decoder, video, lambda: program(place.decode(given(latents)))),
+    }
+
+
+def transformer(case: Case) -> dict[str, Stage]:
+    """A prediction, and steps of the loop with guidance, the evaluation of their modulation included."""
+    module = reference("transformer", case.config, case.torch_dtype, case.device)
+    place, request, config = case.phases, case.phases.request, case.config.transformer
+    modulation, network = (ours(name, module, place) for name in ("modulation", "transformer"))
+    frames, rows, columns, channels, _ = place.shape
+    start = case.normal(3, 1, frames, channels, rows, columns)
+    image = torch.cat([case.normal(4, 1, 1, channels, rows, columns), torch.zeros_like(start[:, 1:])], dim=1)
+    text = case.normal(5, 2, config.max_text_seq_length, config.text_embed_dim).to(case.torch_dtype)
+    scheduler = diffusers.CogVideoXDDIMScheduler(**vars(case.config.scheduler), **case.config.scheduler.REQUIRED)
+    pipe = diffusers.CogVideoXImageToVideoPipeline(None, None, None, module, scheduler)  # for its rotary tables
+    rotary = pipe._prepare_rotary_positional_embeddings(request.height, request.width, frames, case.device)
+    more = {"image_rotary_emb": rotary, "return_dict": False}
+    if config.ofs_embed_dim:
+        more["ofs"] = torch.full((1,), OFS, dtype=case.torch_dtype, device=case.device)
+
+    def predict(x: torch.Tensor, text: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([x.to(text.dtype), image.to(text.dtype)], dim=2)
+        copies = len(text) // len(x)
+        return module(torch.cat([both] * copies), text, t.expand(len(text)), **more)[0].float()
+
+    def theirs() -> torch.Tensor:
+        scheduler.set_timesteps(case.steps, device=case.device)
+        x = start.to(text.dtype)
+        for t in scheduler.timesteps:
+            unconditional, conditional = predict(x, text, t).chunk(2)
+            v = unconditional + GUIDANCE * (conditional - unconditional)
+            x = scheduler.step(v, t, x, return_dict=False)[0].to(text.dtype)
+        return channels_last(x)
+
+    def one() -> torch.Tensor:
+        scheduler.set_timesteps(case.steps, device=case.device)
+        return channels_last(predict(start, text[1:], scheduler.timesteps[0]))
+
+    def program(schedule: Any, text: torch.Tensor, slab: int, options: Mapping[str, str] | None = None) -> Program:
+        shifts = place.shifts()
+        carry = (given(channels_last(start)), jnp.zeros_like(given(channels_last(start))))
+        constant = (None, put(seed_words([0]), split(place.mesh)), given(channels_last(image)), given(text), place.positions())
+        before = shifts.compile(place)
+        call = place.denoise(carry, 0, schedule, before(modulation, *shifts.args), *constant, slab=slab)
+        loop = call.compile(place) if options is None else compile_with(options, call.lower(place))
+
+        def run() -> jax.Array:
+            carry, first, rows, _, *rest = call.args
+            return loop(network, carry, first, rows, before(modulation, *shifts.args), *rest)[0]
+
+        return Program(run, peak(before, loop))
+
+    flat = {name: np.zeros_like(column) for name, column in place.rows._asdict().items()}
+    ones = np.ones_like(place.rows.x0)
+    lands = place.rows._replace(**{**flat, "timestep": place.rows.timestep, "sigma": -ones, "x0": ones})  # on v: a schedule is data
+    return {
+        "DiT forward": Stage(module, one, lambda: program(lands, text[1:], 1)),
+        "denoising step": Stage(module, theirs, lambda **options: program(place.rows, text, case.steps, **options), parts=case.steps),
+    }
+
+
+NETWORKS = {"text_encoder": text_encoder, "vae": vae, "transformer": transformer}

@@ -1,0 +1,132 @@
+"""Where a denoising step's time goes on a GPU, and what it takes with other attention kernels and compiler options."""
+
+# pyright: reportPrivateImportUsage=false, reportMissingImports=false
+import argparse
+import re
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+from full_stages import Case, Stage, transformer
+
+from cogi2v_jax.flags import compiler_options
+
+STEP = "denoising step"
+# What is tried: a backend with the options that flags.py has for the device, and with these instead.
+TRIALS: tuple[tuple[str, dict[str, str] | None], ...] = (
+    ("auto", None),
+    ("tokamax", None),
+    ("xla", None),
+    ("auto", {"xla_gpu_enable_cublaslt": "true"}),  # epilogues of bias and GELU inside the product
+    ("auto", {"xla_gpu_enable_triton_gemm": "false"}),  # the library's products alone
+    ("auto", {"xla_gpu_exhaustive_tiling_search": "true"}),
+    ("auto", {"xla_gpu_cudnn_gemm_fusion_level": "2"}),
+)
+SHOWN = 12  # kernels of a profile, by their share
+
+
+def tune(args: argparse.Namespace) -> dict[str, Any]:
+    """A step of ours with every one of TRIALS. What wins belongs into flags.py, with its figure."""
+    (dtype,) = args.dtypes
+    rows: list[dict[str, Any]] = []
+    for backend, options in TRIALS:
+        row: dict[str, Any] = {
+            "attention": backend,
+            "options": " ".join(f"{name}={value}" for name, value in (options or {}).items()) or "ours",
+        }
+        try:
+            stage = _step(args, dtype, backend)
+            begin = time.perf_counter()
+            program = stage.ours(options={**compiler_options(jax.devices()[0].device_kind, loop=True), **(options or {})})
+            jax.block_until_ready(program.call())
+            row["compiled"] = time.perf_counter() - begin
+            row["seconds"] = [_timed(program.call) / stage.parts for _ in range(args.repeats)]
+            row["peak"] = program.peak
+        except (ValueError, RuntimeError) as error:  # no such kernel or option here, or no room
+            row["refused"] = str(error).splitlines()[0][:100]
+        rows.append(row)
+    return {"rows": rows}
+
+
+def tune_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    cells = [["attention", "options", "s a step", "first / this", "peak GiB", "compiled in s"]]
+    first = next((statistics.median(row["seconds"]) for row in rows if "seconds" in row), None)
+    for row in rows:
+        if "refused" in row:
+            cells.append([row["attention"], row["options"], "not here", *["-"] * 3])
+            continue
+        middle = statistics.median(row["seconds"])
+        assert first is not None
+        numbers = [f"{middle:.4g}", f"{first / middle:.2f}", f"{row['peak'] / 2**30:.2f}", f"{row['compiled']:.0f}"]
+        cells.append([row["attention"], row["options"], *numbers])
+    return cells
+
+
+def profile(args: argparse.Namespace) -> dict[str, Any]:
+    """The kernels of a step, ours and those of the reference's first variant, by the time they take."""
+    (dtype,) = args.dtypes
+    stage = _step(args, dtype, args.attention)
+    call = stage.ours().call
+    jax.block_until_ready(call())
+    with jax.profiler.trace(str(args.folder / "profile")):
+        jax.block_until_ready(call())
+    sides = {"cogi2v-jax": _of_jax(args.folder / "profile")}
+    for variant in args.variants[:1]:
+        theirs = stage.variant(variant)
+        theirs()
+        activities = [torch.profiler.ProfilerActivity.CUDA if torch.cuda.is_available() else torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities) as profiler:
+            theirs()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        sides[f"reference, {variant}"] = _of_torch(profiler)
+    rows = []
+    for side, kernels in sides.items():
+        total = sum(kernels.values()) or 1.0
+        shown = kernels.most_common(SHOWN)
+        shown += [("all others", total - sum(seconds for _, seconds in shown))]
+        rows += [{"side": side, "kernel": name, "seconds": spent / stage.parts, "share": spent / total} for name, spent in shown]
+    return {"rows": rows}
+
+
+def profile_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    cells = [["side", "kernel", "ms a step", "share"]]
+    return cells + [[row["side"], row["kernel"], f"{1e3 * row['seconds']:.3f}", f"{row['share']:.1%}"] for row in rows]
+
+
+def _of_jax(folder: Path) -> Counter[str]:
+    """Seconds by kernel, numbers at names' ends taken off: of the GPU's streams, or else of the CPU's threads."""
+    (file,) = folder.rglob("*.xplane.pb")
+    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    spent: Counter[str] = Counter()
+    for plane in devices or planes:
+        for line in plane.lines:
+            if devices and not line.name.startswith("Stream"):  # the other lines tell the same time again, by module and by step
+                continue
+            for event in line.events:
+                if devices or any(key == "hlo_op" for key, _ in event.stats):
+                    spent[re.sub(r"([._]\d+)+$", "", event.name)] += event.duration_ns * 1e-9
+    return spent
+
+
+def _of_torch(profiler: torch.profiler.profile) -> Counter[str]:
+    spent: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        spent[event.key[:80]] += own * 1e-6
+    return spent
+
+
+def _step(args: argparse.Namespace, dtype: str, attention: str) -> Stage:
+    return transformer(Case(args.model, args.size, dtype, args.steps, attention))[STEP]
+
+
+def _timed(call: Any) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin

@@ -1,0 +1,105 @@
+"""The full-size benchmark, at its small size: its two sides are the same model, and it says so where they are not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import full_size
+import full_stages
+import jax
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def measured(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert full_size.main([*arguments, "--size=small", "--json", str(tmp_path / "result.json")]) == code
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+@pytest.mark.parametrize("model", full_size.MODELS)
+def test_every_stage_is_the_references_in_both_dtypes(tmp_path: Path, model: str) -> None:
+    found = measured(tmp_path, "parity", "--model", model)
+    assert [row["stage"] for row in found["rows"]] == list(full_size.STAGES)
+    assert found["faults"] == []
+    for row in found["rows"]:
+        assert 0 < row["float32"] < 1e-5 < row["bfloat16"] <= full_size.RATIO * row["reference_bfloat16"]
+        assert 0.3 < row["rms"] < 3  # activations neither died nor blew up
+
+
+def test_a_network_that_differs_fails_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    ours = full_stages.ours
+
+    def nudged(*given: Any) -> Any:
+        network = ours(*given)
+        network.norm.scale[...] = network.norm.scale[...] * 1.001
+        return network
+
+    monkeypatch.setattr(full_stages, "ours", nudged)
+    (fault,) = measured(tmp_path, "parity", "--stages", "text", "--dtypes", "float32", code=1)["faults"]
+    assert fault.startswith("text must be within 1e-05 of the reference in float32: got ")
+    assert fault in capsys.readouterr().out
+
+
+def test_both_sides_are_timed_and_a_kernel_that_is_not_here_is_said_to_be_missing(tmp_path: Path) -> None:
+    variants = ("eager", "eager, cuDNN attention")
+    found = measured(tmp_path, "speed", "--stages", "denoising step", "--variants", *variants, "--repeats", "2")
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert rows.keys() == {full_size.OURS, *variants}
+    assert "refused" in rows["eager, cuDNN attention"]
+    for name in (full_size.OURS, "eager"):
+        assert len(rows[name]["seconds"]) == 2
+        assert rows[name]["rate"] > 0
+    assert rows["eager"]["error"] == 0 < rows[full_size.OURS]["error"] < 0.1
+    assert rows[full_size.OURS]["peak"] > 2**20
+    assert len(found["table"]) == 4
+
+
+def test_tuning_tries_every_backend_and_option_and_profiles_name_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = (("auto", None), ("cudnn", None), ("auto", {"xla_cpu_enable_fast_math": "true"}))
+    monkeypatch.setattr(full_size.full_tuning, "TRIALS", trials)
+    rows = measured(tmp_path, "tune", "--repeats", "1")["rows"]
+    assert ["refused" in row for row in rows] == [False, True, False]
+    found = measured(tmp_path, "profile", "--variants", "eager")["rows"]
+    for side in ("cogi2v-jax", "reference, eager"):
+        of_side = [row for row in found if row["side"] == side]
+        assert sum(row["share"] for row in of_side) == pytest.approx(1)
+        assert len(of_side) > 3
+    assert any("dot" in row["kernel"] or "fusion" in row["kernel"] for row in found)
+
+
+@pytest.mark.slow
+def test_the_whole_path_runs_by_its_command_lines_and_is_found_again(tmp_path: Path) -> None:
+    folder = tmp_path / "path"
+    folder.mkdir()
+    found = measured(tmp_path, "path", "--folder", str(folder))
+    assert [row["step"] for row in found["rows"]] == ["weights written", "to-flax", "sample", "record", "verify"]
+    assert found["rows"][-1]["said"][-1].startswith("pass: ")
+    assert all(2**27 < row["peak"] < 2**31 for row in found["rows"][1:])
+    assert (folder / "out.mp4").stat().st_size > 1000
+    assert measured(tmp_path, "path", "--folder", str(folder))["rows"] == []
+
+
+def test_results_become_tables_between_marks_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- benchmarks/full_size.py -->\nold\n<!-- end -->\nafter\n")
+    monkeypatch.setattr(full_size, "README", page)
+    result = {"title": "parity", "table": [["stage", "error"], ["text", "1e-6"]], "machine": ["a machine"]}
+    (tmp_path / "one.json").write_text(json.dumps(result))
+    full_size.main(["readme", str(tmp_path / "one.json")])
+    text = page.read_text()
+    assert "old" not in text
+    assert "| text  | 1e-6  |" in text
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+
+
+def test_full_size_asks_for_a_gpu(capsys) -> None:
+    assert jax.default_backend() != "gpu"
+    with pytest.raises(SystemExit, match="full size must have a GPU"):
+        full_size.main(["parity"])
+    assert np.isclose(full_size._error(np.ones(4), np.full(4, 2.0)), 0.5)
