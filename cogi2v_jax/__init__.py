@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import Models
-    from .hub import load
+    from .hub import adapt, load
     from .pipeline import Result, decode, generate
     from .request import Noise, Request
 
 __version__ = version("cogi2v-jax")
 
-__all__ = ["Models", "Noise", "Request", "Result", "__version__", "decode", "generate", "load"]
+__all__ = ["Models", "Noise", "Request", "Result", "__version__", "adapt", "decode", "generate", "load"]
 
 _HOMES = {
     "Models": "checkpoint",
     "Noise": "request",
     "Request": "request",
     "Result": "pipeline",
+    "adapt": "hub",
     "decode": "pipeline",
     "generate": "pipeline",
     "load": "hub",

@@ -1,6 +1,9 @@
 """Command-line arguments of a request, for every program that takes one."""
 
 import argparse
+import math
+from collections.abc import Iterable
+from pathlib import Path
 
 from .media import FITS
 from .request import IMAGE_LATENT_SCALES, NOISES
@@ -27,6 +30,27 @@ def add_settings(parser: argparse.ArgumentParser, ours: bool = True) -> None:
         help=f"{', '.join(IMAGE_LATENT_SCALES)} or a number; sat helps 1.5 videos that start too bright",
     )
     how.add_argument("--noise", choices=NOISES, help="whose random numbers a seed means; torch draws those of the official script")
+
+
+def weighted(loras: Iterable[object]) -> list[tuple[Path, float]]:
+    """Files, as FILE or FILE:WEIGHT or pairs of both, and their weights. Raises FileNotFoundError for no file or folder, ValueError for a
+    weight that is none."""
+    return [_weighted(*lora) if isinstance(lora, tuple) else _weighted(str(lora)) for lora in loras]
+
+
+def _weighted(file: object, weight: object = None) -> tuple[Path, float]:
+    path, (head, colon, tail) = Path(str(file)).expanduser(), str(file).rpartition(":")
+    if weight is None and not path.exists() and colon:  # a name may have a colon of its own
+        path, weight = Path(head).expanduser(), tail
+    if not path.exists():
+        raise FileNotFoundError(f"lora must be an existing file or folder: found no {path}")
+    try:
+        number = float(1.0 if weight is None else weight)  # pyright: ignore[reportArgumentType] (what is no number raises)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"the weight of lora {path} must be a finite number: got {weight}")
+    return path, number
 
 
 def _scale(text: str) -> str | float:

@@ -9,7 +9,7 @@ layouts, one a layer, so that neither writing nor loading ever holds more than a
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,6 +27,7 @@ from jaxtyping import Array, Int
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from .config import PARTS, CheckpointConfig, read_json
+from .lora import Leaves, Lora, changing, check_leaves, read_merged
 from .models.t5 import T5
 from .models.transformer import Transformer
 from .models.vae import VAE
@@ -179,7 +180,9 @@ class Models:
     attention: str = "auto"
     mesh: str = "auto"  # a name of configs/meshes.toml, sizes spelled out, or "auto"
     vae_tiling: bool = False  # whether the VAE works in the reference's blended tiles
+    loras: Sequence[Lora] = ()  # added to the transformer as it is restored; others may be set at any time
     _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)  # the least recently used first
+    _merged: dict[str, list[Any]] = field(default_factory=dict, repr=False)  # the identities of what was added to those
     _loading: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def piece(self, name: str, shapes: nnx.Module | None = None, workspace: int = 0, ahead: bool = False) -> Any:
@@ -188,19 +191,33 @@ class Models:
         if shapes is None:
             shapes = placed(self.config, name, self.dtype, make_mesh(Sizes(), jax.local_devices()[:1]), memory_limit())
         with self._loading:
-            network = self._resident.pop(name, None)
-            if network is not None and places(network) != places(shapes):
-                network = None  # it lies elsewhere, and is gone before its successor comes
+            network, loras = self._resident.pop(name, None), changing(self.loras, _full_names(name, shapes))
+            merged = [lora.identity for lora in loras]
+            if network is not None and (places(network) != places(shapes) or self._merged[name] != merged):
+                network = None  # it lies elsewhere or has other LoRAs in it, and is gone before its successor comes
             room = memory_limit(places(shapes)[0].mesh) - workspace - bytes_per_device(shapes)
             while self._used() > room and self._resident and not ahead:
                 del self._resident[next(iter(self._resident))]
             if ahead and self._used() > room:
                 return None
-            self._resident[name] = restore(self.folder, self.config, name, shapes) if network is None else network
+            self._resident[name] = restore(self.folder, self.config, name, shapes, loras) if network is None else network
+            self._merged[name] = merged
             return self._resident[name]
 
     def _used(self) -> int:
         return sum(map(bytes_per_device, self._resident.values()))
+
+
+def _full_names(name: str, network: nnx.Module) -> dict[str, Any]:
+    """A piece's leaves under the transformer's names for them; no other part takes LoRAs."""
+    part, prefix = PIECES[name]
+    return {prefix + leaf: value for leaf, value in leaf_names(network).items()} if part == "transformer" else {}
+
+
+def check_loras(config: CheckpointConfig, dtype: jnp.dtype, loras: Sequence[Lora]) -> None:
+    """Raises ValueError for LoRAs that can't be added to a checkpoint's weights as they are loaded."""
+    for name in PIECES:
+        check_leaves(loras, _full_names(name, piece(config, name, dtype)))
 
 
 def places(network: nnx.Module) -> list[NamedSharding]:
@@ -251,18 +268,23 @@ def open_folder(folder: Path, dtype: jnp.dtype, **settings: Any) -> Models:
     return Models(folder, read_config(folder), jnp.dtype(dtype), **settings)
 
 
-def restore(folder: Path, config: CheckpointConfig, name: str, shapes: nnx.Module) -> nnx.Module:
-    """One piece onto its devices, in the dtype and the places of `shapes`: layer by layer into its stacked arrays, in place. Every process
-    reads what its own devices hold."""
+def restore(folder: Path, config: CheckpointConfig, name: str, shapes: nnx.Module, loras: Sequence[Lora] = ()) -> nnx.Module:
+    """One piece onto its devices, in the dtype and the places of `shapes`: layer by layer into its stacked arrays, in place, with `loras`
+    added. Every process reads what its own devices hold."""
     part, prefix = PIECES[name]
     graph, state = nnx.split(shapes)
     leaves = {prefix + leaf: shape for leaf, shape in leaf_names(shapes).items()}
     all_rest, all_rows = unit_shapes(config, part)
-    filled = read_shards(folder, part, None, {leaf: shape for leaf, shape in leaves.items() if not is_stacked(leaf)}, all_rest)
+
+    def read(layer: int | None, asked: Leaves) -> dict[str, Array]:
+        shapes = all_rest if layer is None else all_rows
+        return read_merged(loras, layer, asked, lambda asked: read_shards(folder, part, layer, asked, shapes))
+
+    filled = read(None, {leaf: shape for leaf, shape in leaves.items() if not is_stacked(leaf)})
     stacks = {leaf: jnp.zeros(shape.shape, shape.dtype, device=shape.sharding) for leaf, shape in leaves.items() if is_stacked(leaf)}
     rows = {leaf: _of_a_layer(stack) for leaf, stack in stacks.items()}
     for layer in range(layer_count(config, part) if stacks else 0):
-        stacks = _set_layer(stacks, read_shards(folder, part, layer, rows, all_rows), np.int32(layer))
+        stacks = _set_layer(stacks, read(layer, rows), np.int32(layer))
     filled |= stacks
     pure = nnx.to_flat_state(state)
     return nnx.merge(graph, nnx.from_flat_state([(path, leaf.replace(filled[prefix + ".".join(map(str, path))])) for path, leaf in pure]))

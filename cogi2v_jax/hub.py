@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,23 @@ import jax.numpy as jnp
 from platformdirs import user_cache_path
 
 from . import config, hosts
+from .arguments import weighted
 from .attention import choose
-from .checkpoint import FORMAT, MANIFEST, Models, first_line, open_folder
+from .checkpoint import FORMAT, MANIFEST, Models, check_loras, first_line, open_folder, read_config
 from .compiled import keep_compilations
+from .lora import Lora
 
 EMBEDDED = Path(__file__).parent / "assets"
 DTYPES = ("bfloat16", "float32")
 LARGE = 2**26  # bytes from which a file's hash is remembered
 YOUNG = 2 * 10**9  # nanoseconds: the coarsest clock of a common file system
+Say = Callable[[str], None]
 HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", "transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"]
+
+
+def _say(line: str) -> None:
+    if hosts.leads():
+        print(line, file=sys.stderr)
 
 
 def load(
@@ -36,12 +44,13 @@ def load(
     attention: str = "auto",
     mesh: str = "auto",
     vae_tiling: bool = False,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr) if hosts.leads() else None,
+    loras: Iterable[Any] = (),
+    say: Say = _say,
 ) -> Models:
     """A checkpoint, ready to sample: a converted folder, a diffusers folder, a hub id, or one of `config.names()`. Weights are read when a
     phase first needs them. `mesh` says how devices share the work, `vae_tiling` has the VAE work in the reference's blended tiles, and
-    `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. Raises ValueError or
-    FileNotFoundError in one line."""
+    `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. `loras` are added to the weights, as in
+    `adapt`. Raises ValueError or FileNotFoundError in one line."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with contextlib.suppress(TypeError):  # what numpy doesn't know is refused by its own name
@@ -51,10 +60,39 @@ def load(
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
     choose(attention, jnp.dtype(dtype))
     keep_compilations()
-    return open_folder(_converted(_locate(path_or_name, say), say), jnp.dtype(dtype), attention=attention, mesh=mesh, vae_tiling=vae_tiling)
+    files = _open(loras)  # before a model is fetched, which may take an hour
+    folder = _locate(path_or_name, say)
+    merged = _match(files, read_config(folder), jnp.dtype(dtype), say) if files else []
+    settings = {"attention": attention, "mesh": mesh, "vae_tiling": vae_tiling, "loras": merged}
+    return open_folder(_converted(folder, say), jnp.dtype(dtype), **settings)
 
 
-def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) -> Path:
+def adapt(models: Models, loras: Iterable[Any] = (), say: Say = _say) -> None:
+    """Gives `models` these LoRAs in place of any others: files or folders, as "FILE", "FILE:WEIGHT" or (FILE, WEIGHT); they add up.
+    Weights that another set is in are read again when they are needed; no program is compiled. Says a line of each file, and one of
+    each tensor that has no place. Raises ValueError or FileNotFoundError in one line, and changes nothing then."""
+    models.loras = _match(_open(loras), models.config, models.dtype, say)
+
+
+def _open(loras: Iterable[Any]) -> list[tuple[Any, float]]:
+    # The type checker can't follow the package's name to its folder, convert/.
+    from cogi2v_convert.lora_file import open_lora  # pyright: ignore[reportMissingImports]
+
+    return [(open_lora(path), weight) for path, weight in weighted(loras)]
+
+
+def _match(files: list[tuple[Any, float]], of: config.CheckpointConfig, dtype: jnp.dtype, say: Say) -> list[Lora]:
+    from cogi2v_convert.lora import match  # pyright: ignore[reportMissingImports]
+
+    found = [match(file, of, weight) for file, weight in files]
+    loras = [matched.checked() for matched in found]
+    check_loras(of, dtype, loras)
+    for matched in found:
+        say("\n".join([matched.line(), *matched.unmatched()]))
+    return loras
+
+
+def _locate(path_or_name: str | os.PathLike[str], say: Say) -> Path:
     """The folder that a name stands for; fetched from the hub where it is not on this machine."""
     text = str(path_or_name)
     if text in config.names():
@@ -72,7 +110,7 @@ def _locate(path_or_name: str | os.PathLike[str], say: Callable[[str], None]) ->
     raise FileNotFoundError(f"model must be a folder, a hub id or one of {', '.join(config.names())}: found no {text}")
 
 
-def _fetch(hub_id: str, say: Callable[[str], None]) -> Path:
+def _fetch(hub_id: str, say: Say) -> Path:
     from huggingface_hub import snapshot_download
 
     sources = [config.toml(name)["source"] for name in config.names()]
@@ -85,11 +123,10 @@ def _fetch(hub_id: str, say: Callable[[str], None]) -> Path:
         raise FileNotFoundError(f"model {hub_id} must be reachable on the hub or in its cache: {first_line(error)}") from None
 
 
-def _converted(folder: Path, say: Callable[[str], None]) -> Path:
+def _converted(folder: Path, say: Say) -> Path:
     """The folder itself if it is a converted one, else its conversion in the cache, made now if need be."""
     if (folder / MANIFEST).is_file():
         return folder
-    # The type checker can't follow the package's name to its folder, convert/.
     from cogi2v_convert.conversion import to_flax  # pyright: ignore[reportMissingImports]
     from cogi2v_convert.diffusers import Source  # pyright: ignore[reportMissingImports]
 
@@ -108,7 +145,7 @@ def _converted(folder: Path, say: Callable[[str], None]) -> Path:
     return destination
 
 
-def _cache(say: Callable[[str], None]) -> Path:
+def _cache(say: Say) -> Path:
     """The user's cache of conversions; where it can't be written, one that lasts as long as the process."""
     cache = user_cache_path("cogi2v-jax") / "converted"
     try:

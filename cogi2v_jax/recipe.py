@@ -45,6 +45,7 @@ def recipe_of(models: "Models", name: str, request: Request, video: Video | None
         "seed": video.seed,
         **{setting: getattr(request, setting) for setting in SETTINGS},
         "dtype": str(models.dtype),
+        "loras": [{"file": lora.name, "weight": lora.weight, "sha256": lora.sha256} for lora in models.loras],
         "attention": models.attention,
         "mesh": models.mesh,
         "device": jax.devices()[0].device_kind,

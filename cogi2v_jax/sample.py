@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__, hosts, plan
-from .arguments import add_settings
+from .arguments import add_settings, weighted
 from .config import names
 from .manifest import Job, read_manifest
 from .media import check_output, read_image, write_video
@@ -77,9 +77,15 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--vae_tiling", action="store_true", help="encode and decode in the reference's blended tiles, as its script does")
     model.add_argument("--verbose", action="store_true", help="print mesh, attention and compiler options")
     model.add_argument("--decode_latents", metavar="FILE", type=Path, help=f"only decode a *{LATENTS} file of an earlier run")
+    model.add_argument(
+        "--lora_path",
+        metavar="FILE[:WEIGHT]",
+        action="append",
+        default=[],
+        help="a LoRA file or folder (diffusers, PEFT, kohya, SAT), added to the weights; several times over",
+    )
     # Of the official script: there is one type here, and a LoRA file knows its rank.
     model.add_argument("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)
-    model.add_argument("--lora_path", help=argparse.SUPPRESS)
     model.add_argument("--lora_rank", type=int, help=argparse.SUPPRESS)
     return main
 
@@ -92,18 +98,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-            if options.lora_path:
-                arguments_parser.error(
-                    "--lora_path can't be read yet: fuse the LoRA in PyTorch (pipe.fuse_lora()) and give the result as --model"
-                )
+            weighted(options.lora_path)  # faults that need no jax
             if not options.plan:
                 hosts.join()
             if options.plan:
                 settings = {setting: getattr(options, setting) for setting in SETTINGS}
                 print("\n".join(plan.lines(options.model or EMBEDDED, options.plan, options.dtype, options.attention, **settings)))
             elif options.decode_latents:
-                if options.image or options.prompt or options.manifest:
-                    arguments_parser.error("--decode_latents must stand alone: got --image, --prompt or --manifest beside it")
+                if options.image or options.prompt or options.manifest or options.lora_path:
+                    arguments_parser.error("--decode_latents must stand alone: got --image, --prompt, --manifest or --lora_path beside it")
                 _decode_alone(options)
             else:
                 _sample(options, _jobs(options, arguments_parser))
@@ -174,7 +177,7 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
     from .pipeline import generate, prepare, videos_at_once
 
     name = options.model or EMBEDDED
-    models = load(name, options.dtype, options.attention, options.mesh, options.vae_tiling)
+    models = load(name, options.dtype, options.attention, options.mesh, options.vae_tiling, options.lora_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         batches = request.batches(videos_at_once(models, request))

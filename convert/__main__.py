@@ -26,7 +26,8 @@ def parser() -> argparse.ArgumentParser:
     torch.add_argument("destination", metavar="DST", type=Path, help="diffusers folder to make")
     torch.set_defaults(run=_to_torch)
     inspect = commands.add_parser("inspect", help="what a folder holds, and whether every tensor has a place", description=_inspect.__doc__)
-    inspect.add_argument("source", metavar="SRC", type=Path, help="diffusers or converted folder")
+    inspect.add_argument("source", metavar="SRC", type=Path, help="diffusers or converted folder; with --model a LoRA file")
+    inspect.add_argument("--model", metavar="NAME", help="the folder or the name of the model that a LoRA is for")
     inspect.add_argument("--keys", action="store_true", help="list the matched tensors too, with their places")
     inspect.set_defaults(run=_inspect)
     record = commands.add_parser("record", help="what the PyTorch reference computes, stage by stage", description=_record.__doc__)
@@ -136,10 +137,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    """Says what a folder holds. Exits 1 where a tensor has no place or is missing."""
-    from .inspection import report
+    """Says what a folder holds, or what a LoRA file changes of a model. Exits 1 where a tensor has no place or is missing, of a LoRA where
+    sampling would refuse it."""
+    from .inspection import lora_report, report
 
-    lines, whole = report(options.source, options.keys)
+    if options.model is None and options.source.is_file():
+        raise ValueError(f"--model must name the model that a LoRA is for: got {options.source} alone")
+    lines, whole = lora_report(options.source, options.model, options.keys) if options.model else report(options.source, options.keys)
     print("\n".join(lines))
     return 0 if whole else 1
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, leaf_names, open_folder
-from cogi2v_jax.config import CheckpointConfig
+from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, leaf_names, open_folder, read_config
+from cogi2v_jax.config import CheckpointConfig, named, names, toml
 
-from . import t5
+from . import lora, t5
 from .conversion import homes, match, tensors_recorded
 from .diffusers import Source
+from .lora_file import open_lora
 
 
 def report(folder: Path, keys: bool) -> tuple[list[str], bool]:
@@ -39,6 +40,25 @@ def report(folder: Path, keys: bool) -> tuple[list[str], bool]:
             lines += [f"  {name} -> {places[name].rule.flax} {places[name].rule.axes}".rstrip() for name in sorted(names) if name in places]
         whole = whole and not faults
     return lines, whole
+
+
+def lora_report(path: Path, model: str, keys: bool) -> tuple[list[str], bool]:
+    """A LoRA file against a model, of which the configuration is enough: a folder, or a name or hub id of `config.names()`. Raises as
+    `open_lora` does."""
+    found = lora.match(open_lora(path), _config_of(model))
+    lines = [f"{found.line()} ({found.title})", *found.unmatched(len(found.rows)), *(f"  ! {fault}" for fault in found.general)]
+    lines += [f"  {row.key} -> {row.place}" for row in found.rows.values() if keys and row.place]
+    return lines, found.lora is not None
+
+
+def _config_of(model: str) -> CheckpointConfig:
+    for name in names():
+        if model.lower().replace("thudm/", "zai-org/") in (name, toml(name)["source"].get("hub", "").lower()):
+            return named(name)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"model must be a folder or one of {', '.join(names())}: found no {model}")
+    return read_config(folder)
 
 
 def _facts(config: CheckpointConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """A weight map is a table of rules, each read in both directions; this file reads them."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +28,19 @@ class Rule:
             return array
         theirs, ours = self.axes.split(" -> ")
         return rearrange(array, f"{ours} -> {theirs}", **self.sizes)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a linear map's weight, convolutions of patches among them: outputs first there, inputs and outputs here."""
+        return self.flax.endswith(".kernel")
+
+    def factors(self, down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The two factors of a linear weight, [r, *inputs] and [outputs, r] there, as [inputs, r] and [r, outputs]: the product of these is
+        `to_flax` of theirs, for the pattern rearranges outputs and inputs apart from each other."""
+        (outputs, *inputs), (ours_in, ours_out) = (re.findall(r"\(.*?\)|\S+", side) for side in self.axes.split(" -> "))
+        patterns = f"rank {' '.join(inputs)} -> {ours_in} rank", f"{outputs} rank -> rank {ours_out}"
+        sizes = [{axis: size for axis, size in self.sizes.items() if axis in re.findall(r"\w+", pattern)} for pattern in patterns]
+        return rearrange(down, patterns[0], **sizes[0]), rearrange(up, patterns[1], **sizes[1])
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The torch shape of one layer's tensor, from ours."""

@@ -97,7 +97,12 @@ ERRORS = {
     "image without a prompt": (["--image", "photo.png"], 2, r"--image and --prompt must be given"),
     "another model without an image": (["--model", "cogvideox-5b-i2v", "--prompt", "p"], 2, r"--image and --prompt must be given"),
     "latents and a prompt": (["--decode_latents", "x", "--prompt", "p"], 2, r"--decode_latents must stand alone"),
-    "LoRA": (["--lora_path", "x", "--lora_rank", "128"], 2, r"--lora_path can't be read yet: fuse the LoRA in PyTorch"),
+    "missing LoRA": (["--lora_path", "x", "--lora_rank", "128"], 1, r"lora must be an existing file or folder: found no x$"),
+    "missing LoRA with a weight": (["--lora_path", "x.safetensors:0.8"], 1, r"lora must be an existing .*: found no x.safetensors$"),
+    "LoRA's weight": (["--lora_path", "notes.txt:strong"], 1, r"the weight of lora notes.txt must be a finite number: got strong$"),
+    "LoRA's infinite weight": (["--lora_path", "notes.txt:inf"], 1, r"the weight of lora notes.txt must be a finite number: got inf$"),
+    "text as a LoRA": (["--lora_path", "notes.txt"], 1, r"lora must end in .safetensors, .*: got notes.txt$"),
+    "latents and a LoRA": (["--decode_latents", "x", "--lora_path", "notes.txt"], 2, r"--decode_latents must stand alone"),
     "no videos": (["--num_videos_per_prompt", "0"], 2, r"--num_videos_per_prompt must be at least 1: got 0"),
     "text as a number": (["--height", "tall"], 2, r"--height: invalid int value: 'tall'"),
     "text as a scale": (["--image_latent_scale", "big"], 2, r"must be reference, sat, trainer or a number: got 'big'"),
@@ -201,7 +206,7 @@ def test_the_help_names_every_flag(capsys):
         main(["--help"])
     text = capsys.readouterr().out
     flags = {flag for action in parser()._actions for flag in action.option_strings}
-    assert {flag for flag in flags if not re.search(rf"{flag}\b", text)} == {"--generate_type", "--lora_path", "--lora_rank"}
+    assert {flag for flag in flags if not re.search(rf"{flag}\b", text)} == {"--generate_type", "--lora_rank"}
     assert {"cogi2v-tiny", "cogvideox-5b-i2v", "cogvideox1.5-5b-i2v"} <= set(re.findall(r"[\w.-]+\w", text))
 
 
