@@ -39,8 +39,8 @@ def weighted(loras: Iterable[object]) -> list[tuple[Path, float]]:
 
 
 def _weighted(file: object, weight: object = None) -> tuple[Path, float]:
-    path, (head, colon, tail) = Path(str(file)).expanduser(), str(file).rpartition(":")
-    if weight is None and not path.exists() and colon:  # a name may have a colon of its own
+    path, (head, _, tail) = Path(str(file)).expanduser(), str(file).rpartition(":")
+    if weight is None and head and not path.exists():  # a name may have a colon of its own
         path, weight = Path(head).expanduser(), tail
     if not path.exists():
         raise FileNotFoundError(f"lora must be an existing file or folder: found no {path}")

@@ -37,6 +37,7 @@ MODELS = {
     "CogVideoX1.5-5B": Published(3072, 42, (128,), 128),
     "CogVideoX1.5-5B-I2V": Published(3072, 42, (256,), 128, True),
 }
+WIDE = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_out")  # whose inputs are as wide as the network
 GENERATIONS = {"cogvideox-i2v": "CogVideoX 1.0", "cogvideox1.5-i2v": "CogVideoX 1.5"}  # by a checkpoint's family
 
 
@@ -65,7 +66,11 @@ class Match:
 
     @property
     def faults(self) -> list[str]:
-        return self.general + [f"{row.key} {row.reason}" for row in self.rows.values() if row.fatal]
+        return self.general + self._misfits
+
+    @property
+    def _misfits(self) -> list[str]:
+        return [f"{row.key} {row.reason}" for row in self.rows.values() if row.fatal]
 
     def refuse(self, key: str, reason: str) -> None:
         self.rows[key] = Row(key, reason=reason, fatal=True)
@@ -85,8 +90,9 @@ class Match:
     def checked(self) -> Lora:
         """The Lora. Raises ValueError, in one line, where there is none."""
         if self.lora is None:
-            more = f"; and {len(self.faults) - 1} more" if len(self.faults) > 1 else ""
-            raise ValueError(f"lora {self.file.name} must fit {self.title}: {self.faults[0]}{more}")
+            told = [*self.general, *self._misfits[:1]]
+            more = len(self.faults) - len(told)
+            raise ValueError(f"lora {self.file.name} must fit {self.title}: {'; '.join([*told, *([f'and {more} more'] if more else [])])}")
         return self.lora
 
 
@@ -133,7 +139,7 @@ def _misfits(file: LoraFile, keys: Mapping[str, str], shape: tuple[int, ...]) ->
     a, b = (file.shapes[keys[side]] for side in "AB")
     rank = a[0] if a else 0
     faults = []
-    if not rank or a[1:] not in (tuple(inputs), (math.prod(inputs),)):
+    if not rank or a[1:] != tuple(inputs):  # not flat either: 1.5's text-to-video patches have as many numbers as 1.0's image-to-video ones
         faults.append((keys["A"], f"must have the shape [rank, {', '.join(map(str, inputs))}]: got {list(a)}"))
     if rank and (b[:2] != (outputs, rank) or math.prod(b[2:]) != 1):
         faults.append((keys["B"], f"must have the shape [{outputs}, {rank}]: got {list(b)}"))
@@ -228,7 +234,7 @@ def _facts(file: LoraFile) -> dict[str, Any]:
             facts["outputs"] = shape[0]
         elif module.startswith("ofs_embedding"):
             facts["ofs"] = True
-        elif side == "A" and "attn1" in module and len(shape) == 2:
+        elif side == "A" and len(shape) == 2 and kind(module).endswith(WIDE):
             facts["width"] = shape[1]
     return facts | ({"layers": layers} if layers in {model.layers for model in MODELS.values()} else {})
 
