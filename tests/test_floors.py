@@ -103,6 +103,7 @@ def test_a_file_fits_one_sitting(name: str) -> None:
         "cogi2v_jax.sample.main(['--no_such_flag'])",
         "cogi2v_jax.sample.main(['--image', 'no such image.png', '--prompt', 'a'])",
         "cogi2v_jax.sample.main(['--manifest', 'no such jobs.csv'])",
+        "cogi2v_jax.sample.main(['--lora_path', 'no such lora.safetensors:0.5'])",
         "cogi2v_jax.Request('a.png', 'b'), cogi2v_jax.Noise(), cogi2v_jax.__version__, dir(cogi2v_jax)",
         "cogi2v_convert.__main__.main(['--help'])",
         "cogi2v_convert.__main__.main(['no-such-command'])",
