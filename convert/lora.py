@@ -227,10 +227,11 @@ def _facts(file: LoraFile) -> dict[str, Any]:
     layers = 0
     for key, shape in file.shapes.items():
         module, side, _ = meaning(key)
-        layers = max(layers, int(module.split(".")[1]) + 1 if module.startswith("transformer_blocks.") else 0)
+        if block := re.match(r"transformer_blocks\.(\d+)\.", module):
+            layers = max(layers, int(block[1]) + 1)
         if (kind(module), side) == ("patch_embed.proj", "A"):
             facts["patch"] = tuple(shape[1:])
-        elif (kind(module), side) == ("proj_out", "B"):
+        elif (kind(module), side) == ("proj_out", "B") and shape:
             facts["outputs"] = shape[0]
         elif module.startswith("ofs_embedding"):
             facts["ofs"] = True
