@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert"}
 FLOORS = {
+    -1: "relatives",
     0: "config watch",
     1: "request schedule positions media tokenizer noise manifest sharding flags fingerprint executables hosts",
     2: "arguments layers recipe strips",
