@@ -19,6 +19,9 @@ FLOORS = {
     3: "attention",
     4: "models.t5 models.vae models.transformer",
     5: "checkpoint compiled models.tiling",
+    5.1: "wanted",
+    5.2: "bucket",
+    5.3: "fetch",
     6: "phases",
     6.5: "pipeline",
     # The conversion package is one floor with an order of its own.
