@@ -62,7 +62,7 @@ def _converted(folder: Path, say: Callable[[str], None]) -> Path:
         return folder
     # The type checker can't follow the package's name to its folder, convert/.
     from cogi2v_convert.conversion import to_flax  # pyright: ignore[reportMissingImports]
-    from cogi2v_convert.diffusers import Source  # pyright: ignore[reportMissingImports]
+    from cogi2v_convert.sources import Source  # pyright: ignore[reportMissingImports]
 
     source = Source(folder)
     cache = _cache(say)

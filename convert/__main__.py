@@ -10,23 +10,25 @@ from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.recipe import SETTINGS
 from cogi2v_jax.request import Request
 
+SOURCES = "diffusers folder (here, at gs:// or a hub id), then files or folders that replace parts of it: .safetensors, .pt, SAT's"
+
 
 def parser() -> argparse.ArgumentParser:
     what = "Converts CogVideoX image-to-video weights between PyTorch and JAX, and compares the videos."
     main = argparse.ArgumentParser(prog="cogi2v-convert", description=what)
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    flax = commands.add_parser("to-flax", help="a diffusers folder as a folder that `--model` takes", description=_to_flax.__doc__)
-    flax.add_argument("source", metavar="SRC", type=Path, help="diffusers folder: transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-    flax.add_argument("destination", metavar="DST", type=Path, help="folder to make; it appears only when complete")
+    flax = commands.add_parser("to-flax", help="PyTorch weights as a folder that `--model` takes", description=_to_flax.__doc__)
+    flax.add_argument("sources", metavar="SRC", nargs="+", help=SOURCES)
+    flax.add_argument("destination", metavar="DST", help="folder to make, here or at gs://; it appears only when complete")
     flax.add_argument("--dtype", choices=["bfloat16", "float32"], help="cast every weight (default: each tensor keeps its own)")
     flax.set_defaults(run=_to_flax)
     torch = commands.add_parser("to-torch", help="the way back, bit for bit", description=_to_torch.__doc__)
     torch.add_argument("source", metavar="SRC", type=Path, help="converted folder")
-    torch.add_argument("destination", metavar="DST", type=Path, help="diffusers folder to make")
+    torch.add_argument("destination", metavar="DST", help="diffusers folder to make, here or at gs://")
     torch.set_defaults(run=_to_torch)
-    inspect = commands.add_parser("inspect", help="what a folder holds, and whether every tensor has a place", description=_inspect.__doc__)
-    inspect.add_argument("source", metavar="SRC", type=Path, help="diffusers or converted folder")
+    inspect = commands.add_parser("inspect", help="what weights are, and whether every tensor has a place", description=_inspect.__doc__)
+    inspect.add_argument("sources", metavar="SRC", nargs="+", help=f"a converted folder, or {SOURCES}")
     inspect.add_argument("--keys", action="store_true", help="list the matched tensors too, with their places")
     inspect.set_defaults(run=_inspect)
     record = commands.add_parser("record", help="what the PyTorch reference computes, stage by stage", description=_record.__doc__)
@@ -87,10 +89,11 @@ def _progress(part: str, done: int, total: int) -> None:
 
 
 def _to_flax(options: argparse.Namespace) -> int:
-    """Converts a diffusers folder, a layer at a time."""
+    """Converts a diffusers folder, a layer at a time. What follows it replaces parts of it, and says itself which: a file of ComfyUI's
+    (bf16, fp16, float8 with its scales), a checkpoint of SAT's (.pt, or its folder), a part's own folder."""
     from .conversion import to_flax
 
-    print(to_flax(options.source, options.destination, options.dtype, _progress))
+    print(to_flax(options.sources, options.destination, options.dtype, _progress))
     return 0
 
 
@@ -136,10 +139,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    """Says what a folder holds. Exits 1 where a tensor has no place or is missing."""
+    """Says what a checkpoint is, or a file alone. Exits 1 where a tensor has no place or is missing."""
     from .inspection import report
 
-    lines, whole = report(options.source, options.keys)
+    lines, whole = report(options.sources, options.keys)
     print("\n".join(lines))
     return 0 if whole else 1
 
