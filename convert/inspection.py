@@ -24,7 +24,7 @@ def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
     if first.is_file():
         return [line for part, given in parts_at(first).items() for line in _alone(part, given)], True
     converted = len(sources) == 1 and (first / MANIFEST).is_file()
-    source = None if converted else gather(sources)
+    source = None if converted else gather([first] if len(sources) == 1 else sources)
     folder = source.folder if source else first
     config = source.config if source else open_folder(folder, jnp.dtype(jnp.float32)).config
     kind = "diffusers folder" if source else "converted folder"
