@@ -67,7 +67,7 @@ class _Part:
                     faults.append(f"{key} must be {cls.REQUIRED[key]!r}: got {value!r}")
             elif key in fields:
                 known[key] = value
-            elif value not in (None, False):  # a key newer than this program may only pass switched off
+            elif value:  # a key newer than this program may only pass switched off or empty
                 faults.append(f"{key} is not known here: got {value!r}")
         try:
             part = cls(**known)

@@ -39,7 +39,7 @@ def locate(name: str | os.PathLike[str], say: Callable[[str], None] = report, mu
 
 
 class Listing(NamedTuple):
-    """A repository on the hub: of its files those that a conversion needs."""
+    """A repository on the hub: of its files those that a conversion needs; all of a converted folder's."""
 
     about: Any  # the hub's ModelInfo
     files: list[Any]  # the hub's RepoFile
@@ -58,7 +58,7 @@ def ask(repository: str, revision: str = "") -> Listing:
     about = api.model_info(repository, revision=revision or None)
     listed = api.list_repo_tree(repository, recursive=True, revision=about.sha)
     files = {file.path: file for file in listed if isinstance(file, RepoFile)}
-    names = wanted(files)
+    names = sorted(files) if MANIFEST in files else wanted(files)
     if not names:
         seen = ", ".join(sorted(files)[:3]) or "nothing"
         raise FileNotFoundError(
@@ -135,4 +135,4 @@ def _cached(repository: str, revision: str, say: Callable[[str], None], reason: 
         if isinstance(found, str):
             say(f"taking {repository} from the cache of the hub's client")
             return Path(found.removesuffix(stated))
-    raise FileNotFoundError(f"model {repository} must be reachable on the hub or in its cache: {reason}")
+    raise FileNotFoundError(f"model {repository} must be reachable on the hub or in its cache: {reason}; no folder here has this name")

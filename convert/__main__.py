@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     flax.add_argument("--dtype", choices=["bfloat16", "float32"], help="cast every weight (default: each tensor keeps its own)")
     flax.set_defaults(run=_to_flax)
     torch = commands.add_parser("to-torch", help="the way back, bit for bit", description=_to_torch.__doc__)
-    torch.add_argument("source", metavar="SRC", type=Path, help="converted folder")
+    torch.add_argument("source", metavar="SRC", help="converted folder, here or at gs://")
     torch.add_argument("destination", metavar="DST", help="diffusers folder to make, here or at gs://")
     torch.set_defaults(run=_to_torch)
     inspect = commands.add_parser("inspect", help="what weights are, and whether every tensor has a place", description=_inspect.__doc__)
@@ -99,9 +99,11 @@ def _to_flax(options: argparse.Namespace) -> int:
 
 def _to_torch(options: argparse.Namespace) -> int:
     """Gives back the diffusers folder that a converted folder came from."""
+    from cogi2v_jax.fetch import locate
+
     from .conversion import to_torch
 
-    print(to_torch(options.source, options.destination, _progress))
+    print(to_torch(locate(options.source, must="SRC must be a converted folder"), options.destination, _progress))
     return 0
 
 

@@ -22,7 +22,9 @@ def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
     there is no configuration to judge it by. Raises as `gather` and `open_folder` do."""
     first = locate(sources[0], say, MUST) if len(sources) == 1 else Path()
     if first.is_file():
-        return [line for part, given in parts_at(first).items() for line in _alone(part, given)], True
+        alone = [_alone(part, given) for part, given in parts_at(first).items()]
+        hint = f"to see whether it fits, give its folder too: inspect CogVideoX-5b-I2V {first}"
+        return [*(line for line, _ in alone), hint], all(ours for _, ours in alone)
     converted = len(sources) == 1 and (first / MANIFEST).is_file()
     source = None if converted else gather([first] if len(sources) == 1 else sources)
     folder = source.folder if source else first
@@ -84,15 +86,13 @@ def _origin(source: Source | None, part: str) -> str:
     return f", from {', '.join(str(file) for file in given.files)}{naming}"
 
 
-def _alone(part: str, given: Given) -> list[str]:
-    """What a file says of itself."""
+def _alone(part: str, given: Given) -> tuple[str, bool]:
+    """What a file says of itself, and whether that may be a part of ours."""
     assert given.opened
     tensors = given.opened.tensors()
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    found = kin.other(shapes) or (kin.facts(shapes) if part == "transformer" else None)
-    network = f", {found}" if found else ""
+    whose = kin.other(shapes)
+    found = whose or (kin.facts(shapes) if part == "transformer" else None)
     dtypes = ", ".join(sorted(given.opened.kinds()))
-    return [
-        f"{given.files[0]}: {part}, {given.opened.naming} names, {len(tensors)} tensors, {dtypes}{network}",
-        f"to see whether it fits, give its folder too: inspect CogVideoX-5b-I2V {given.files[0]}",
-    ]
+    naming = f"{given.opened.naming} names, {len(tensors)} tensors, {dtypes}"
+    return f"{given.files[0]}: {part}, {naming}{f', {found}' if found else ''}", whose is None
