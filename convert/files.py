@@ -6,7 +6,6 @@ import pickle
 import re
 import struct
 import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,10 +89,10 @@ class Pickled:
 
     def __init__(self, path: Path):
         self.path = path
-        if not find_spec("torch"):
-            raise ValueError(f"{path} must be safetensors where torch is missing: got a torch file; pip install torch")
-        import torch
-
+        try:
+            import torch
+        except ImportError:
+            raise ValueError(f"{path} must be safetensors where torch is missing: got a torch file; pip install torch") from None
         try:
             if path.suffix == ".safetensors":  # by which alone torch would tell what it is
                 with path.open("rb") as file:

@@ -4,6 +4,8 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from folders import PARTS, left, one_line, raw, rewrite, weights
 from safetensors.torch import load_file, save_file
 
 from cogi2v_jax.checkpoint import read_unit
+from cogi2v_jax.hub import load
 
 
 @pytest.fixture(scope="module")
@@ -438,6 +441,41 @@ def test_a_file_alone_is_refused_with_what_is_missing_and_how_to_give_it(saved, 
     line = one_line(capsys, ["to-flax", file, tmp_path / "flax"])
     missing = "for the configuration and for vae, text_encoder, scheduler, tokenizer: got transformer alone"
     assert f"SRC must begin with a diffusers folder, {missing}; for example CogVideoX-5b-I2V {file}" in line
+
+
+def test_a_file_is_not_what_sample_takes_and_the_line_says_what_to_do(saved, tmp_path):
+    file = strange.save_prefixed(saved["1.0"], tmp_path / "t.safetensors", {"transformer": ""})
+    with pytest.raises(
+        ValueError, match=r"model must be a folder, .*: got the file .*; cogi2v-convert to-flax FOLDER t.safetensors DST puts"
+    ):
+        load(file, say=lambda line: None)
+
+
+def test_a_relative_is_refused_by_sample_too(saved, tmp_path):
+    source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
+    rewrite(source, "transformer", lambda tensors: tensors.update({"local_facial_extractor.x": torch.zeros(3)}))
+    with pytest.raises(ValueError, match=r"transformer: the weights must be of image-to-video .* alone: got ConsisID"):
+        load(source, say=lambda line: None)
+
+
+def test_safetensors_need_no_torch(saved, base, tmp_path):
+    save_float8(saved, tmp_path / "fp8.safetensors", "one scale")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.pt")
+    script = """
+import sys
+class Without:
+    def find_spec(name, *_):
+        if name == "torch":
+            raise ImportError(name)
+sys.meta_path.insert(0, Without)
+from cogi2v_convert.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    for file, code in (("fp8.safetensors", 0), ("x.pt", 1)):
+        command = [sys.executable, "-c", script, "to-flax", base["1.5"], tmp_path / file, tmp_path / "flax"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "x.pt must be safetensors where torch is missing: got a torch file; pip install torch" in done.stderr
 
 
 # inspect
