@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from . import relatives
+
 PARTS = ("transformer", "vae", "text_encoder", "scheduler")
 
 # Either beside the package (an installed wheel) or one folder up (a checkout, an editable install).
@@ -45,12 +47,17 @@ class _Part:
     REQUIRED: ClassVar[Mapping[str, Any]] = {}  # mathematics that has one implementation here: any other value is refused
     STATED: ClassVar[frozenset[str]] = frozenset()  # those of them that a file may not leave to the reference's default
     INERT: ClassVar[frozenset[str]] = frozenset()  # keys that change nothing at inference
+    CLASS: ClassVar[str | None] = None  # of the reference, where a file names another than which it is another network's
 
     @classmethod
     def from_json(cls: type[Part], values: Mapping[str, Any], where: str) -> Part:
         fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         known = {}
         faults = [f"{key} must be stated: the reference takes another value for its absence" for key in sorted(cls.STATED - values.keys())]
+        if cls.CLASS and values.get("_class_name", cls.CLASS) != cls.CLASS:
+            faults.append(f"_class_name must be {cls.CLASS}: got {values['_class_name']!r}")
+        if whose := relatives.whose((*values, str(values.get("_class_name")))):  # whatever their values: they are known for another network
+            raise ValueError(f"{where} must be of image-to-video from a prompt and a first image alone: got {whose}")
         for key, value in values.items():
             if key.startswith("_") or key in cls.INERT:
                 continue
@@ -60,7 +67,7 @@ class _Part:
                     faults.append(f"{key} must be {cls.REQUIRED[key]!r}: got {value!r}")
             elif key in fields:
                 known[key] = value
-            elif value not in (None, False):  # a key newer than this program may only pass switched off
+            elif value:  # a key newer than this program may only pass switched off or empty
                 faults.append(f"{key} is not known here: got {value!r}")
         try:
             part = cls(**known)
@@ -115,6 +122,7 @@ class TransformerConfig(_Part):
         "timestep_activation_fn": "silu",
     }
     INERT = frozenset({"dropout"})
+    CLASS = "CogVideoXTransformer3DModel"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,6 +178,7 @@ class VAEConfig(_Part):
         "shift_factor": None,
     }
     INERT = frozenset({"force_upcast", "down_block_types", "up_block_types"})  # the reference's pipelines never read force_upcast
+    CLASS = "AutoencoderKLCogVideoX"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,14 +214,18 @@ class TextEncoderConfig(_Part):
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
-    REQUIRED = {"feed_forward_proj": "gated-gelu"}  # noqa: RUF012
-    STATED = frozenset(REQUIRED)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str) -> "TextEncoderConfig":
-        # The file of a transformers model also holds dozens of keys about decoding, training and versions, so here only fields are read.
-        fields = {f.name for f in dataclasses.fields(cls)} | set(cls.REQUIRED)
-        return super().from_json({key: value for key, value in values.items() if key in fields}, where)
+    REQUIRED = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "model_type": "t5"}  # noqa: RUF012
+    STATED = frozenset({"feed_forward_proj"})
+    # What transformers writes of any model, about decoding, training, labels and itself; and of T5's about its decoder.
+    INERT = frozenset(
+        """architectures attn_implementation begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+        cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout_rate dtype early_stopping
+        encoder_no_repeat_ngram_size eos_token_id finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
+        initializer_factor is_encoder_decoder label2id length_penalty max_length min_length n_positions no_repeat_ngram_size num_beam_groups
+        num_beams num_decoder_layers num_return_sequences output_past pad_token_id prefix problem_type repetition_penalty return_dict
+        scale_decoder_outputs sep_token_id suppress_tokens task_specific_params temperature tie_encoder_decoder tie_word_embeddings
+        tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p use_cache""".split()  # noqa: SIM905
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -286,10 +299,8 @@ class CheckpointConfig:
         t, v, e = self.transformer, self.vae, self.text_encoder
         faults = []
         if t.in_channels != 2 * v.latent_channels:
-            what = "a text-to-video checkpoint" if t.in_channels == v.latent_channels else "no checkpoint of this family"
-            faults.append(
-                f"transformer in_channels must be twice the VAE's latent_channels {v.latent_channels}: got {t.in_channels}, which is {what}"
-            )
+            what = f"{t.in_channels}, which is {relatives.kind(t.in_channels, v.latent_channels)}"
+            faults.append(f"transformer in_channels must be twice the VAE's latent_channels {v.latent_channels}: got {what}")
         if t.out_channels != v.latent_channels:
             faults.append(f"transformer out_channels must be the VAE's latent_channels {v.latent_channels}: got {t.out_channels}")
         if t.text_embed_dim != e.d_model:

@@ -18,19 +18,19 @@ import jax
 import jax.numpy as jnp
 from platformdirs import user_cache_path
 
-from . import config, hosts
+from . import hosts
 from .arguments import weighted
 from .attention import choose
-from .checkpoint import FORMAT, MANIFEST, Models, check_loras, first_line, open_folder, read_config
+from .checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
 from .compiled import keep_compilations
+from .config import CheckpointConfig
+from .fetch import locate
 from .lora import Lora
 
-EMBEDDED = Path(__file__).parent / "assets"
 DTYPES = ("bfloat16", "float32")
 LARGE = 2**26  # bytes from which a file's hash is remembered
 YOUNG = 2 * 10**9  # nanoseconds: the coarsest clock of a common file system
 Say = Callable[[str], None]
-HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*", "transformer/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"]
 
 
 def _say(line: str) -> None:
@@ -47,10 +47,10 @@ def load(
     loras: Iterable[Any] = (),
     say: Say = _say,
 ) -> Models:
-    """A checkpoint, ready to sample: a converted folder, a diffusers folder, a hub id, or one of `config.names()`. Weights are read when a
-    phase first needs them. `mesh` says how devices share the work, `vae_tiling` has the VAE work in the reference's blended tiles, and
-    `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. `loras` are added to the weights, as in
-    `adapt`. Raises ValueError or FileNotFoundError in one line."""
+    """A checkpoint, ready to sample: a converted or a diffusers folder, here or at gs://, a hub id, or one of `config.names()`. Weights are
+    read when a phase first needs them. `mesh` says how devices share the work, `vae_tiling` has the VAE work in the reference's blended
+    tiles, and `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. `loras` are added to the weights, as
+    in `adapt`. Raises ValueError, FileNotFoundError or OSError in one line."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with contextlib.suppress(TypeError):  # what numpy doesn't know is refused by its own name
@@ -61,7 +61,7 @@ def load(
     choose(attention, jnp.dtype(dtype))
     keep_compilations()
     files = _open(loras)  # before a model is fetched, which may take an hour
-    folder = _locate(path_or_name, say)
+    folder = locate(path_or_name, say)
     merged = _match(files, read_config(folder), jnp.dtype(dtype), say) if files else []
     settings = {"attention": attention, "mesh": mesh, "vae_tiling": vae_tiling, "loras": merged}
     return open_folder(_converted(folder, say), jnp.dtype(dtype), **settings)
@@ -81,7 +81,7 @@ def _open(loras: Iterable[Any]) -> list[tuple[Any, float]]:
     return [(open_lora(path), weight) for path, weight in weighted(loras)]
 
 
-def _match(files: list[tuple[Any, float]], of: config.CheckpointConfig, dtype: jnp.dtype, say: Say) -> list[Lora]:
+def _match(files: list[tuple[Any, float]], of: CheckpointConfig, dtype: jnp.dtype, say: Say) -> list[Lora]:
     from cogi2v_convert.lora import match  # pyright: ignore[reportMissingImports]
 
     found = [match(file, of, weight) for file, weight in files]
@@ -92,43 +92,15 @@ def _match(files: list[tuple[Any, float]], of: config.CheckpointConfig, dtype: j
     return loras
 
 
-def _locate(path_or_name: str | os.PathLike[str], say: Say) -> Path:
-    """The folder that a name stands for; fetched from the hub where it is not on this machine."""
-    text = str(path_or_name)
-    if text in config.names():
-        source = config.toml(text)["source"]
-        if "embedded" in source:
-            return EMBEDDED / source["embedded"]
-        return _fetch(source["hub"], say)
-    folder = Path(os.path.expanduser(path_or_name))  # pathlib's own raises for a user there isn't
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise ValueError(f"model must be a folder, a hub id or one of {', '.join(config.names())}: got the file {text}")
-    if isinstance(path_or_name, str) and text.count("/") == 1 and not text.startswith((".", "~", "/")) and not text.endswith("/"):
-        return _fetch(text, say)
-    raise FileNotFoundError(f"model must be a folder, a hub id or one of {', '.join(config.names())}: found no {text}")
-
-
-def _fetch(hub_id: str, say: Say) -> Path:
-    from huggingface_hub import snapshot_download
-
-    sources = [config.toml(name)["source"] for name in config.names()]
-    same = [source for source in sources if source.get("hub", "").lower() == hub_id.lower().replace("thudm/", "zai-org/")]
-    licence = same[0]["licence"] if same else None
-    say(f"fetching {hub_id} from the hub" + (f" (its licence: {licence})" if licence else ""))
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client raises a dozen kinds, from missing networks to gated repositories
-        raise FileNotFoundError(f"model {hub_id} must be reachable on the hub or in its cache: {first_line(error)}") from None
-
-
 def _converted(folder: Path, say: Say) -> Path:
     """The folder itself if it is a converted one, else its conversion in the cache, made now if need be."""
+    if folder.is_file():
+        way = f"cogi2v-convert to-flax FOLDER {folder.name} DST puts it in the place of a folder's part"
+        raise ValueError(f"model must be a folder, a hub id or a name: got the file {folder}; {way}")
     if (folder / MANIFEST).is_file():
         return folder
     from cogi2v_convert.conversion import to_flax  # pyright: ignore[reportMissingImports]
-    from cogi2v_convert.diffusers import Source  # pyright: ignore[reportMissingImports]
+    from cogi2v_convert.sources import Source  # pyright: ignore[reportMissingImports]
 
     source = Source(folder)
     cache = _cache(say)

@@ -140,18 +140,14 @@ def expectation(model: str, machine: Machine) -> str:
 
 def weights(model: str, say: Callable[[str], None] = print) -> Weights:
     """What the hub says is still to be fetched, and as much again to be converted unless that was done here before."""
-    from huggingface_hub import snapshot_download
-
-    from .hub import HUB_FILES
+    from .fetch import ask
 
     try:
-        files = snapshot_download(config.toml(model)["source"]["hub"], allow_patterns=HUB_FILES, dry_run=True)
+        found = ask(config.toml(model)["source"]["hub"])
     except Exception as error:  # the hub's client raises a dozen kinds; `load` will say what is wrong, if it still is
         say(f"the hub doesn't say how large {model} is ({type(error).__name__}), so the disk is not judged")
         return Weights(0.0, 0.0)
-    sizes = [(file.file_size or 0, file.will_download) for file in files]
-    whole, missing = (sum(size for size, fetch in sizes if fetch or everything) / 2**30 for everything in (True, False))
-    return Weights(missing, 0.0 if is_converted(model) else whole)
+    return Weights(found.missing / 2**30, 0.0 if is_converted(model) else found.size / 2**30)
 
 
 def transformer_gib(model: str) -> float:

@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         "--model_path",
         metavar="NAME",
-        help=f"converted or diffusers folder, hub id, or {', '.join(names())} (default: {EMBEDDED})",
+        help=f"converted or diffusers folder (here or at gs://), hub id, or {', '.join(names())} (default: {EMBEDDED})",
     )
     model.add_argument("--dtype", choices=["bfloat16", "float32"], help="compute dtype (default: bfloat16, on CPUs float32)")
     model.add_argument("--attention", metavar="NAME", default="auto", help="auto, xla, cudnn, splash (TPU) or tokamax (GPU)")

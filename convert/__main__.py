@@ -10,23 +10,25 @@ from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.recipe import SETTINGS
 from cogi2v_jax.request import Request
 
+SOURCES = "diffusers folder (here, at gs:// or a hub id), then files or folders that replace parts of it: .safetensors, .pt, SAT's"
+
 
 def parser() -> argparse.ArgumentParser:
     what = "Converts CogVideoX image-to-video weights between PyTorch and JAX, and compares the videos."
     main = argparse.ArgumentParser(prog="cogi2v-convert", description=what)
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    flax = commands.add_parser("to-flax", help="a diffusers folder as a folder that `--model` takes", description=_to_flax.__doc__)
-    flax.add_argument("source", metavar="SRC", type=Path, help="diffusers folder: transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
-    flax.add_argument("destination", metavar="DST", type=Path, help="folder to make; it appears only when complete")
+    flax = commands.add_parser("to-flax", help="PyTorch weights as a folder that `--model` takes", description=_to_flax.__doc__)
+    flax.add_argument("sources", metavar="SRC", nargs="+", help=SOURCES)
+    flax.add_argument("destination", metavar="DST", help="folder to make, here or at gs://; it appears only when complete")
     flax.add_argument("--dtype", choices=["bfloat16", "float32"], help="cast every weight (default: each tensor keeps its own)")
     flax.set_defaults(run=_to_flax)
     torch = commands.add_parser("to-torch", help="the way back, bit for bit", description=_to_torch.__doc__)
-    torch.add_argument("source", metavar="SRC", type=Path, help="converted folder")
-    torch.add_argument("destination", metavar="DST", type=Path, help="diffusers folder to make")
+    torch.add_argument("source", metavar="SRC", help="converted folder, here or at gs://")
+    torch.add_argument("destination", metavar="DST", help="diffusers folder to make, here or at gs://")
     torch.set_defaults(run=_to_torch)
-    inspect = commands.add_parser("inspect", help="what a folder holds, and whether every tensor has a place", description=_inspect.__doc__)
-    inspect.add_argument("source", metavar="SRC", type=Path, help="diffusers or converted folder; with --model a LoRA file")
+    inspect = commands.add_parser("inspect", help="what weights are, and whether every tensor has a place", description=_inspect.__doc__)
+    inspect.add_argument("sources", metavar="SRC", nargs="+", help=f"a converted folder, or {SOURCES}; with --model a LoRA file")
     inspect.add_argument("--model", metavar="NAME", help="the folder or the name of the model that a LoRA is for")
     inspect.add_argument("--keys", action="store_true", help="list the matched tensors too, with their places")
     inspect.set_defaults(run=_inspect)
@@ -88,18 +90,21 @@ def _progress(part: str, done: int, total: int) -> None:
 
 
 def _to_flax(options: argparse.Namespace) -> int:
-    """Converts a diffusers folder, a layer at a time."""
+    """Converts a diffusers folder, a layer at a time. What follows it replaces parts of it, and says itself which: a file of ComfyUI's
+    (bf16, fp16, float8 with its scales), a checkpoint of SAT's (.pt, or its folder), a part's own folder."""
     from .conversion import to_flax
 
-    print(to_flax(options.source, options.destination, options.dtype, _progress))
+    print(to_flax(options.sources, options.destination, options.dtype, _progress))
     return 0
 
 
 def _to_torch(options: argparse.Namespace) -> int:
     """Gives back the diffusers folder that a converted folder came from."""
+    from cogi2v_jax.fetch import locate
+
     from .conversion import to_torch
 
-    print(to_torch(options.source, options.destination, _progress))
+    print(to_torch(locate(options.source, must="SRC must be a converted folder"), options.destination, _progress))
     return 0
 
 
@@ -137,13 +142,14 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    """Says what a folder holds, or what a LoRA file changes of a model. Exits 1 where a tensor has no place or is missing, of a LoRA where
-    sampling would refuse it."""
+    """Says what a checkpoint is, or a file alone, or (with --model) what a LoRA file changes of a model. Exits 1 where a tensor has no
+    place or is missing, of a LoRA where sampling would refuse it."""
     from .inspection import lora_report, report
 
-    if options.model is None and options.source.is_file():
-        raise ValueError(f"--model must name the model that a LoRA is for: got {options.source} alone")
-    lines, whole = lora_report(options.source, options.model, options.keys) if options.model else report(options.source, options.keys)
+    if options.model and len(options.sources) > 1:
+        raise ValueError(f"--model must come with one LoRA: got {len(options.sources)} sources")
+    sources, keys = options.sources, options.keys
+    lines, whole = lora_report(Path(sources[0]), options.model, keys) if options.model else report(sources, keys)
     print("\n".join(lines))
     return 0 if whole else 1
 

@@ -4,15 +4,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from cogi2v_jax import __version__
+from cogi2v_jax import __version__, bucket
 from cogi2v_jax.checkpoint import (
     CONFIG_FILES,
     FORMAT,
@@ -29,9 +29,11 @@ from cogi2v_jax.checkpoint import (
 )
 from cogi2v_jax.config import CheckpointConfig, read_json
 
-from . import t5, transformer, vae
-from .diffusers import CODES, Source, Tensor, open_safetensors, write_index, write_safetensors
+from . import kin, t5, transformer, vae
+from .diffusers import CODES, write_index, write_safetensors
 from .rules import Home, expand, misfits, refuse
+from .sources import Source, gather
+from .weights import WIDE, Tensor
 
 TABLES: dict[str, Callable[[Any], tuple]] = {"transformer": transformer.table, "vae": vae.table, "text_encoder": t5.table}
 
@@ -61,64 +63,72 @@ def match(source: Source, part: str) -> Match:
                 places[alias] = places[name]
                 if name not in tensors:
                     del places[name]
+    whose = kin.other(name for name in tensors if name not in places)
+    if whose:
+        return Match(places, tensors, [f"the weights must be of image-to-video from a prompt and a first image alone: got {whose}"])
     leaves = {name: leaf.shape for name, leaf in leaf_names(abstract(source.config, part, jnp.dtype(jnp.float32))).items()}
-    faults = misfits(places, leaves, {name: tensor.shape for name, tensor in tensors.items()})
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    faults = kin.unlike(source.config, shapes) if part == "transformer" else []
+    faults += misfits(places, leaves, shapes)
     if part == "text_encoder":
         doubles = {alias: name for alias, name in t5.SAME.items() if alias in tensors and name in tensors}
         faults += [
             f"{alias} must equal {name}, its other name: got other values"
             for alias, name in doubles.items()
-            if not _same(tensors, alias, name)
+            if not _same(source, tensors, alias, name)
         ]
-    faults += [f"{name} is in the index and in no shard" for name in sorted(source.indexed[part] - tensors.keys() - places.keys())]
+    faults += [f"{name} is in the index and in no shard" for name in sorted(source.absent(part) - places.keys())]
     return Match(places, tensors, faults)
 
 
-def _same(tensors: Mapping[str, Tensor], one: str, other: str) -> bool:
+def _same(source: Source, tensors: dict[str, Tensor], one: str, other: str) -> bool:
     """Bit for bit, where a comparison of numbers would take -0 for 0 and no NaN for itself."""
     if tensors[one][1:] != tensors[other][1:]:
         return False
-    with open_safetensors(tensors[one].file) as here, open_safetensors(tensors[other].file) as there:
-        return np.array_equal(here.get_tensor(one).view(np.uint8), there.get_tensor(other).view(np.uint8))
+    here, there = (source.read("text_encoder", name) for name in (one, other))
+    return np.array_equal(here.view(np.uint8), there.view(np.uint8))
 
 
-def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, progress: Progress | None = None) -> Path:
-    """A diffusers folder as a converted one, which appears under its name only when complete. `dtype` casts; None keeps every tensor's own.
-    Raises ValueError with all misfits, FileExistsError where the destination exists."""
-    source = Source(source_folder)
-    matches = {part: match(source, part) for part in NETWORKS}
-    refuse(str(source_folder), [f"{part}: {fault}" for part, matched in matches.items() for fault in matched.faults])
+def to_flax(
+    sources: Path | str | Sequence[Path | str], destination: Path | str, dtype: str | None = None, progress: Progress | None = None
+) -> Path | str:
+    """A checkpoint as a converted folder, which appears under its name only when complete. `sources` is a diffusers folder, or that and
+    what `gather` replaces parts of it by; `dtype` casts, None keeps every tensor's own and makes float8 bfloat16. Raises ValueError with
+    all misfits, FileExistsError where the destination exists, and as `gather` does."""
     cast = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    source = gather([sources] if isinstance(sources, Path | str) else sources, cast or WIDE)
+    matches = {part: match(source, part) for part in NETWORKS}
+    refuse(str(source.folder), [f"{part}: {fault}" for part, matched in matches.items() for fault in matched.faults])
     with appearing(destination) as folder:
-        _copy_settings(source.folder, folder, source.tokenizer_files)
+        _copy_settings(source.settings, source.folder, folder, source.tokenizer_files)
         recorded = {}
         for part, matched in matches.items():
             layers = [None, *range(layer_count(source.config, part))]
-            with ExitStack() as stack:
-                files = {file: stack.enter_context(open_safetensors(file)) for file in source.parts[part]}
-                for done, layer in enumerate(layers):
-                    leaves: dict[str, np.ndarray] = {}
-                    for name, (rule, home_layer) in matched.homes.items():
-                        if home_layer == layer:
-                            value = rule.to_flax(files[matched.tensors[name].file].get_tensor(name))
-                            leaves[rule.flax] = np.ascontiguousarray(value if cast is None else value.astype(cast))
-                    write_unit(folder, part, layer, leaves)
-                    if progress:
-                        progress(part, done + 1, len(layers))
+            for done, layer in enumerate(layers):
+                leaves: dict[str, np.ndarray] = {}
+                for name, (rule, home_layer) in matched.homes.items():
+                    if home_layer == layer:
+                        value = rule.to_flax(source.read(part, name))
+                        leaves[rule.flax] = np.ascontiguousarray(value if cast is None else value.astype(cast))
+                write_unit(folder, part, layer, leaves)
+                if progress:
+                    progress(part, done + 1, len(layers))
             recorded[part] = {
-                name: {"file": tensor.file.name, "dtype": str(cast or tensor.dtype)} for name, tensor in sorted(matched.tensors.items())
+                name: {"file": source.shard(part, tensor), "dtype": str(cast or tensor.dtype)}
+                for name, tensor in sorted(matched.tensors.items())
             }
         manifest = {"format": FORMAT, "program": f"cogi2v-jax {__version__}", "tensors": recorded, "files": weight_files(folder)}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return destination
 
 
-def to_torch(source_folder: Path, destination: Path, progress: Progress | None = None) -> Path:
+def to_torch(source_folder: Path, destination: Path | str, progress: Progress | None = None) -> Path | str:
     """A converted folder as the diffusers folder it came from: the same tensors, bit for bit, in the same files."""
     config = open_folder(source_folder, jnp.dtype(jnp.float32)).config
     recorded = {part: tensors_recorded(source_folder, config, part) for part in NETWORKS}
     with appearing(destination) as folder:
-        _copy_settings(source_folder, folder, [path for path in (source_folder / "tokenizer").iterdir() if path.is_file()])
+        settings = {part: source_folder / part / name for part, name in CONFIG_FILES.items()}
+        _copy_settings(settings, source_folder, folder, [path for path in (source_folder / "tokenizer").iterdir() if path.is_file()])
         for part in NETWORKS:
             places = homes(config, part)
             if part == "text_encoder":
@@ -174,10 +184,10 @@ def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str,
         yield name, rule.to_torch(units[layer][rule.flax])
 
 
-def _copy_settings(source: Path, folder: Path, tokenizer_files: list[Path]) -> None:
-    for part, name in CONFIG_FILES.items():
+def _copy_settings(settings: dict[str, Path], source: Path, folder: Path, tokenizer_files: list[Path]) -> None:
+    for part, file in settings.items():
         (folder / part).mkdir()
-        shutil.copyfile(source / part / name, folder / part / name)
+        shutil.copyfile(file, folder / part / CONFIG_FILES[part])
     (folder / "tokenizer").mkdir()
     for path in tokenizer_files:
         shutil.copyfile(path, folder / "tokenizer" / path.name)
@@ -186,8 +196,14 @@ def _copy_settings(source: Path, folder: Path, tokenizer_files: list[Path]) -> N
 
 
 @contextmanager
-def appearing(destination: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its final name only if all went well; otherwise nothing is left."""
+def appearing(destination: Path | str) -> Iterator[Path]:
+    """A folder to fill, which takes its final name only if all went well; otherwise nothing is left. One at gs:// is filled here and
+    copied there."""
+    if bucket.is_bucket(destination):
+        with bucket.uploading(destination, MANIFEST) as folder:
+            yield folder
+        return
+    destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} must not exist yet: found it")
     destination.parent.mkdir(parents=True, exist_ok=True)

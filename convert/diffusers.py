@@ -1,105 +1,51 @@
-"""Diffusers folders: finding every tensor of a source, and writing safetensors a tensor at a time."""
+"""Diffusers folders: finding the weight files of a part, and writing safetensors a tensor at a time."""
 
 import json
 import struct
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from cogi2v_jax.checkpoint import CONFIG_FILES, MANIFEST, NETWORKS, read_config
+from cogi2v_jax.checkpoint import MANIFEST
 from cogi2v_jax.config import read_json
 
-# Safetensors' names of the dtypes.
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+from .files import DTYPES, NARROW
+from .weights import Tensor
+
+CODES = {dtype: code for code, dtype in DTYPES.items() if code not in NARROW}  # of what we write
 STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # of weight files and indexes
 
 
-class Tensor(NamedTuple):
-    """Where a tensor lies and what it is."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-
-class Source:
-    """A diffusers folder. Raises FileNotFoundError or ValueError, in one line, for what is no such folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        if not (folder / "transformer").is_dir():
-            raise FileNotFoundError(f"{folder} must be a diffusers or converted folder: found no transformer/ in it")
-        self.config = read_config(folder)
-        found = {part: _weight_files(folder / part) for part in NETWORKS}
-        self.parts = {part: files for part, (files, _) in found.items()}
-        self.indexed = {part: names for part, (_, names) in found.items()}
-        self.tokenizer_files = sorted(path for path in (folder / "tokenizer").glob("*") if path.is_file())
-        if not any(path.name in ("spiece.model", "tokenizer.json") for path in self.tokenizer_files):
-            raise FileNotFoundError(f"{folder / 'tokenizer'} must hold spiece.model or tokenizer.json: found neither")
-
-    @cached_property
-    def files(self) -> list[Path]:
-        """All that decides what the checkpoint is: configurations, tokenizer and weights."""
-        settings = [self.folder / part / name for part, name in CONFIG_FILES.items()]
-        return settings + self.tokenizer_files + [file for files in self.parts.values() for file in files]
-
-    def tensors(self, part: str) -> dict[str, Tensor]:
-        """Every tensor of a part, from the headers alone."""
-        found: dict[str, Tensor] = {}
-        for file in self.parts[part]:
-            with open_safetensors(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    view = tensors.get_slice(name)
-                    if view.get_dtype() not in DTYPES:
-                        raise ValueError(f"{file}: {name} must be one of {', '.join(DTYPES)}: got {view.get_dtype()}")
-                    if name in found:
-                        raise ValueError(f"{file.parent}: {name} must be in one file: got it in {found[name].file.name} and {file.name}")
-                    found[name] = Tensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
-        return found
-
-
-def open_safetensors(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} must be a whole safetensors file: {error}") from None
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], set[str]]:
-    """The shards an index names and the tensors it promises, else the one safetensors file and no promises."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    # A file of another precision or version has a second suffix and stands beside the main one: diffusion_pytorch_model.fp16.safetensors
-    plain = [path for path in indexes if path.name.count(".") == 3] or indexes
-    if plain:
-        weight_map = read_json(plain[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{plain[0]} must have a weight_map from tensors to files")
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{plain[0]} must name files of its own folder: got {outside[0]}")
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{folder} must hold every shard its index names: missing {', '.join(missing)}")
-        return [folder / name for name in names], set(weight_map)
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [path for path in files if path.name.count(".") == 1] or files
+def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
+    """The shards an index names and the tensors it promises, else the one file and no promises: safetensors, else torch's. Raises
+    FileNotFoundError or ValueError, in one line."""
+    for suffix in (".safetensors", ".bin"):
+        # A file of another precision has a second suffix and stands beside the main one: diffusion_pytorch_model.fp16.safetensors
+        indexes = sorted(folder.glob(f"*{suffix}.index*.json"))
+        if plain := [path for path in indexes if path.name.count(".") == 3] or indexes:
+            return _indexed(plain[0])
+        files = sorted(folder.glob(f"*{suffix}"))
+        if plain := [path for path in files if path.name.count(".") == 1] or files:
+            break
     if len(plain) != 1:
-        others = [path.name for path in sorted(folder.glob("*.bin"))]
-        hint = f" (save {', '.join(others)} as safetensors first)" if others and not plain else ""
-        raise FileNotFoundError(f"{folder} must hold one safetensors file or an index of shards: found {len(plain)} files{hint}")
+        raise FileNotFoundError(f"{folder} must hold one safetensors file or an index of shards: found {len(plain)} files")
     return plain, set()
+
+
+def _indexed(index: Path) -> tuple[list[Path], set[str]]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} must have a weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} must name files of its own folder: got {outside[0]}")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index.parent} must hold every shard its index names: missing {', '.join(missing)}")
+    return [index.parent / name for name in names], set(weight_map)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Iterable[tuple[str, np.ndarray]]) -> None:

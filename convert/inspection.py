@@ -1,32 +1,43 @@
-"""What a folder holds, in lines for a person."""
+"""What weights are, in lines for a person."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, leaf_names, open_folder, read_config
 from cogi2v_jax.config import CheckpointConfig, named, names, toml
+from cogi2v_jax.fetch import locate
+from cogi2v_jax.fetch import report as say
 
-from . import lora, t5
+from . import kin, lora, t5
 from .conversion import homes, match, tensors_recorded
-from .diffusers import Source
 from .lora_file import open_lora
+from .sources import MUST, Given, Source, gather, parts_at
+from .weights import SAT
 
 
-def report(folder: Path, keys: bool) -> tuple[list[str], bool]:
-    """The lines, and whether every tensor has its place. Raises as `Source` and `open_folder` do."""
-    converted = (folder / MANIFEST).is_file()
-    source = None if converted else Source(folder)
+def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
+    """The lines, and whether every tensor has its place: of a converted folder, of what `gather` takes, or of one file alone, for which
+    there is no configuration to judge it by. Raises as `gather` and `open_folder` do."""
+    first = locate(sources[0], say, MUST) if len(sources) == 1 else Path()
+    if first.is_file():
+        alone = [_alone(part, given) for part, given in parts_at(first).items()]
+        hint = f"to see whether it fits, give its folder too: inspect CogVideoX-5b-I2V {first}"
+        return [*(line for line, _ in alone), hint], all(ours for _, ours in alone)
+    converted = len(sources) == 1 and (first / MANIFEST).is_file()
+    source = None if converted else gather([first] if len(sources) == 1 else sources)
+    folder = source.folder if source else first
     config = source.config if source else open_folder(folder, jnp.dtype(jnp.float32)).config
-    kind = "converted folder" if converted else "diffusers folder"
+    kind = "diffusers folder" if source else "converted folder"
     lines = [f"{folder}: {kind}, {config.name or 'weights of its own'} ({config.family})", *_facts(config)]
     whole = True
     for part in NETWORKS:
         if source:
             matched = match(source, part)
             names, faults, places = matched.tensors, matched.faults, matched.homes
-            dtypes = sorted({str(tensor.dtype) for tensor in matched.tensors.values()})
+            dtypes = _dtypes(source, part)
         else:
             recorded = tensors_recorded(folder, config, part)
             names, faults, places = recorded, [], homes(config, part)
@@ -34,7 +45,7 @@ def report(folder: Path, keys: bool) -> tuple[list[str], bool]:
             dtypes = sorted({entry["dtype"] for entry in recorded.values()})
         count = sum(leaf.size for leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).values())
         placed = len(names) - sum(fault.split()[0] in names for fault in faults)
-        lines.append(f"{part}: {count:,} parameters, {placed} of {len(names)} tensors matched, {', '.join(dtypes)}")
+        lines.append(f"{part}: {count:,} parameters, {placed} of {len(names)} tensors matched, {', '.join(dtypes)}{_origin(source, part)}")
         lines += [f"  ! {fault}" for fault in faults]
         if keys:
             lines += [f"  {name} -> {places[name].rule.flax} {places[name].rule.axes}".rstrip() for name in sorted(names) if name in places]
@@ -80,3 +91,28 @@ def _facts(config: CheckpointConfig) -> list[str]:
         f"latents: {config.vae.latent_channels} channels, scale {scale}; schedule: {schedule}; text: {t.max_text_seq_length} tokens",
         f"defaults: {answers}",
     ]
+
+
+def _dtypes(source: Source, part: str) -> list[str]:
+    return sorted({kind for weights in source.weights(part) for kind in weights.kinds()})
+
+
+def _origin(source: Source | None, part: str) -> str:
+    """Where a part comes from that is not the folder's."""
+    given = source.replaced.get(part) if source else None
+    if not given:
+        return ""
+    naming = " (SAT)" if given.opened and given.opened.naming == SAT else ""
+    return f", from {', '.join(str(file) for file in given.files)}{naming}"
+
+
+def _alone(part: str, given: Given) -> tuple[str, bool]:
+    """What a file says of itself, and whether that may be a part of ours."""
+    assert given.opened
+    tensors = given.opened.tensors()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    whose = kin.other(shapes)
+    found = whose or (kin.facts(shapes) if part == "transformer" else None)
+    dtypes = ", ".join(sorted(given.opened.kinds()))
+    naming = f"{given.opened.naming} names, {len(tensors)} tensors, {dtypes}"
+    return f"{given.files[0]}: {part}, {naming}{f', {found}' if found else ''}", whose is None

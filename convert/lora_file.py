@@ -2,23 +2,18 @@
 
 import hashlib
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cogi2v_jax.checkpoint import first_line
 from cogi2v_jax.config import read_json
 
-from .diffusers import DTYPES, open_safetensors
+from .files import DTYPES, NARROW, open_file
 
 DEFAULT = "pytorch_lora_weights.safetensors"  # what a folder is asked for first
-PICKLED = (".pt", ".bin", ".pth", ".ckpt")
-INSIDE = ("model", "module", "state_dict")  # what trainers wrap their tensors in
 HEADER = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
 BESIDE = "adapter_config.json"  # PEFT's own
 BASES = ("base_model_name_or_path", "base_model", "ss_base_model_version", "ss_sd_model_name", "modelspec.architecture")
@@ -40,18 +35,17 @@ def open_lora(path: Path) -> LoraFile:
     """From a file, or from a folder that has one. Raises FileNotFoundError or ValueError, in one line, for what is no file of tensors."""
     path = _locate(path)
     name = f"{path.absolute().parent.name}/{path.name}" if path.name == DEFAULT else path.name
-    if path.suffix == ".safetensors":
-        shapes, read, head = _safetensors(path)
-    elif path.suffix in PICKLED:
-        shapes, read, head = _pickled(path)
-    else:
-        raise ValueError(f"lora must end in .safetensors, {', '.join(PICKLED)}: got {path}")
+    file = open_file(path)
+    odd = [f"{tensor} of {entry.dtype}" for tensor, entry in file.entries.items() if entry.dtype not in DTYPES or entry.dtype in NARROW]
+    if odd:
+        raise ValueError(f"{path} must hold tensors of {', '.join(code for code in DTYPES if code not in NARROW)}: got {odd[0]}")
+    shapes, head = {tensor: entry.shape for tensor, entry in file.entries.items()}, file.note
     beside = read_json(path.with_name(BESIDE)) if path.with_name(BESIDE).is_file() else {}
     settings = _settings(path, head) or beside
     said = [str(source[key]) for source in (settings, beside, head) for key in BASES if source.get(key)]
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return LoraFile(path, name, digest, shapes, read, settings, (said or [_card(path)])[0])
+    return LoraFile(path, name, digest, shapes, file.read, settings, (said or [_card(path)])[0])
 
 
 def _locate(path: Path) -> Path:
@@ -64,40 +58,6 @@ def _locate(path: Path) -> Path:
     if len(chosen) != 1:
         raise FileNotFoundError(f"lora folder must hold {DEFAULT} or one safetensors file: found {len(files)} in {path}")
     return chosen[0]
-
-
-Opened = tuple[dict[str, tuple[int, ...]], Callable[[str], np.ndarray], dict[str, str]]
-
-
-def _safetensors(path: Path) -> Opened:
-    file = open_safetensors(path)
-    views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    odd = [f"{name} of {view.get_dtype()}" for name, view in views.items() if view.get_dtype() not in DTYPES]
-    if odd:
-        raise ValueError(f"{path} must hold tensors of {', '.join(DTYPES)}: got {odd[0]}")
-    return {name: tuple(view.get_shape()) for name, view in views.items()}, file.get_tensor, file.metadata() or {}
-
-
-def _pickled(path: Path) -> Opened:
-    """What torch saved, if it is tensors and nothing else: unpickling anything more would run it."""
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(f"{path} must be a safetensors file, or PyTorch must be installed: pip install torch") from None
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{path} must be a file of torch.save that holds tensors and nothing else"
-        raise ValueError(f"{what}: {first_line(error)[:120]}; save its tensors as safetensors if you trust it") from None
-    for key in INSIDE:
-        if isinstance(held, dict) and isinstance(held.get(key), dict):
-            held = held[key]
-    tensors = {str(name): value for name, value in held.items() if isinstance(value, torch.Tensor)} if isinstance(held, dict) else {}
-
-    def read(name: str) -> np.ndarray:
-        return tensors[name].to(torch.float32).numpy()  # numpy has no word for torch's bfloat16
-
-    return {name: tuple(value.shape) for name, value in tensors.items()}, read, {}
 
 
 def _settings(path: Path, head: Mapping[str, str]) -> dict[str, Any]:

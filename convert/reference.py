@@ -25,7 +25,7 @@ from cogi2v_jax.request import Request, Resolved
 from cogi2v_jax.schedule import tableau
 
 from . import trace
-from .diffusers import Source
+from .sources import Source
 from .targets import beside, check_target
 
 MODULES = (  # where the reference draws noise

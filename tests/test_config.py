@@ -161,6 +161,8 @@ def test_derived_sizes_are_those_of_the_released_networks() -> None:
 def test_what_a_file_leaves_out_has_the_default_of_the_reference_class_or_must_be_stated(kind: type, reference: type) -> None:
     ours = {**dataclasses.asdict(kind()), **kind.REQUIRED}
     theirs = {name: parameter.default for name, parameter in inspect.signature(reference).parameters.items()}
+    if reference is T5Config:  # derives these from another key, and names its own kind
+        theirs |= {name: getattr(T5Config(feed_forward_proj="gated-gelu"), name) for name in ("dense_act_fn", "is_gated_act", "model_type")}
     assert {name for name, value in ours.items() if theirs[name] != value} == kind.STATED
     for name in kind.STATED:
         with pytest.raises(ValueError, match=f"^f: {name} must be stated"):
@@ -175,8 +177,91 @@ def test_an_unknown_key_is_refused_by_name_unless_switched_off(kind: type) -> No
         kind.from_json({**kind.REQUIRED, "use_new": True, "new_ratio": 2}, "folder/file")
 
 
-def test_the_many_other_keys_of_a_text_encoder_are_not_read() -> None:
-    assert TextEncoderConfig.from_json(T5Config(feed_forward_proj="gated-gelu").to_dict(), "f") == TextEncoderConfig()
+# As the hub has it, and what transformers 4 wrote in full.
+T5_XXL = json.loads("""{
+    "architectures": ["T5EncoderModel"], "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64, "d_model": 4096, "decoder_start_token_id": 0,
+    "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0,
+    "is_encoder_decoder": true, "is_gated_act": true, "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_decoder_layers": 24,
+    "num_heads": 64, "num_layers": 24, "output_past": true, "pad_token_id": 0, "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.44.2",
+    "use_cache": true, "vocab_size": 32128, "_name_or_path": "google/t5-v1_1-xxl"
+}""")
+FOUR = json.loads("""{
+    "return_dict": true, "output_hidden_states": false, "torchscript": false, "use_bfloat16": false, "pruned_heads": {}, "max_length": 20,
+    "is_decoder": false, "temperature": 1.0, "top_k": 50, "num_beams": 1, "add_cross_attention": false, "id2label": {"0": "LABEL_0"},
+    "task_specific_params": {"summarization": {"max_length": 200}}, "n_positions": 512, "chunk_size_feed_forward": 0, "prefix": "a: "
+}""")
+
+
+@pytest.mark.parametrize("values", [T5Config(feed_forward_proj="gated-gelu").to_dict(), T5_XXL, {**T5_XXL, **FOUR}])
+def test_what_transformers_writes_beside_an_encoder_s_mathematics_is_passed_over(values: dict[str, Any]) -> None:
+    own = {field.name: values[field.name] for field in dataclasses.fields(TextEncoderConfig)}
+    assert TextEncoderConfig.from_json(values, "f") == TextEncoderConfig(**own)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("scalable_attention", True),
+        ("is_decoder", True),
+        ("quantization_config", {"load_in_8bit": True}),
+        ("encoder_layer_norm", "pre"),
+        ("add_cross_attention", True),
+    ],
+)
+def test_what_may_change_an_encoder_s_mathematics_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^f: {key} is not known here: got "):
+        TextEncoderConfig.from_json({**T5_XXL, key: value}, "f")
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "whose"),
+    [
+        ("transformer", {"in_channels": 33, "add_noise_in_inpaint_model": True}, "CogVideoX-Fun, which takes a mask or a control video"),
+        ("transformer", {"add_noise_in_inpaint_model": False}, "CogVideoX-Fun, which takes a mask or a control video"),
+        ("transformer", {"_class_name": "ConsisIDTransformer3DModel"}, "ConsisID, which takes a face"),
+        ("transformer", {"is_train_face": True, "is_kps": False, "cross_attn_interval": 2}, "ConsisID, which takes a face"),
+        ("transformer", {"num_tracking_blocks": 18}, "Diffusion as Shader, which takes a tracking video"),
+    ],
+)
+def test_a_relative_of_the_family_is_refused_for_what_it_is(part: str, values: dict[str, Any], whose: str) -> None:
+    line = rf"^folder: {part} must be of image-to-video from a prompt and a first image alone: got {whose}"
+    with pytest.raises(ValueError, match=line):
+        CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", part, **values), "folder")
+
+
+@pytest.mark.parametrize(("part", "name"), [("transformer", "MyTransformer"), ("vae", "AutoencoderKL")])
+def test_another_class_is_another_network(part: str, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^folder: {part}: _class_name must be \w+: got '{name}'$"):
+        CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", part, _class_name=name), "folder")
+
+
+@pytest.mark.parametrize(
+    ("channels", "what"),
+    [(16, "a text-to-video checkpoint"), (33, "an inpainting checkpoint"), (48, "a checkpoint that takes a further video"), (24, "no ch")],
+)
+def test_other_channels_are_told_by_their_number(channels: int, what: str) -> None:
+    with pytest.raises(ValueError, match=rf"16: got {channels}, which is {what}"):
+        CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", in_channels=channels), "folder")
+
+
+def test_the_2b_checkpoint_is_refused_as_text_to_video() -> None:
+    values = {"num_attention_heads": 30, "num_layers": 30, "in_channels": 16, "use_rotary_positional_embeddings": False}
+    with pytest.raises(ValueError, match=r"got 16, which is a text-to-video checkpoint$"):
+        CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", **values, use_learned_positional_embeddings=False), "folder")
+
+
+def test_anisora_is_weights_of_its_own() -> None:
+    """The first generation without a learned table, for 720x1280 and 97 frames."""
+    values = {"sample_height": 90, "sample_width": 160, "sample_frames": 97, "use_learned_positional_embeddings": False}
+    known = CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", **values), "folder")
+    assert (known.name, known.family) == (None, "cogvideox-i2v")
+    assert (known.defaults.height, known.defaults.width, known.defaults.num_frames, known.defaults.fps) == (720, 1280, 97, 8)
+
+
+def test_an_interpolation_fine_tune_is_the_checkpoint_it_was_made_of() -> None:
+    """Another picture in the same channels is no other network."""
+    assert CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", _name_or_path="x"), "folder").name == "cogvideox-5b-i2v"
 
 
 @pytest.mark.parametrize(("part", "key"), [(part, key) for part, kind in KINDS.items() for key in kind.REQUIRED])

@@ -105,8 +105,9 @@ def drop(path):
     return change
 
 
-def only_bin(folder):
-    weights(folder, "transformer").rename(folder / "transformer" / "diffusion_pytorch_model.bin")
+def other_bin(folder):
+    weights(folder, "transformer").unlink()
+    (folder / "transformer" / "pytorch_model.bin").write_bytes(b"garbage" * 99)
 
 
 def no_tokenizer_model(folder):
@@ -184,9 +185,8 @@ FAULTS = {
         edit("text_encoder", other_zero),
         r"encoder.embed_tokens.weight must equal shared.weight, its other name",
     ),
-    "float8": (recast(torch.float8_e4m3fn), r"proj_out.bias must be one of F64, F32, F16, BF16: got F8_E4M3$"),
-    "integers": (recast(torch.int8), r"proj_out.bias must be one of F64, F32, F16, BF16: got I8$"),
-    "only .bin": (only_bin, r"safetensors file or an index of shards: found 0 files \(save diffusion_pytorch_model.bin as safetensors"),
+    "integers": (recast(torch.int8), r"proj_out.bias must be one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2: got I8$"),
+    "a .bin of something else": (other_bin, r"transformer/pytorch_model.bin must be a whole safetensors file"),
     "no weights": (drop("vae/diffusion_pytorch_model.safetensors"), r"vae must hold one safetensors file or an index .*: found 0 files$"),
     "two weights": (
         lambda folder: shutil.copyfile(weights(folder, "vae"), folder / "vae" / "other.safetensors"),
@@ -213,7 +213,7 @@ def test_a_source_at_fault_is_refused_in_one_line_and_nothing_is_made(fault, sou
 
 
 def test_the_errors_of_the_library_are_python_s_own(source, tmp_path):
-    with pytest.raises(FileNotFoundError, match="must be a diffusers or converted folder"):
+    with pytest.raises(FileNotFoundError, match=r"SRC must be a folder, a file, a hub id or one of .*: found no"):
         to_flax(tmp_path / "nothing", tmp_path / "flax")
     several(source)
     with pytest.raises(ValueError, match="must fit the network"):

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert"}
 FLOORS = {
+    -1: "relatives",
     0: "config watch",
     1: "request schedule positions media tokenizer noise manifest sharding flags fingerprint executables hosts",
     2: "arguments layers recipe strips",
@@ -19,12 +20,17 @@ FLOORS = {
     4: "models.t5 models.vae models.transformer",
     4.5: "lora",
     5: "checkpoint compiled models.tiling",
+    5.1: "wanted",
+    5.2: "bucket",
+    5.3: "fetch",
     6: "phases",
     6.5: "pipeline",
     # The conversion package is one floor with an order of its own.
-    7.0: "cogi2v_convert.rules cogi2v_convert.diffusers cogi2v_convert.trace cogi2v_convert.targets",
-    7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer cogi2v_convert.lora_file",
-    7.15: "cogi2v_convert.lora_keys",
+    7.0: "cogi2v_convert.rules cogi2v_convert.files cogi2v_convert.kin cogi2v_convert.trace cogi2v_convert.targets",
+    7.05: "cogi2v_convert.sat",
+    7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer cogi2v_convert.weights cogi2v_convert.lora_file",
+    7.15: "cogi2v_convert.diffusers cogi2v_convert.lora_keys",
+    7.17: "cogi2v_convert.sources",
     7.2: "cogi2v_convert.conversion cogi2v_convert.lora",
     7.3: "cogi2v_convert.inspection cogi2v_convert.compare cogi2v_convert.reference",
     8: "hub plan",
@@ -32,7 +38,7 @@ FLOORS = {
     8.2: "cogi2v_convert.__main__",
     9: "sample preflight",
 }
-READ_BY_TORCH = ("cogi2v_convert.reference", "cogi2v_convert.lora_file")  # the one runs it, the other has it read what it wrote
+READ_BY_TORCH = ("cogi2v_convert.reference", "cogi2v_convert.files")  # the one runs it, the other has it read what it wrote
 FLOOR = {
     name if name.startswith("cogi2v_") else f"cogi2v_jax.{name}": floor for floor, residents in FLOORS.items() for name in residents.split()
 }

@@ -158,7 +158,7 @@ def test_a_fault_is_one_line_before_anything_slow(
     write, expected = FAULTS[fault]
     pairs = {name: (a.clone(), b.clone()) for name, (a, b) in attention.items()}
     file = write(tmp_path, pairs)
-    monkeypatch.setattr(hub, "_locate", lambda name, say: tmp_path)
+    monkeypatch.setattr(hub, "locate", lambda name, say: tmp_path)
     monkeypatch.setattr(hub, "read_config", lambda folder: config)
     monkeypatch.setattr(hub, "_converted", lambda *_: pytest.fail("it went on"))
     with pytest.raises(ValueError, match=expected) as caught:
@@ -170,26 +170,30 @@ class Thing:
     """What no safe loader makes."""
 
 
-@pytest.mark.parametrize("content", ["pickle", "garbage", "empty", "list"])
+UNSAFE = {
+    "pickle": "a.pt must hold tensors and nothing that runs: got a pickle that asks for test_lora_faults.Thing",
+    "list": "a.pt must hold tensors by name, or under module, state_dict, model: found none",
+    "garbage": "a.pt must be a whole safetensors file: ",
+    "empty": "a.pt must be a whole safetensors file: ",
+}
+
+
+@pytest.mark.parametrize("content", UNSAFE)
 def test_what_torch_saved_is_tensors_or_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    if content == "pickle":
-        torch.save({"module": {}, "args": Thing()}, path)
-    elif content == "list":
-        torch.save([torch.zeros(2)], path)
-        assert open_lora(path).shapes == {}
-        return
+    if content in ("pickle", "list"):
+        torch.save({"module": {}, "args": Thing()} if content == "pickle" else [torch.zeros(2)], path)
     else:
         path.write_bytes(b"garbage" if content == "garbage" else b"")
-    with pytest.raises(ValueError, match=r"a.pt must be a file of torch.save that holds tensors and nothing else: ") as caught:
+    with pytest.raises(ValueError, match=UNSAFE[content]) as caught:
         open_lora(path)
     assert "\n" not in str(caught.value)
 
 
 def test_without_torch_a_pickled_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.bin").touch()
+    torch.save({"x": torch.zeros(2)}, tmp_path / "a.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r"a.bin must be a safetensors file, or PyTorch must be installed"):
+    with pytest.raises(ValueError, match=r"a.bin must be safetensors where torch is missing: got a torch file; pip install torch"):
         open_lora(tmp_path / "a.bin")
 
 
@@ -326,6 +330,6 @@ def test_inspect_says_why_one_would_be_refused(tiny: Path, capsys: pytest.Captur
 
 def test_inspect_asks_for_the_model(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     assert convert.main(["inspect", str(tiny)]) == 1
-    assert "--model must name the model that a LoRA is for: got" in capsys.readouterr().err
+    assert "got a LoRA, which is no network but a change of one: inspect it with --model NAME" in capsys.readouterr().err
     assert convert.main(["inspect", str(tiny), "--model", "gone"]) == 1
     assert "model must be a folder or one of cogi2v-tiny, " in capsys.readouterr().err

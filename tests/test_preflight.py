@@ -3,10 +3,9 @@
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 
-from cogi2v_jax import hub, plan, preflight
+from cogi2v_jax import fetch, hub, plan, preflight
 from cogi2v_jax.preflight import Machine, Unfit, Weights, check, faults
 
 MODEL = "cogvideox-5b-i2v"
@@ -217,15 +216,15 @@ def test_the_library_that_jax_needs_is_read_off_jax_itself(monkeypatch):
 
 
 def test_the_hub_is_asked_for_sizes_alone(monkeypatch):
-    asked = {}
+    asked = []
 
-    def snapshot(hub_id, **options):
-        asked.update(options, hub_id=hub_id)
-        return [SimpleNamespace(file_size=size * 2**30, will_download=fetch) for size, fetch in ((3, True), (4, False), (1, True))]
+    def ask(repository):
+        asked.append(repository)
+        return SimpleNamespace(missing=4 * 2**30, size=8 * 2**30)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(fetch, "ask", ask)
     assert preflight.weights(MODEL) == Weights(4.0, 8.0)
-    assert asked == {"hub_id": "zai-org/CogVideoX-5b-I2V", "allow_patterns": hub.HUB_FILES, "dry_run": True}
+    assert asked == ["zai-org/CogVideoX-5b-I2V"]
     monkeypatch.setattr(preflight, "is_converted", lambda model: True)
     assert preflight.weights(MODEL) == Weights(4.0, 0.0)
 
