@@ -69,8 +69,8 @@ def ask(repository: str, revision: str = "") -> Listing:
 
 
 def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
-    """The files of a repository that a conversion needs, in the hub's own cache, which its client shares and resumes. Where the hub can't
-    be asked, what is there. Raises FileNotFoundError, or OSError where there is no room, in one line."""
+    """The files of a repository that a conversion needs, in the hub's own cache, where its client finds those that came before. Where the
+    hub can't be asked, what is there. Raises FileNotFoundError, or OSError where there is no room, in one line."""
     from huggingface_hub import constants, errors, snapshot_download
 
     repository, _, revision = hub_id.partition("@")
@@ -95,14 +95,8 @@ def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
 
 
 def _missing(files: list[Any], blobs: Path) -> int:
-    """Bytes of a repository's files that the cache does not hold, whole or in part, under their hashes."""
-    total = 0
-    for file in files:
-        blob = blobs / (file.lfs.sha256 if file.lfs else file.blob_id)
-        if not blob.exists():
-            begun = max((part.stat().st_size for part in blobs.glob(f"{blob.name}*.incomplete")), default=0)
-            total += max(file.size - begun, 0)
-    return total
+    """Bytes of a repository's files that the cache does not hold under their hashes. Of a file that was begun the client keeps nothing."""
+    return sum(file.size for file in files if not (blobs / (file.lfs.sha256 if file.lfs else file.blob_id)).exists())
 
 
 def _licence(repository: str, info: Any) -> str:

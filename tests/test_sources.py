@@ -66,6 +66,17 @@ def merged(expected, family, *parts) -> dict[str, np.ndarray]:
     return {name: (ours if name.split("/")[0] in parts else theirs)[name] for name in theirs}
 
 
+def assert_reads(source, part: str, tensors: dict[str, torch.Tensor]) -> None:
+    """The source's tensors of a part are these, bit for bit."""
+    found = source.tensors(part)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        value = source.read(part, name)
+        assert (value.shape, str(value.dtype)) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
+        assert value.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def convert(tmp_path: Path, *sources, options=()) -> Path:
     assert main(["to-flax", *map(str, sources), str(tmp_path / "flax"), *options]) == 0
     return tmp_path / "flax"
@@ -86,6 +97,12 @@ def test_a_sat_file_is_known_by_its_names_whatever_it_is_called(saved, base, exp
     transformer = (sat / "transformer/1/mp_rank_00_model_states.pt").rename(tmp_path / "vae.safetensors")
     vae = (sat / "vae/3d-vae.pt").rename(tmp_path / "no suffix")
     assert_same(convert(tmp_path, base["1.5"], vae, transformer), merged(expected, "1.5", "transformer", "vae"))
+
+
+def test_fused_tensors_are_cut_in_safetensors_too(saved, base, tmp_path):
+    tensors = load_file(weights(saved["1.0"], "transformer"))
+    save_file(strange.sat_transformer(tensors), tmp_path / "sat.safetensors")
+    assert_reads(gather([base["1.0"], tmp_path / "sat.safetensors"]), "transformer", tensors)
 
 
 def test_what_came_from_sat_goes_back_to_diffusers(saved, base, tmp_path):
@@ -111,17 +128,6 @@ PREFIXES = {
     "vae": ("", "vae.", "first_stage_model."),
     "text_encoder": ("", "text_encoders.t5xxl.transformer.", "text_encoder."),
 }
-
-
-def assert_reads(source, part: str, tensors: dict[str, torch.Tensor]) -> None:
-    """The source's tensors of a part are these, bit for bit."""
-    found = source.tensors(part)
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        value = source.read(part, name)
-        assert (value.shape, str(value.dtype)) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-        assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
-        assert value.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize(("part", "prefix"), [(part, prefix) for part, all in PREFIXES.items() for prefix in all])

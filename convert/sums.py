@@ -1,0 +1,63 @@
+"""Checksums: of source files while they are converted, and of the converted leaves, which `check` reads again."""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .making import Sums
+
+HUB = re.compile(r"[0-9a-f]{64}")  # what the hub's cache calls a large file: its SHA-256
+
+
+class Digests:
+    """SHA-256 of files, taken one after the other beside other work. `known` are taken already."""
+
+    def __init__(self, files: Iterable[Path], known: Mapping[Path, str] | None = None):
+        self._worker = ThreadPoolExecutor(1)
+        self._known = known or {}
+        self._found: dict[Path, Future[str]] = {file: self._worker.submit(digest, file) for file in files if file not in self._known}
+
+    def __enter__(self) -> "Digests":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._worker.shutdown(cancel_futures=True)
+
+    def of(self, file: Path) -> dict[str, Any]:
+        """A file's name, size and SHA-256. Raises ValueError where the hub gave it another."""
+        found, blob = self._known.get(file) or self._found[file].result(), file.resolve()
+        if HUB.fullmatch(blob.name) and blob.name != found:
+            raise ValueError(f"{file} must have the SHA-256 {blob.name}, as the hub says: got {found}; delete {blob} and fetch it again")
+        return {"file": file.name, "bytes": file.stat().st_size, "sha256": found}
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sums(leaves: Mapping[str, np.ndarray]) -> Sums:
+    return {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "crc32": crc32(leaf)} for name, leaf in leaves.items()}
+
+
+def crc32(array: np.ndarray) -> str:
+    """Of an array's bytes in row-major order."""
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises ValueError for NaN and infinities."""
+    if array.dtype == ml_dtypes.bfloat16:  # by its exponent's bits, at a multiple of the speed
+        fine = array.size == 0 or int((array.view(np.uint16) & 0x7FFF).max()) < 0x7F80
+    else:
+        fine = array.dtype.kind in "iu" or bool(np.isfinite(array).all())
+    if not fine:
+        where = tuple(int(index) for index in np.argwhere(~np.isfinite(array.astype(np.float32)))[0])
+        raise ValueError(f"{name} must be finite: got {array[where]} at {list(where)}")
