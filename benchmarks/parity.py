@@ -29,7 +29,7 @@ from cogi2v_convert.reference import record  # pyright: ignore[reportMissingImpo
 from cogi2v_convert.verify import FED, Report, verify  # pyright: ignore[reportMissingImports]
 
 from cogi2v_jax import Request
-from cogi2v_jax.hub import EMBEDDED
+from cogi2v_jax.fetch import EMBEDDED
 
 PAGE = Path(__file__).parent.parent / "docs" / "same_model.md"
 BEGIN, END = "<!-- benchmarks/parity.py -->", "<!-- end -->"

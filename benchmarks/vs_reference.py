@@ -30,7 +30,7 @@ from PIL import Image
 
 import cogi2v_jax
 from cogi2v_jax.compiled import Stopwatch
-from cogi2v_jax.hub import EMBEDDED
+from cogi2v_jax.fetch import EMBEDDED
 from cogi2v_jax.media import fit_image, read_image
 from cogi2v_jax.noise import seed_words
 from cogi2v_jax.phases import Call

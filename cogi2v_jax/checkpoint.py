@@ -1,7 +1,7 @@
 """A converted folder: a diffusers folder's JSON and tokenizer files as they were, and the weights as orbax checkpoints in our names and
 layouts, one a layer, so that neither writing nor loading ever holds more than a layer of them on the host.
 
-    checkpoint.json                   format version, the torch tensors' files and dtypes, the weight files' sizes
+    checkpoint.json                   format version, what it was made of, every tensor's checksum, the weight files' sizes
     model_index.json, scheduler/, tokenizer/, {transformer,vae,text_encoder}/config.json
     {transformer,vae,text_encoder}/weights/{rest,000,001,...}
 """
@@ -33,7 +33,7 @@ from .models.transformer import Transformer
 from .models.vae import VAE
 from .sharding import Sizes, make_mesh, parameter_shardings
 
-FORMAT = 1  # of the folder; a reader refuses any other
+FORMAT = 2  # of the folder; a reader refuses any other
 MANIFEST = "checkpoint.json"
 NETWORKS = {"transformer": Transformer, "vae": VAE, "text_encoder": T5}
 _WRITING = threading.Lock()  # orbax's writes stumble over each other when two threads of a process make them
@@ -101,10 +101,12 @@ def unit_path(folder: Path, part: str, layer: int | None) -> Path:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    """Of this process alone: several may be at different layers, and none waits for another."""
+    """Of this process alone: several may be at different layers, and none waits for another. Weights hardly compress, and trying takes as
+    long again as writing."""
     me = jax.process_index()
     alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}")
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, use_compression=False)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def write_unit(folder: Path, part: str, layer: int | None, leaves: Mapping[str, np.ndarray]) -> None:

@@ -104,7 +104,9 @@ def _converted(folder: Path, say: Say) -> Path:
 
     source = Source(folder)
     cache = _cache(say)
-    destination = cache / f"{_digest(source.files, cache)}-{FORMAT}"
+    digests = {file: _digest(file, cache) for file in sorted(source.files)}
+    lines = "".join(f"{file.parent.name}/{file.name} {digest}\n" for file, digest in digests.items())
+    destination = cache / f"{hashlib.sha256(lines.encode()).hexdigest()[:32]}-{FORMAT}"
     if destination.is_dir():
         try:
             open_folder(destination, jnp.dtype(jnp.float32))
@@ -113,7 +115,7 @@ def _converted(folder: Path, say: Say) -> Path:
     if not destination.is_dir():
         say(f"converting {folder} into {destination}, once")
         with contextlib.suppress(FileExistsError):  # another process was faster, and its folder is complete
-            to_flax(folder, destination)
+            to_flax(folder, destination, wait=True, known=digests)
     return destination
 
 
@@ -132,24 +134,19 @@ def _cache(say: Say) -> Path:
     return cache
 
 
-def _digest(files: list[Path], cache: Path) -> str:
-    """SHA-256 over the files' names and contents. Hashes of large files are remembered under what the file system says of them, change
-    time included, which no program can set back; but not while that time is so young that its clock might not tell the next change."""
-    memory = cache / "sha256"
-    total = hashlib.sha256()
-    for file in sorted(files):
-        stat = file.stat()
-        identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        if stat.st_size >= LARGE and note.is_file():
-            digest = note.read_text()
-        else:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > YOUNG:
-                memory.mkdir(parents=True, exist_ok=True)
-                part = note.with_suffix(f".{uuid.uuid4().hex[:8]}")
-                part.write_text(digest)
-                part.replace(note)
-        total.update(f"{file.parent.name}/{file.name} {digest}\n".encode())
-    return total.hexdigest()[:32]
+def _digest(file: Path, cache: Path) -> str:
+    """A file's SHA-256. Those of large files are remembered under what the file system says of them, change time included, which no
+    program can set back; but not while that time is so young that its clock might not tell the next change."""
+    memory, stat = cache / "sha256", file.stat()
+    identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if stat.st_size >= LARGE and note.is_file():
+        return note.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > YOUNG:
+        memory.mkdir(parents=True, exist_ok=True)
+        part = note.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        part.write_text(digest)
+        part.replace(note)
+    return digest

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from cogi2v_jax import __version__
@@ -11,6 +13,9 @@ from cogi2v_jax.recipe import SETTINGS
 from cogi2v_jax.request import Request
 
 SOURCES = "diffusers folder (here, at gs:// or a hub id), then files or folders that replace parts of it: .safetensors, .pt, SAT's"
+
+
+BAR = 24  # characters of a progress bar
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     torch.add_argument("source", metavar="SRC", help="converted folder, here or at gs://")
     torch.add_argument("destination", metavar="DST", help="diffusers folder to make, here or at gs://")
     torch.set_defaults(run=_to_torch)
+    check = commands.add_parser("check", help="a converted folder against its manifest, bit for bit", description=_check.__doc__)
+    check.add_argument("folder", metavar="FOLDER", type=Path, help="converted folder")
+    check.set_defaults(run=_check)
     inspect = commands.add_parser("inspect", help="what weights are, and whether every tensor has a place", description=_inspect.__doc__)
     inspect.add_argument("sources", metavar="SRC", nargs="+", help=f"a converted folder, or {SOURCES}; with --model a LoRA file")
     inspect.add_argument("--model", metavar="NAME", help="the folder or the name of the model that a LoRA is for")
@@ -89,12 +97,27 @@ def _progress(part: str, done: int, total: int) -> None:
         print(f"\r{part}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
+def _bar() -> Callable[[str, int, int], None]:
+    """The same in bytes, with a bar and the time that is left."""
+    begin = time.monotonic()
+
+    def show(part: str, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            seconds = max(time.monotonic() - begin, 1e-3)
+            bar = "#" * (BAR * done // max(total, 1))
+            left = f"{(total - done) * seconds / max(done, 1):.0f} s left"
+            line = f"[{bar:{BAR}}] {done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / seconds / 1e9:.2f} GB/s, {left}, {part}"
+            print(f"\r{line:100}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
 def _to_flax(options: argparse.Namespace) -> int:
     """Converts a diffusers folder, a layer at a time. What follows it replaces parts of it, and says itself which: a file of ComfyUI's
     (bf16, fp16, float8 with its scales), a checkpoint of SAT's (.pt, or its folder), a part's own folder."""
     from .conversion import to_flax
 
-    print(to_flax(options.sources, options.destination, options.dtype, _progress))
+    print(to_flax(options.sources, options.destination, options.dtype, _bar()))
     return 0
 
 
@@ -139,6 +162,18 @@ def _verify(options: argparse.Namespace) -> int:
         with beside(options.json) as part:
             part.write_text(report.json() + "\n", encoding="utf-8")
     return 1 if report.faults else 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Reads a converted folder again, every tensor of it, and says what is not as its manifest says. Exits 1 where something is not."""
+    from .manifest import check
+
+    faults = 0
+    for fault in check(options.folder):
+        print(f"cogi2v-convert: {options.folder}: {fault}", file=sys.stderr)
+        faults += 1
+    print(f"{options.folder}: {f'{faults} faults; convert its source again' if faults else 'whole: every file and every tensor'}")
+    return 1 if faults else 0
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -1,11 +1,9 @@
 """Whole folders, both ways, a layer at a time; and what a source holds."""
 
-import json
-import os
+import math
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +22,22 @@ from cogi2v_jax.checkpoint import (
     open_folder,
     read_leaves,
     unit_shapes,
-    weight_files,
-    write_unit,
 )
 from cogi2v_jax.config import CheckpointConfig, read_json
 
-from . import kin, t5, transformer, vae
+from . import kin, manifest, t5, transformer, vae
 from .diffusers import CODES, write_index, write_safetensors
-from .rules import Home, expand, misfits, refuse
+from .making import Journal, appearing
+from .manifest import share
+from .rules import Home, contiguous, expand, misfits, refuse
 from .sources import Source, gather
+from .sums import Digests
+from .units import Meter, Progress, write_part
 from .weights import WIDE, Tensor
 
 TABLES: dict[str, Callable[[Any], tuple]] = {"transformer": transformer.table, "vae": vae.table, "text_encoder": t5.table}
 
-Progress = Callable[[str, int, int], None]  # (part, units done, units)
+SHARED = "text_encoder"  # the part that many checkpoints have in common, and half of their bytes
 
 
 def homes(config: CheckpointConfig, part: str) -> dict[str, Home]:
@@ -90,36 +90,73 @@ def _same(source: Source, tensors: dict[str, Tensor], one: str, other: str) -> b
 
 
 def to_flax(
-    sources: Path | str | Sequence[Path | str], destination: Path | str, dtype: str | None = None, progress: Progress | None = None
+    sources: Path | str | Sequence[Path | str],
+    destination: Path | str,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+    wait: bool = False,
+    known: Mapping[Path, str] | None = None,
 ) -> Path | str:
-    """A checkpoint as a converted folder, which appears under its name only when complete. `sources` is a diffusers folder, or that and
-    what `gather` replaces parts of it by; `dtype` casts, None keeps every tensor's own and makes float8 bfloat16. Raises ValueError with
-    all misfits, FileExistsError where the destination exists, and as `gather` does."""
+    """A checkpoint as a converted folder, which appears under its name only when complete; what a killed conversion of the same left is
+    gone on with. `sources` is a diffusers folder, or that and what `gather` replaces parts of it by; `dtype` casts, None keeps every
+    tensor's own and makes float8 bfloat16. `wait` is for another process that makes the same folder; `known` are files' SHA-256. Raises
+    ValueError with all misfits, or for a weight that is not finite, FileExistsError where the destination exists, OSError where the disk
+    has no room, and as `gather` does."""
     cast = None if dtype is None else np.dtype(jnp.dtype(dtype))
     source = gather([sources] if isinstance(sources, Path | str) else sources, cast or WIDE)
     matches = {part: match(source, part) for part in NETWORKS}
     refuse(str(source.folder), [f"{part}: {fault}" for part, matched in matches.items() for fault in matched.faults])
-    with appearing(destination) as folder:
+    made_of = {"format": FORMAT, "program": __version__, "dtype": dtype, "files": [_identity(file) for file in source.files]}
+    files = [file for part in NETWORKS for file in source.parts[part]]
+    meter = Meter(sum(bytes_of(matched, cast) for matched in matches.values()), progress)
+    with appearing(destination, wait, again=True) as folder, Digests(files, known) as digests:
+        journal = Journal(folder, made_of)
+        bucket.check_space(folder, meter.total - bytes_in(journal), str(destination))
         _copy_settings(source.settings, source.folder, folder, source.tokenizer_files)
-        recorded = {}
         for part, matched in matches.items():
+            if part == SHARED and (twin := _twin(source, Path(destination), dtype, digests)):
+                share(*twin, folder, part, journal)
+                meter.add(part, bytes_of(matched, cast))
+                continue
             layers = [None, *range(layer_count(source.config, part))]
-            for done, layer in enumerate(layers):
-                leaves: dict[str, np.ndarray] = {}
-                for name, (rule, home_layer) in matched.homes.items():
-                    if home_layer == layer:
-                        value = rule.to_flax(source.read(part, name))
-                        leaves[rule.flax] = np.ascontiguousarray(value if cast is None else value.astype(cast))
-                write_unit(folder, part, layer, leaves)
-                if progress:
-                    progress(part, done + 1, len(layers))
-            recorded[part] = {
+            write_part(folder, part, layers, matched.homes, partial(source.read, part), cast, journal, meter)
+        origins = {part: [digests.of(file) for file in source.parts[part]] for part in NETWORKS}
+        recorded = {
+            part: {
                 name: {"file": source.shard(part, tensor), "dtype": str(cast or tensor.dtype)}
                 for name, tensor in sorted(matched.tensors.items())
             }
-        manifest = {"format": FORMAT, "program": f"cogi2v-jax {__version__}", "tensors": recorded, "files": weight_files(folder)}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            for part, matched in matches.items()
+        }
+        journal.close()
+        manifest.write(folder, dtype, origins, recorded, journal.units)
     return destination
+
+
+def _identity(file: Path) -> list[Any]:
+    stat = file.stat()
+    return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
+
+
+def bytes_of(matched: Match, cast: np.dtype[Any] | None) -> int:
+    """Of a part when it is converted."""
+    homes = matched.homes
+    kept = {(homes[name].rule.flax, homes[name].layer): tensor for name, tensor in matched.tensors.items()}  # one may have two names
+    return sum(tensor.size if cast is None else math.prod(tensor.shape) * cast.itemsize for tensor in kept.values())
+
+
+def bytes_in(journal: Journal) -> int:
+    """Of what a killed conversion left."""
+    leaves = (leaf for sums in journal.units.values() for leaf in sums.values())
+    return sum(math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in leaves)
+
+
+def _twin(source: Source, destination: Path, dtype: str | None, digests: Digests) -> tuple[Path, dict[str, Any]] | None:
+    """A converted folder whose T5 is of the same bytes, and its manifest."""
+    files = source.parts[SHARED]
+    found = manifest.twin_of(destination, SHARED, dtype, source.settings[SHARED], files)
+    same = found and [entry["sha256"] for entry in found[1]["sources"][SHARED]] == [digests.of(file)["sha256"] for file in files]
+    return found if same else None
 
 
 def to_torch(source_folder: Path, destination: Path | str, progress: Progress | None = None) -> Path | str:
@@ -129,25 +166,35 @@ def to_torch(source_folder: Path, destination: Path | str, progress: Progress | 
     with appearing(destination) as folder:
         settings = {part: source_folder / part / name for part, name in CONFIG_FILES.items()}
         _copy_settings(settings, source_folder, folder, [path for path in (source_folder / "tokenizer").iterdir() if path.is_file()])
-        for part in NETWORKS:
-            places = homes(config, part)
-            if part == "text_encoder":
-                places |= {alias: places[name] for alias, name in t5.SAME.items()}
-            shapes = {name: leaf.shape for name, leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).items()}
-            tensors = {}
-            for name, entry in sorted(recorded[part].items(), key=lambda item: (item[1]["file"], places[item[0]].layer or 0)):
-                rule, layer = places[name]
-                shape = rule.torch_shape(shapes[rule.flax][0 if layer is None else 1 :])
-                tensors[name] = Tensor(folder / part / entry["file"], shape, np.dtype(jnp.dtype(entry["dtype"])))
+        files = {part: _torch_files(folder, config, part, entries) for part, entries in recorded.items()}
+        meter = Meter(sum(tensor.size for tensors in files.values() for tensor in tensors.values()), progress)
+        for part, tensors in files.items():
+            places = _places(config, part)
             shards = sorted({tensor.file for tensor in tensors.values()})
-            for done, shard in enumerate(shards):
+            for shard in shards:
                 inside = {name: tensor for name, tensor in tensors.items() if tensor.file == shard}
-                write_safetensors(shard, inside, _values(source_folder, config, part, {name: places[name] for name in inside}))
-                if progress:
-                    progress(part, done + 1, len(shards))
+                write_safetensors(shard, inside, _values(source_folder, config, part, {name: places[name] for name in inside}, meter))
             if len(shards) > 1 or "-of-" in shards[0].name:
                 write_index(folder, part, tensors)
     return destination
+
+
+def _places(config: CheckpointConfig, part: str) -> dict[str, Home]:
+    """Where every torch tensor lives with us, under each of its names."""
+    places = homes(config, part)
+    return places | {alias: places[name] for alias, name in t5.SAME.items()} if part == "text_encoder" else places
+
+
+def _torch_files(folder: Path, config: CheckpointConfig, part: str, entries: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor]:
+    """Every tensor to write, file by file and layer by layer."""
+    places = _places(config, part)
+    shapes = {name: leaf.shape for name, leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).items()}
+    tensors = {}
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1]["file"], places[item[0]].layer or 0)):
+        rule, layer = places[name]
+        shape = rule.torch_shape(shapes[rule.flax][0 if layer is None else 1 :])
+        tensors[name] = Tensor(folder / part / entry["file"], shape, np.dtype(jnp.dtype(entry["dtype"])))
+    return tensors
 
 
 def tensors_recorded(folder: Path, config: CheckpointConfig, part: str) -> dict[str, dict[str, str]]:
@@ -170,7 +217,7 @@ def tensors_recorded(folder: Path, config: CheckpointConfig, part: str) -> dict[
     return entries
 
 
-def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str, Home]) -> Iterator[tuple[str, np.ndarray]]:
+def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str, Home], meter: Meter) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors in order; the unstacked ones and one layer are held at a time."""
     rest, rows = unit_shapes(config, part)
 
@@ -181,39 +228,17 @@ def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str,
     for name, (rule, layer) in places.items():
         if layer not in units:
             units = {None: units[None], layer: unit(layer)}
-        yield name, rule.to_torch(units[layer][rule.flax])
+        value = units[layer][rule.flax]
+        yield name, contiguous(rule.to_torch(value))
+        meter.add(part, value.nbytes)
 
 
 def _copy_settings(settings: dict[str, Path], source: Path, folder: Path, tokenizer_files: list[Path]) -> None:
     for part, file in settings.items():
-        (folder / part).mkdir()
+        (folder / part).mkdir(exist_ok=True)
         shutil.copyfile(file, folder / part / CONFIG_FILES[part])
-    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer").mkdir(exist_ok=True)
     for path in tokenizer_files:
         shutil.copyfile(path, folder / "tokenizer" / path.name)
     if (source / "model_index.json").is_file():
         shutil.copyfile(source / "model_index.json", folder / "model_index.json")
-
-
-@contextmanager
-def appearing(destination: Path | str) -> Iterator[Path]:
-    """A folder to fill, which takes its final name only if all went well; otherwise nothing is left. One at gs:// is filled here and
-    copied there."""
-    if bucket.is_bucket(destination):
-        with bucket.uploading(destination, MANIFEST) as folder:
-            yield folder
-        return
-    destination = Path(destination)
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} must not exist yet: found it")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    folder = destination.parent / f".{destination.name}.part-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        yield folder
-        try:
-            os.rename(folder, destination)
-        except OSError:
-            raise FileExistsError(f"{destination} must not exist yet: another program made it meanwhile") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -53,9 +53,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Iterable[
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        size = int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
-        offset += size
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.size]}
+        offset += tensor.size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
@@ -69,6 +68,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], read: Iterable[
 
 def write_index(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
     """The index of a sharded part, under the name that transformers and diffusers look for."""
-    size = sum(int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize for tensor in tensors.values())
+    size = sum(tensor.size for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": {name: tensor.file.name for name, tensor in sorted(tensors.items())}}
     (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from cogi2v_jax.bucket import check_space
 from cogi2v_jax.checkpoint import write_unit
 
 from .making import Journal
 from .rules import Home, contiguous
 from .sums import check_finite, sums
 
+MARGIN = 2**18  # bytes of a unit that are no weights, and more
 Progress = Callable[[str, int, int], None]  # (part, bytes done of all parts, bytes of all parts)
 Leaves = dict[str, np.ndarray]
 
@@ -66,7 +68,10 @@ def _converted(name: str, home: Home, tensor: np.ndarray, cast: np.dtype[Any] | 
 
 
 def _write(folder: Path, part: str, layer: int | None, leaves: Leaves, journal: Journal, meter: Meter) -> None:
+    size = sum(leaf.nbytes for leaf in leaves.values())
     journal.start(part, layer)
+    # Asked before each: once the disk is full, orbax fills the screen too.
+    check_space(folder, size + size // 16 + MARGIN, f"a layer of the {part}")
     write_unit(folder, part, layer, leaves)
     journal.add(part, layer, sums(leaves))
-    meter.add(part, sum(leaf.nbytes for leaf in leaves.values()))
+    meter.add(part, size)

@@ -2,6 +2,7 @@
 with scales) and SAT's."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Tensor(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

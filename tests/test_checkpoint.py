@@ -249,7 +249,7 @@ def test_what_is_no_converted_folder_is_refused(tmp_path):
 def test_another_format_version_is_refused(version, folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"format": version}))
-    assert f"{folder} must have format 1: got {version!r}; convert its source again" in refused(open_folder, folder, FLOAT32)
+    assert f"{folder} must have format 2: got {version!r}; convert its source again" in refused(open_folder, folder, FLOAT32)
 
 
 def test_a_missing_configuration_is_refused(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import twins
-from cogi2v_convert import conversion
+from cogi2v_convert import conversion, units
 from cogi2v_convert.__main__ import main
 from cogi2v_convert.conversion import to_flax, to_torch
 from diffusers import CogVideoXImageToVideoPipeline
@@ -132,12 +132,16 @@ def test_no_unit_holds_more_than_one_layer(converted):
     assert not any("blocks" in name.split(".") for name in read_unit(converted, "transformer", None))
 
 
-def test_progress_counts_every_part_to_its_end(source, tmp_path):
-    calls = []
-    to_flax(source, tmp_path / "flax", progress=lambda *call: calls.append(call))
-    to_torch(tmp_path / "flax", tmp_path / "back", progress=lambda *call: calls.append(call))
-    layers = [*(("transformer", done, 4) for done in range(1, 5)), ("vae", 1, 1), *(("text_encoder", done, 4) for done in range(1, 5))]
-    assert calls == layers + [(part, 1, 1) for part in PARTS]
+def test_progress_counts_the_bytes_of_all_parts_to_their_end(source, tmp_path):
+    for convert, given, made in ((to_flax, source, "flax"), (to_torch, tmp_path / "flax", "back")):
+        calls = []
+        convert(given, tmp_path / made, progress=lambda *call, calls=calls: calls.append(call))
+        parts, done, totals = zip(*calls, strict=True)
+        assert list(dict.fromkeys(parts)) == list(PARTS)
+        assert list(done) == sorted(done)
+        total = sum(len(values) for part in PARTS for *_, values in raw(source, part).values())
+        assert set(totals) == {total}
+        assert done[-1] == total
 
 
 # all or nothing
@@ -146,14 +150,14 @@ def test_progress_counts_every_part_to_its_end(source, tmp_path):
 @pytest.mark.parametrize("error", [OSError("disk full"), MemoryError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("unit", [("transformer", None), ("text_encoder", 2)])
 def test_a_conversion_that_fails_leaves_nothing(error, unit, source, tmp_path, monkeypatch):
-    write_unit = conversion.write_unit
+    write_unit = units.write_unit
 
     def fail(folder, part, layer, leaves):
         write_unit(folder, part, layer, leaves)
         if (part, layer) == unit:
             raise error
 
-    monkeypatch.setattr(conversion, "write_unit", fail)
+    monkeypatch.setattr(units, "write_unit", fail)
     with pytest.raises(type(error)):
         to_flax(source, tmp_path / "flax")
     assert left(tmp_path) == {"source"}
@@ -175,13 +179,13 @@ def test_a_way_back_that_fails_leaves_nothing(error, converted, tmp_path, monkey
 
 def test_the_name_appears_only_when_all_is_written(source, tmp_path, monkeypatch):
     seen = []
-    write_unit = conversion.write_unit
+    write_unit = units.write_unit
 
     def watch(*args):
         write_unit(*args)
         seen.append((tmp_path / "flax").exists())
 
-    monkeypatch.setattr(conversion, "write_unit", watch)
+    monkeypatch.setattr(units, "write_unit", watch)
     to_flax(source, tmp_path / "flax")
     assert seen == [False] * 9
     assert left(tmp_path) == {"source", "flax"}
@@ -192,7 +196,7 @@ def test_the_command_says_in_one_line_what_stopped_it(error, code, source, tmp_p
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(conversion, "write_unit", fail)
+    monkeypatch.setattr(units, "write_unit", fail)
     line = one_line(capsys, ["to-flax", source, tmp_path / "flax"], code)
     assert ("disk full" if code == 1 else "nothing was left") in line
     assert left(tmp_path) == {"source"}

@@ -269,8 +269,8 @@ BROKEN = {
         forge(lambda manifest: manifest["tensors"]["vae"].update({"encoder.conv_in.conv.bias": "x"})),
         "must give encoder.conv_in.conv.bias",
     ),
-    "another format": (forge(lambda manifest: manifest.update(format=0)), "must have format 1: got 0"),
-    "no format": (lambda folder: (folder / MANIFEST).write_text("{}"), "must have format 1: got None"),
+    "another format": (forge(lambda manifest: manifest.update(format=0)), "must have format 2: got 0"),
+    "no format": (lambda folder: (folder / MANIFEST).write_text("{}"), "must have format 2: got None"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), " must "),
 }
 

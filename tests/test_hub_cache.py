@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import twins
-from cogi2v_convert import conversion
+from cogi2v_convert import conversion, units
 from safetensors.numpy import load_file, save
 
 from cogi2v_jax import hub
@@ -110,7 +110,7 @@ def test_weights_under_other_names_are_another_checkpoint(source, cache):
 def test_a_half_finished_conversion_is_never_taken(source, cache, monkeypatch):
     whole = load(source, say=quiet).folder
     shutil.rmtree(whole)
-    write_unit = conversion.write_unit
+    write_unit = units.write_unit
 
     def fail(folder, part, layer, leaves):
         if part == "text_encoder":
@@ -118,7 +118,7 @@ def test_a_half_finished_conversion_is_never_taken(source, cache, monkeypatch):
         write_unit(folder, part, layer, leaves)
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "write_unit", fail)
+        patch.setattr(units, "write_unit", fail)
         with pytest.raises(KeyboardInterrupt):
             load(source, say=quiet)
     assert names(cache) == []
@@ -175,9 +175,9 @@ def test_two_threads_that_convert_at_once_both_succeed(source, cache, monkeypatc
     meeting = threading.Barrier(2, timeout=60)
     convert = conversion.to_flax
 
-    def together(*arguments):
-        meeting.wait()  # neither has the folder, and both make it
-        return convert(*arguments)
+    def together(*arguments, **settings):
+        meeting.wait()  # neither has the folder, and both set out to make it
+        return convert(*arguments, **settings)
 
     monkeypatch.setattr(conversion, "to_flax", together)
     loaded = []
@@ -193,19 +193,22 @@ def test_two_threads_that_convert_at_once_both_succeed(source, cache, monkeypatc
 
 
 @pytest.mark.parametrize("moment", [("transformer", None), ("text_encoder", 2)])
-def test_a_folder_that_another_process_finishes_meanwhile_is_taken(moment, source, cache, monkeypatch):
-    write_unit = conversion.write_unit
-    others = []
+def test_a_folder_that_another_program_is_making_is_waited_for_and_taken(moment, source, cache, monkeypatch):
+    write_unit = units.write_unit
+    written, others, folders = [], [], []
 
     def overtaken(folder, part, layer, leaves):
         write_unit(folder, part, layer, leaves)
-        if (part, layer) == moment and not others:
-            others.append("under way")
-            others.append(load(source, say=quiet).folder)
+        written.append((part, layer))
+        if (part, layer) == moment:
+            others.append(threading.Thread(target=lambda: folders.append(load(source, say=quiet).folder)))
+            others[0].start()
 
-    monkeypatch.setattr(conversion, "write_unit", overtaken)
+    monkeypatch.setattr(units, "write_unit", overtaken)
     folder = load(source, say=quiet).folder
-    assert folder == others[1]
+    others[0].join(60)
+    assert folders == [folder]
+    assert len(written) == len(set(written))
     assert names(cache) == [folder.name]
 
 
@@ -223,13 +226,14 @@ def test_two_processes_that_load_at_once_both_succeed(source, cache):
 
 
 @pytest.fixture
-def large(monkeypatch):
-    """Every file counts as large and as old; what is hashed is listed."""
+def large(source, monkeypatch):
+    """Every file counts as large and as old; what is hashed of the source is listed."""
     hashed = []
     digest = hub.hashlib.file_digest
 
     def watch(stream, kind):
-        hashed.append(Path(stream.name).name)
+        if source in Path(stream.name).parents:
+            hashed.append(Path(stream.name).name)
         return digest(stream, kind)
 
     monkeypatch.setattr(hub, "LARGE", 0)
