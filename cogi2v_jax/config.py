@@ -69,22 +69,23 @@ class _Part:
                 known[key] = value
             elif value:  # a key newer than this program may only pass switched off or empty
                 faults.append(f"{key} is not known here: got {value!r}")
-        try:
-            part = cls(**known)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: " + "; ".join([*faults, str(error)])) from None
-        if faults:
-            raise ValueError(f"{where}: " + "; ".join(faults))
-        return part
+        faults += _misfits(cls, known)
+        if not faults:
+            try:
+                return cls(**known)
+            except (TypeError, ValueError) as error:
+                faults = [str(error)]
+        raise ValueError(one_line(f"{where}: " + "; ".join(faults)))
 
     def __post_init__(self) -> None:
-        faults = []
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            what, fits = _KINDS[f.type]
-            if not fits(value := getattr(self, f.name)):
-                faults.append(f"{f.name} must be {what}: got {value!r}")
-        if faults:
+        if faults := _misfits(type(self), vars(self)):
             raise ValueError("; ".join(faults))
+
+
+def _misfits(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """Fields whose values are not of their kind."""
+    kinds = [(f.name, *_KINDS[f.type]) for f in dataclasses.fields(cls) if f.name in values]
+    return [f"{name} must be {what}: got {values[name]!r}" for name, what, fits in kinds if not fits(values[name])]
 
 
 @dataclass(frozen=True)
@@ -379,7 +380,15 @@ def meshes() -> dict[str, dict[str, Any]]:
 def named(name: str) -> CheckpointConfig:
     """The architecture of a named checkpoint, from its TOML alone: what full-size checks without weights build on."""
     stated = toml(name)
+    missing = [part for part in PARTS if not isinstance(stated.get(part), dict)]
+    if missing:
+        raise ValueError(f"{CONFIGS / name}.toml must have a table for {', '.join(PARTS)}: got none for {missing[0]}")
     return CheckpointConfig.from_parts({part: stated[part] for part in PARTS}, name)
+
+
+def one_line(text: str) -> str:
+    """With whatever could end the line, or move a terminal's cursor, spelled out: names in a file are anyone's."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
+from cogi2v_jax.config import one_line
 from cogi2v_jax.recipe import SETTINGS
 from cogi2v_jax.request import Request
 
@@ -87,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"{chr(13) if sys.stderr.isatty() else ''}cogi2v-convert: {line}", file=sys.stderr)  # over the progress, if there is any
+    over = "\r" if sys.stderr.isatty() else ""  # the progress, if there is any
+    print(f"{over}cogi2v-convert: {one_line(line)}", file=sys.stderr)
     return code
 
 

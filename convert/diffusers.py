@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cogi2v_jax.checkpoint import MANIFEST
-from cogi2v_jax.config import read_json
+from cogi2v_jax.config import one_line, read_json
 
 from .files import DTYPES, NARROW
 from .weights import Tensor
@@ -41,10 +41,10 @@ def _indexed(index: Path) -> tuple[list[Path], set[str]]:
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ValueError(f"{index} must name files of its own folder: got {outside[0]}")
+        raise ValueError(f"{index} must name files of its own folder: got {outside[0]!r}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{index.parent} must hold every shard its index names: missing {', '.join(missing)}")
+        raise FileNotFoundError(f"{index.parent} must hold every shard its index names: missing {one_line(', '.join(missing))}")
     return [index.parent / name for name in names], set(weight_map)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, leaf_names, open_folder, read_config
-from cogi2v_jax.config import CheckpointConfig, named, names, toml
+from cogi2v_jax.config import CheckpointConfig, named, names, one_line, toml
 from cogi2v_jax.fetch import locate
 from cogi2v_jax.fetch import report as say
 
@@ -46,7 +46,7 @@ def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
         count = sum(leaf.size for leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).values())
         placed = len(names) - sum(fault.split()[0] in names for fault in faults)
         lines.append(f"{part}: {count:,} parameters, {placed} of {len(names)} tensors matched, {', '.join(dtypes)}{_origin(source, part)}")
-        lines += [f"  ! {fault}" for fault in faults]
+        lines += [f"  ! {one_line(fault)}" for fault in faults]
         if keys:
             lines += [f"  {name} -> {places[name].rule.flax} {places[name].rule.axes}".rstrip() for name in sorted(names) if name in places]
         whole = whole and not faults

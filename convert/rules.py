@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from einops import rearrange
 
+from cogi2v_jax.config import one_line
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -104,7 +106,7 @@ def refuse(where: str, faults: Iterable[str], shown: int = 20) -> None:
     faults = list(faults)
     if faults:
         more = f"; and {len(faults) - shown} more" if len(faults) > shown else ""
-        raise ValueError(f"{where} must fit the network: " + "; ".join(faults[:shown]) + more)
+        raise ValueError(one_line(f"{where} must fit the network: " + "; ".join(faults[:shown]) + more))
 
 
 def linear(torch: str, flax: str, bias: bool = True) -> Table:
