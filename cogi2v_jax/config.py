@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 PARTS = ("transformer", "vae", "text_encoder", "scheduler")
+BLOCKS = ("transformer", "text_encoder")  # parts that are stacks of equal blocks
 
 # Either beside the package (an installed wheel) or one folder up (a checkout, an editable install).
 _HERE = Path(__file__).parent
@@ -273,7 +274,8 @@ class Published:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """One checkpoint: its parts, the name of the TOML that fits it (None for weights of its own), its defaults."""
+    """One checkpoint: its parts, the name of the TOML that fits it (None for weights of its own), its defaults, and in which parts the
+    kernels of the blocks are int8."""
 
     transformer: TransformerConfig
     vae: VAEConfig
@@ -281,10 +283,11 @@ class CheckpointConfig:
     scheduler: SchedulerConfig
     name: str | None = None
     published: Published = field(default_factory=Published)
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         t, v, e = self.transformer, self.vae, self.text_encoder
-        faults = []
+        faults = [f"int8 must be of {' and '.join(BLOCKS)}: got {part!r}" for part in self.int8 if part not in BLOCKS]
         if t.in_channels != 2 * v.latent_channels:
             what = "a text-to-video checkpoint" if t.in_channels == v.latent_channels else "no checkpoint of this family"
             faults.append(
@@ -330,7 +333,7 @@ class CheckpointConfig:
 
     @property
     def title(self) -> str:
-        return self.name or f"this {self.family} checkpoint"
+        return (self.name or f"this {self.family} checkpoint") + (" in int8" if self.int8 else "")
 
     @functools.cached_property
     def defaults(self) -> Defaults:
