@@ -10,6 +10,8 @@ from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.recipe import SETTINGS
 from cogi2v_jax.request import Request
 
+DTYPE = "cast every weight (default: each tensor keeps its own); int8 is of the blocks' kernels, a scale an output, the rest in bfloat16"
+
 
 def parser() -> argparse.ArgumentParser:
     what = "Converts CogVideoX image-to-video weights between PyTorch and JAX, and compares the videos."
@@ -19,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     flax = commands.add_parser("to-flax", help="a diffusers folder as a folder that `--model` takes", description=_to_flax.__doc__)
     flax.add_argument("source", metavar="SRC", type=Path, help="diffusers folder: transformer/ vae/ text_encoder/ tokenizer/ scheduler/")
     flax.add_argument("destination", metavar="DST", type=Path, help="folder to make; it appears only when complete")
-    flax.add_argument("--dtype", choices=["bfloat16", "float32"], help="cast every weight (default: each tensor keeps its own)")
+    flax.add_argument("--dtype", choices=["bfloat16", "float32", "int8"], help=DTYPE)
     flax.set_defaults(run=_to_flax)
     torch = commands.add_parser("to-torch", help="the way back, bit for bit", description=_to_torch.__doc__)
     torch.add_argument("source", metavar="SRC", type=Path, help="converted folder")
@@ -88,18 +90,26 @@ def _progress(part: str, done: int, total: int) -> None:
 
 
 def _to_flax(options: argparse.Namespace) -> int:
-    """Converts a diffusers folder, a layer at a time."""
+    """Converts a diffusers folder, a layer at a time. With int8 weights, which need pip install 'cogi2v-jax[int8]', it says how far these
+    are from what they were, and the folder's checkpoint.json says it of every one."""
     from .conversion import to_flax
+    from .int8 import report
 
-    print(to_flax(options.source, options.destination, options.dtype, _progress))
+    folder = to_flax(options.source, options.destination, options.dtype, _progress)
+    print("\n".join([*report(folder), str(folder)]))
     return 0
 
 
 def _to_torch(options: argparse.Namespace) -> int:
-    """Gives back the diffusers folder that a converted folder came from."""
+    """Gives back the diffusers folder that a converted folder came from; of int8 weights the numbers that they stand for."""
+    from cogi2v_jax.checkpoint import int8_errors
+
     from .conversion import to_torch
 
-    print(to_torch(options.source, options.destination, _progress))
+    folder = to_torch(options.source, options.destination, _progress)
+    if errors := int8_errors(options.source):
+        print(f"{folder}: what was int8 of {' and '.join(errors)} is dequantised to bfloat16, not what it once was", file=sys.stderr)
+    print(folder)
     return 0
 
 

@@ -29,7 +29,7 @@ from cogi2v_jax.checkpoint import (
 )
 from cogi2v_jax.config import CheckpointConfig, read_json
 
-from . import t5, transformer, vae
+from . import int8, t5, transformer, vae
 from .diffusers import CODES, Source, Tensor, open_safetensors, write_index, write_safetensors
 from .rules import Home, expand, misfits, refuse
 
@@ -83,16 +83,20 @@ def _same(tensors: Mapping[str, Tensor], one: str, other: str) -> bool:
 
 
 def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, progress: Progress | None = None) -> Path:
-    """A diffusers folder as a converted one, which appears under its name only when complete. `dtype` casts; None keeps every tensor's own.
-    Raises ValueError with all misfits, FileExistsError where the destination exists."""
+    """A diffusers folder as a converted one, which appears under its name only when complete. `dtype` casts; None keeps every tensor's own,
+    and int8 is of the blocks' kernels, with bfloat16 around them. Raises ValueError with all misfits, FileExistsError where the destination
+    exists."""
+    if dtype == "int8":
+        int8.check_library()
     source = Source(source_folder)
     matches = {part: match(source, part) for part in NETWORKS}
     refuse(str(source_folder), [f"{part}: {fault}" for part, matched in matches.items() for fault in matched.faults])
-    cast = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    cast = None if dtype is None else int8.REST if dtype == "int8" else np.dtype(jnp.dtype(dtype))
     with appearing(destination) as folder:
         _copy_settings(source.folder, folder, source.tokenizer_files)
-        recorded = {}
+        recorded, errors = {}, {}
         for part, matched in matches.items():
+            kernels = int8.kernels(source.config, part) if dtype == "int8" else set()
             layers = [None, *range(layer_count(source.config, part))]
             with ExitStack() as stack:
                 files = {file: stack.enter_context(open_safetensors(file)) for file in source.parts[part]}
@@ -101,7 +105,11 @@ def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, pr
                     for name, (rule, home_layer) in matched.homes.items():
                         if home_layer == layer:
                             value = rule.to_flax(files[matched.tensors[name].file].get_tensor(name))
-                            leaves[rule.flax] = np.ascontiguousarray(value if cast is None else value.astype(cast))
+                            leaves[rule.flax] = np.ascontiguousarray(value if cast is None or rule.flax in kernels else value.astype(cast))
+                    if kernels:
+                        leaves, off = int8.quantised(leaves, kernels)
+                        found = {name: off[rule.flax] for name, (rule, home) in matched.homes.items() if home == layer and rule.flax in off}
+                        errors.setdefault(part, {}).update(found)
                     write_unit(folder, part, layer, leaves)
                     if progress:
                         progress(part, done + 1, len(layers))
@@ -109,12 +117,15 @@ def to_flax(source_folder: Path, destination: Path, dtype: str | None = None, pr
                 name: {"file": tensor.file.name, "dtype": str(cast or tensor.dtype)} for name, tensor in sorted(matched.tensors.items())
             }
         manifest = {"format": FORMAT, "program": f"cogi2v-jax {__version__}", "tensors": recorded, "files": weight_files(folder)}
+        if errors:
+            manifest["int8"] = errors
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return destination
 
 
 def to_torch(source_folder: Path, destination: Path, progress: Progress | None = None) -> Path:
-    """A converted folder as the diffusers folder it came from: the same tensors, bit for bit, in the same files."""
+    """A converted folder as the diffusers folder it came from: the same tensors, bit for bit, in the same files. Of int8 kernels it
+    gives what they stand for, in bfloat16."""
     config = open_folder(source_folder, jnp.dtype(jnp.float32)).config
     recorded = {part: tensors_recorded(source_folder, config, part) for part in NETWORKS}
     with appearing(destination) as folder:
@@ -165,7 +176,7 @@ def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str,
     rest, rows = unit_shapes(config, part)
 
     def unit(layer: int | None) -> dict[str, np.ndarray]:
-        return read_leaves(folder, part, layer, rest if layer is None else rows)
+        return int8.dequantised(read_leaves(folder, part, layer, rest if layer is None else rows))
 
     units: dict[int | None, dict[str, np.ndarray]] = {None: unit(None)}
     for name, (rule, layer) in places.items():

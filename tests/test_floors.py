@@ -23,7 +23,7 @@ FLOORS = {
     6.5: "pipeline",
     # The conversion package is one floor with an order of its own.
     7.0: "cogi2v_convert.rules cogi2v_convert.diffusers cogi2v_convert.trace cogi2v_convert.targets",
-    7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer cogi2v_convert.lora_file",
+    7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer cogi2v_convert.int8 cogi2v_convert.lora_file",
     7.15: "cogi2v_convert.lora_keys",
     7.2: "cogi2v_convert.conversion cogi2v_convert.lora",
     7.3: "cogi2v_convert.inspection cogi2v_convert.compare cogi2v_convert.reference",
