@@ -6,6 +6,7 @@ layouts, one a layer, so that neither writing nor loading ever holds more than a
     {transformer,vae,text_encoder}/weights/{rest,000,001,...}
 """
 
+import dataclasses
 import math
 import os
 import threading
@@ -51,13 +52,24 @@ CONFIG_FILES = {"transformer": "config.json", "vae": "config.json", "text_encode
 
 def read_config(folder: Path) -> CheckpointConfig:
     """The configuration a diffusers or converted folder states."""
-    return CheckpointConfig.from_parts({part: read_json(folder / part / CONFIG_FILES[part]) for part in PARTS}, str(folder))
+    config = CheckpointConfig.from_parts({part: read_json(folder / part / CONFIG_FILES[part]) for part in PARTS}, str(folder))
+    return dataclasses.replace(config, int8=tuple(int8_errors(folder)))
+
+
+def int8_errors(folder: Path) -> dict[str, dict[str, float]]:
+    """Parts of a converted folder whose blocks' kernels are int8, with each torch tensor's relative error; none in any other folder."""
+    errors = read_json(folder / MANIFEST).get("int8", {}) if (folder / MANIFEST).is_file() else {}
+    parts = errors.values() if isinstance(errors, dict) else [None]
+    if not all(isinstance(part, dict) and part and all(isinstance(error, float) for error in part.values()) for part in parts):
+        raise ValueError(f"{folder / MANIFEST} must give every part in int8 its tensors' errors: convert its source again")
+    return errors
 
 
 @cache  # tracing a VAE takes most of a second
 def abstract(config: CheckpointConfig, part: str, dtype: jnp.dtype) -> nnx.Module:
     """A network with shapes for parameters: no memory, at any size. Everyone gets the same one, to read."""
-    return nnx.eval_shape(lambda: NETWORKS[part](getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0)))
+    settings = {"int8": True} if part in config.int8 else {}
+    return nnx.eval_shape(lambda: NETWORKS[part](getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0), **settings))
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from . import relatives
 
 PARTS = ("transformer", "vae", "text_encoder", "scheduler")
+BLOCKS = ("transformer", "text_encoder")  # parts that are stacks of equal blocks
 
 # Either beside the package (an installed wheel) or one folder up (a checkout, an editable install).
 _HERE = Path(__file__).parent
@@ -287,7 +288,8 @@ class Published:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """One checkpoint: its parts, the name of the TOML that fits it (None for weights of its own), its defaults."""
+    """One checkpoint: its parts, the name of the TOML that fits it (None for weights of its own), its defaults, and in which parts the
+    kernels of the blocks are int8."""
 
     transformer: TransformerConfig
     vae: VAEConfig
@@ -295,10 +297,11 @@ class CheckpointConfig:
     scheduler: SchedulerConfig
     name: str | None = None
     published: Published = field(default_factory=Published)
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         t, v, e = self.transformer, self.vae, self.text_encoder
-        faults = []
+        faults = [f"int8 must be of {' and '.join(BLOCKS)}: got {part!r}" for part in self.int8 if part not in BLOCKS]
         if t.in_channels != 2 * v.latent_channels:
             what = f"{t.in_channels}, which is {relatives.kind(t.in_channels, v.latent_channels)}"
             faults.append(f"transformer in_channels must be twice the VAE's latent_channels {v.latent_channels}: got {what}")
@@ -342,7 +345,7 @@ class CheckpointConfig:
 
     @property
     def title(self) -> str:
-        return self.name or f"this {self.family} checkpoint"
+        return (self.name or f"this {self.family} checkpoint") + (" in int8" if self.int8 else "")
 
     @functools.cached_property
     def defaults(self) -> Defaults:

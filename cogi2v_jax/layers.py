@@ -29,25 +29,33 @@ def param(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, 
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, rounded once."""
+    """x @ kernel + bias, rounded once. An `int8` kernel is of whole numbers, and `scale` says what one is worth, output by output."""
 
-    def __init__(self, inputs: int, outputs: int, *, axes: Axes, bias: bool = True, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.kernel = param((inputs, outputs), axes, dtype, rngs, inputs**-0.5)
+    def __init__(self, inputs: int, outputs: int, *, axes: Axes, bias: bool = True, int8: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
+        shape = (inputs, outputs)
+        self.kernel = nnx.Param(jnp.zeros(shape, jnp.int8), axes=axes) if int8 else param(shape, axes, dtype, rngs, inputs**-0.5)
+        self.scale = param((outputs,), axes[1:], jnp.dtype(jnp.float32), rngs) if int8 else None
         self.bias = param((outputs,), axes[1:], dtype, rngs, 0.02) if bias else None
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        kernel, bias = self.kernel[...], None if self.bias is None else self.bias[...]
+        kernel, scale, bias = (None if leaf is None else leaf[...] for leaf in (self.kernel, self.scale, self.bias))
+        return lax.platform_dependent(x, kernel, scale, bias, cuda=_by_cublas, default=_by_sums)
 
-        def summed(x: Float[Array, "*rows inputs"], kernel: Array, bias: Array | None) -> Float[Array, "*rows outputs"]:
-            y = jnp.dot(x, kernel, precision=precision(x.dtype), preferred_element_type=jnp.float32)
-            return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
-        def cublas(x: Float[Array, "*rows inputs"], kernel: Array, bias: Array | None) -> Float[Array, "*rows outputs"]:
-            # In this form XLA gives the bias to cuBLASLt, which sums in float32 and rounds once; the other writes float32 sums to memory.
-            y = jnp.dot(x, kernel, precision=precision(x.dtype))
-            return y if bias is None else y + bias
+def _by_sums(x: Float[Array, "*rows i"], kernel: Array, scale: Array | None, bias: Array | None) -> Float[Array, "*rows o"]:
+    # Every whole number of int8 is one of bfloat16, so that widening a kernel rounds nothing.
+    y = jnp.dot(x, kernel.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
-        return lax.platform_dependent(x, kernel, bias, cuda=cublas, default=summed)
+
+def _by_cublas(x: Float[Array, "*rows i"], kernel: Array, scale: Array | None, bias: Array | None) -> Float[Array, "*rows o"]:
+    # In this form XLA gives the bias to cuBLASLt, which sums in float32 and rounds once; the other writes float32 sums to memory. Nor is
+    # there a scale by outputs in what cuBLASLt does on its way out, so an int8 kernel gets it: a pass over one weight, not over all tokens.
+    if scale is not None:
+        kernel = kernel.astype(jnp.float32) * scale
+    y = jnp.dot(x, kernel.astype(x.dtype), precision=precision(x.dtype))
+    return y if bias is None else y + bias
 
 
 class LayerNorm(nnx.Module):

@@ -175,7 +175,9 @@ class Place:
         """What was chosen for this machine, as lines to print."""
         first = self.mesh.devices.flat[0]
         sizes = ",".join(f"{axis}={self.mesh.shape[axis]}" for axis in AXES)
-        return [f"mesh: {sizes} on {self.mesh.size} of {jax.device_count()} x {first.device_kind}", *flags.report(first.device_kind)]
+        mesh = f"mesh: {sizes} on {self.mesh.size} of {jax.device_count()} x {first.device_kind}"
+        int8 = [f"int8 weights: in the blocks of {' and '.join(self.config.int8)}"] if self.config.int8 else []
+        return [mesh, *flags.report(first.device_kind), *int8]
 
     def network(self, name: str) -> nnx.Module:
         """A piece's shapes, and where they lie."""

@@ -14,9 +14,8 @@ from cogi2v_jax.recipe import SETTINGS
 from cogi2v_jax.request import Request
 
 SOURCES = "diffusers folder (here, at gs:// or a hub id), then files or folders that replace parts of it: .safetensors, .pt, SAT's"
-
-
 BAR = 24  # characters of a progress bar
+DTYPE = "cast every weight (default: each tensor keeps its own); int8 is of the blocks' kernels, a scale an output, the rest in bfloat16"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     flax = commands.add_parser("to-flax", help="PyTorch weights as a folder that `--model` takes", description=_to_flax.__doc__)
     flax.add_argument("sources", metavar="SRC", nargs="+", help=SOURCES)
     flax.add_argument("destination", metavar="DST", help="folder to make, here or at gs://; it appears only when complete")
-    flax.add_argument("--dtype", choices=["bfloat16", "float32"], help="cast every weight (default: each tensor keeps its own)")
+    flax.add_argument("--dtype", choices=["bfloat16", "float32", "int8"], help=DTYPE)
     flax.set_defaults(run=_to_flax)
     torch = commands.add_parser("to-torch", help="the way back, bit for bit", description=_to_torch.__doc__)
     torch.add_argument("source", metavar="SRC", help="converted folder, here or at gs://")
@@ -116,20 +115,30 @@ def _bar() -> Callable[[str, int, int], None]:
 
 def _to_flax(options: argparse.Namespace) -> int:
     """Converts a diffusers folder, a layer at a time. What follows it replaces parts of it, and says itself which: a file of ComfyUI's
-    (bf16, fp16, float8 with its scales), a checkpoint of SAT's (.pt, or its folder), a part's own folder."""
-    from .conversion import to_flax
+    (bf16, fp16, float8 with its scales), a checkpoint of SAT's (.pt, or its folder), a part's own folder. With int8 weights, which need pip
+    install 'cogi2v-jax[int8]', it says how far these are from what they were, and the folder's checkpoint.json says it of every one."""
+    from cogi2v_jax.bucket import is_bucket
 
-    print(to_flax(options.sources, options.destination, options.dtype, _bar()))
+    from .conversion import to_flax
+    from .int8 import report
+
+    made = to_flax(options.sources, options.destination, options.dtype, _bar())
+    print("\n".join([*([] if is_bucket(made) else report(Path(made))), str(made)]))
     return 0
 
 
 def _to_torch(options: argparse.Namespace) -> int:
-    """Gives back the diffusers folder that a converted folder came from."""
+    """Gives back the diffusers folder that a converted folder came from; of int8 weights the numbers that they stand for."""
+    from cogi2v_jax.checkpoint import int8_errors
     from cogi2v_jax.fetch import locate
 
     from .conversion import to_torch
 
-    print(to_torch(locate(options.source, must="SRC must be a converted folder"), options.destination, _progress))
+    source = locate(options.source, must="SRC must be a converted folder")
+    folder = to_torch(source, options.destination, _bar())
+    if errors := int8_errors(source):
+        print(f"{folder}: what was int8 of {' and '.join(errors)} is dequantised to bfloat16, not what it once was", file=sys.stderr)
+    print(folder)
     return 0
 
 

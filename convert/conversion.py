@@ -25,7 +25,7 @@ from cogi2v_jax.checkpoint import (
 )
 from cogi2v_jax.config import CheckpointConfig, read_json
 
-from . import kin, manifest, t5, transformer, vae
+from . import int8, kin, manifest, t5, transformer, vae
 from .diffusers import CODES, write_index, write_safetensors
 from .making import Journal, appearing
 from .manifest import share
@@ -99,16 +99,20 @@ def to_flax(
 ) -> Path | str:
     """A checkpoint as a converted folder, which appears under its name only when complete; what a killed conversion of the same left is
     gone on with. `sources` is a diffusers folder, or that and what `gather` replaces parts of it by; `dtype` casts, None keeps every
-    tensor's own and makes float8 bfloat16. `wait` is for another process that makes the same folder; `known` are files' SHA-256. Raises
-    ValueError with all misfits, or for a weight that is not finite, FileExistsError where the destination exists, OSError where the disk
-    has no room, and as `gather` does."""
-    cast = None if dtype is None else np.dtype(jnp.dtype(dtype))
+    tensor's own and makes float8 bfloat16, and int8 is of the blocks' kernels, with bfloat16 around them. `wait` is for another process
+    that makes the same folder; `known` are files' SHA-256. Raises ValueError with all misfits, or for a weight that is not finite,
+    FileExistsError where the destination exists, OSError where the disk has no room, and as `gather` does."""
+    if dtype == "int8":
+        int8.check_library()
+    cast = None if dtype is None else int8.REST if dtype == "int8" else np.dtype(jnp.dtype(dtype))
     source = gather([sources] if isinstance(sources, Path | str) else sources, cast or WIDE)
     matches = {part: match(source, part) for part in NETWORKS}
     refuse(str(source.folder), [f"{part}: {fault}" for part, matched in matches.items() for fault in matched.faults])
     made_of = {"format": FORMAT, "program": __version__, "dtype": dtype, "files": [_identity(file) for file in source.files]}
     files = [file for part in NETWORKS for file in source.parts[part]]
-    meter = Meter(sum(bytes_of(matched, cast) for matched in matches.values()), progress)
+    kernels = {part: int8.kernels(source.config, part) if dtype == "int8" else set() for part in NETWORKS}
+    sizes = {part: bytes_of(matched, cast, kernels[part]) for part, matched in matches.items()}
+    meter = Meter(sum(sizes.values()), progress)
     with appearing(destination, wait, again=True) as folder, Digests(files, known) as digests:
         journal = Journal(folder, made_of)
         bucket.check_space(folder, meter.total - bytes_in(journal), str(destination))
@@ -116,10 +120,10 @@ def to_flax(
         for part, matched in matches.items():
             if part == SHARED and (twin := _twin(source, Path(destination), dtype, digests)):
                 share(*twin, folder, part, journal)
-                meter.add(part, bytes_of(matched, cast))
+                meter.add(part, sizes[part])
                 continue
             layers = [None, *range(layer_count(source.config, part))]
-            write_part(folder, part, layers, matched.homes, partial(source.read, part), cast, journal, meter)
+            write_part(folder, part, layers, matched.homes, partial(source.read, part), cast, kernels[part], journal, meter)
         origins = {part: [digests.of(file) for file in source.parts[part]] for part in NETWORKS}
         recorded = {
             part: {
@@ -128,8 +132,9 @@ def to_flax(
             }
             for part, matched in matches.items()
         }
+        errors = {part: int8.errors(matches[part].homes, part, journal.units) for part in NETWORKS if kernels[part]}
         journal.close()
-        manifest.write(folder, dtype, origins, recorded, journal.units)
+        manifest.write(folder, dtype, origins, recorded, journal.units, errors)
     return destination
 
 
@@ -138,11 +143,17 @@ def _identity(file: Path) -> list[Any]:
     return [str(file.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
-def bytes_of(matched: Match, cast: np.dtype[Any] | None) -> int:
+def bytes_of(matched: Match, cast: np.dtype[Any] | None, kernels: set[str]) -> int:
     """Of a part when it is converted."""
     homes = matched.homes
     kept = {(homes[name].rule.flax, homes[name].layer): tensor for name, tensor in matched.tensors.items()}  # one may have two names
-    return sum(tensor.size if cast is None else math.prod(tensor.shape) * cast.itemsize for tensor in kept.values())
+    total = 0
+    for (leaf, _), tensor in kept.items():
+        if leaf in kernels:
+            total += math.prod(tensor.shape) + 4 * tensor.shape[0]  # and a float32 scale for each output
+        else:
+            total += tensor.size if cast is None else math.prod(tensor.shape) * cast.itemsize
+    return total
 
 
 def bytes_in(journal: Journal) -> int:
@@ -160,7 +171,8 @@ def _twin(source: Source, destination: Path, dtype: str | None, digests: Digests
 
 
 def to_torch(source_folder: Path, destination: Path | str, progress: Progress | None = None) -> Path | str:
-    """A converted folder as the diffusers folder it came from: the same tensors, bit for bit, in the same files."""
+    """A converted folder as the diffusers folder it came from: the same tensors, bit for bit, in the same files. Of int8 kernels it
+    gives what they stand for, in bfloat16."""
     config = open_folder(source_folder, jnp.dtype(jnp.float32)).config
     recorded = {part: tensors_recorded(source_folder, config, part) for part in NETWORKS}
     with appearing(destination) as folder:
@@ -222,7 +234,7 @@ def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str,
     rest, rows = unit_shapes(config, part)
 
     def unit(layer: int | None) -> dict[str, np.ndarray]:
-        return read_leaves(folder, part, layer, rest if layer is None else rows)
+        return int8.dequantised(read_leaves(folder, part, layer, rest if layer is None else rows))
 
     units: dict[int | None, dict[str, np.ndarray]] = {None: unit(None)}
     for name, (rule, layer) in places.items():

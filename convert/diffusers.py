@@ -41,7 +41,7 @@ def _indexed(index: Path) -> tuple[list[Path], set[str]]:
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name]
     if outside:
-        raise ValueError(f"{index} must name files of its own folder: got {outside[0]!r}")
+        raise ValueError(f"{index} must name files of its own folder: got {one_line(outside[0])}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{index.parent} must hold every shard its index names: missing {one_line(', '.join(missing))}")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, leaf_names, open_folder, read_config
+from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, check_loras, int8_errors, leaf_names, open_folder, read_config
 from cogi2v_jax.config import CheckpointConfig, named, names, one_line, toml
 from cogi2v_jax.fetch import locate
 from cogi2v_jax.fetch import report as say
 
-from . import kin, lora, t5
+from . import int8, kin, lora, t5
 from .conversion import homes, match, tensors_recorded
 from .lora_file import open_lora
 from .sources import MUST, Given, Source, gather, parts_at
@@ -43,7 +43,10 @@ def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
             names, faults, places = recorded, [], homes(config, part)
             places |= {alias: places[name] for alias, name in t5.SAME.items() if alias in names}
             dtypes = sorted({entry["dtype"] for entry in recorded.values()})
-        count = sum(leaf.size for leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).values())
+            if part in config.int8:
+                dtypes.append(int8.summary(int8_errors(folder)[part]))
+        plain = dataclasses.replace(config, int8=())  # scales are no parameters of the network
+        count = sum(leaf.size for leaf in leaf_names(abstract(plain, part, jnp.dtype(jnp.float32))).values())
         placed = len(names) - sum(fault.split()[0] in names for fault in faults)
         lines.append(f"{part}: {count:,} parameters, {placed} of {len(names)} tensors matched, {', '.join(dtypes)}{_origin(source, part)}")
         lines += [f"  ! {one_line(fault)}" for fault in faults]
@@ -55,8 +58,10 @@ def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
 
 def lora_report(path: Path, model: str, keys: bool) -> tuple[list[str], bool]:
     """A LoRA file against a model, of which the configuration is enough: a folder, or a name or hub id of `config.names()`. Raises as
-    `open_lora` does."""
-    found = lora.match(open_lora(path), _config_of(model))
+    `open_lora` and `check_loras` do."""
+    config = _config_of(model)
+    found = lora.match(open_lora(path), config)
+    check_loras(config, jnp.dtype(jnp.float32), [found.lora] if found.lora else [])
     lines = [f"{found.line()} ({found.title})", *found.unmatched(len(found.rows)), *(f"  ! {fault}" for fault in found.general)]
     lines += [f"  {row.key} -> {row.place}" for row in found.rows.values() if keys and row.place]
     return lines, found.lora is not None

@@ -29,9 +29,9 @@ def unit_name(layer: int | None) -> str:
 
 
 def write(
-    folder: Path, dtype: str | None, origins: Origins, tensors: Mapping[str, Any], units: Mapping[tuple[str, int | None], Sums]
+    folder: Path, dtype: str | None, origins: Origins, tensors: Mapping[str, Any], units: Units, errors: Mapping[str, Mapping[str, float]]
 ) -> None:
-    """The manifest of a folder that is otherwise complete."""
+    """The manifest of a folder that is otherwise complete; `errors` are those of int8 kernels, by part and torch tensor."""
     leaves: dict[str, dict[str, Sums]] = {part: {} for part in NETWORKS}
     for (part, layer), sums in units.items():
         leaves[part][unit_name(layer)] = sums
@@ -42,6 +42,7 @@ def write(
         "versions": {name: version(name) for name in PACKAGES},
         "dtype": dtype,  # None: every tensor's own
         "sources": origins,
+        **({"int8": errors} if errors else {}),
         "tensors": tensors,
         "count": {part: sum(len(sums) for sums in units.values()) for part, units in leaves.items()},
         "leaves": leaves,
@@ -60,9 +61,8 @@ def check(folder: Path) -> Iterator[str]:
     if manifest.get("format") != FORMAT or not all(isinstance(manifest.get(key), dict) for key in ("leaves", "settings", "files")):
         raise ValueError(f"{folder} must have a manifest of format {FORMAT}: got {manifest.get('format')!r}; convert its source again")
     found = weight_files(folder)
-    for name, size in manifest["files"].items():
-        if found.get(name) != size:
-            yield f"{name} must have {size} bytes: got {found.get(name, 'no such file')}"
+    broken = {name: size for name, size in manifest["files"].items() if found.get(name) != size}
+    yield from (f"{name} must have {size} bytes: got {found.get(name, 'no such file')}" for name, size in broken.items())
     yield from (f"{name} must not be there: the manifest has no such file" for name in found.keys() - manifest["files"].keys())
     for name, expected in manifest["settings"].items():
         path = folder / name
@@ -73,11 +73,12 @@ def check(folder: Path) -> Iterator[str]:
     config = read_config(folder)
     for part in NETWORKS:
         for layer in (None, *range(layer_count(config, part))):
-            yield from _check_unit(folder, part, layer, manifest["leaves"].get(part, {}).get(unit_name(layer)))
+            where = f"{part}/weights/{unit_name(layer)}"
+            if not any(name.startswith(f"{where}/") for name in broken):  # what is not whole is not worth reading
+                yield from _check_unit(folder, where, part, layer, manifest["leaves"].get(part, {}).get(unit_name(layer)))
 
 
-def _check_unit(folder: Path, part: str, layer: int | None, expected: Sums | None) -> Iterator[str]:
-    where = f"{part}/weights/{unit_name(layer)}"
+def _check_unit(folder: Path, where: str, part: str, layer: int | None, expected: Sums | None) -> Iterator[str]:
     if not isinstance(expected, dict):
         yield f"{where} must be in the manifest: got nothing"
         return
@@ -91,8 +92,7 @@ def _check_unit(folder: Path, part: str, layer: int | None, expected: Sums | Non
     for name in sorted(leaves.keys() & expected.keys()):
         leaf = np.asarray(leaves[name])
         got = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "crc32": crc32(leaf)}
-        if got != expected[name]:
-            wrong = next(key for key in got if got[key] != expected[name].get(key))
+        if wrong := next((key for key in got if got[key] != expected[name].get(key)), None):
             yield f"{where}: {name} must have the {wrong} {expected[name].get(wrong)}: got {got[wrong]}"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from cogi2v_jax.bucket import check_space
 from cogi2v_jax.checkpoint import write_unit
 
+from . import int8
 from .making import Journal
 from .rules import Home, contiguous
 from .sums import check_finite, sums
@@ -38,10 +39,12 @@ def write_part(
     homes: Mapping[str, Home],
     read: Callable[[str], np.ndarray],
     cast: np.dtype[Any] | None,
+    kernels: set[str],
     journal: Journal,
     meter: Meter,
 ) -> None:
-    """All units that the journal hasn't, of the tensors that `read` gives by name. Raises ValueError for one that is not finite."""
+    """All units that the journal hasn't, of the tensors that `read` gives by name, with `kernels` as int8. Raises ValueError for one that
+    is not finite."""
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         for layer in layers:
@@ -50,10 +53,11 @@ def write_part(
             if known is not None:
                 meter.add(part, sum(int(np.prod(leaf["shape"])) * np.dtype(leaf["dtype"]).itemsize for leaf in known.values()))
                 continue
-            leaves = {homes[name].rule.flax: _converted(name, homes[name], read(name), cast) for name in names}
+            kinds = {name: None if homes[name].rule.flax in kernels else cast for name in names}
+            leaves = {homes[name].rule.flax: _converted(name, homes[name], read(name), kinds[name]) for name in names}
             if writing is not None:
                 writing.result()
-            writing = writer.submit(_write, folder, part, layer, leaves, journal, meter)
+            writing = writer.submit(_write, folder, part, layer, leaves, kernels, journal, meter)
         if writing is not None:
             writing.result()
 
@@ -67,11 +71,17 @@ def _converted(name: str, home: Home, tensor: np.ndarray, cast: np.dtype[Any] | 
     return contiguous(home.rule.to_flax(tensor))
 
 
-def _write(folder: Path, part: str, layer: int | None, leaves: Leaves, journal: Journal, meter: Meter) -> None:
+def _write(folder: Path, part: str, layer: int | None, leaves: Leaves, kernels: set[str], journal: Journal, meter: Meter) -> None:
+    errors: dict[str, float] = {}
+    if kernels:
+        leaves, errors = int8.quantised(leaves, kernels)
     size = sum(leaf.nbytes for leaf in leaves.values())
     journal.start(part, layer)
     # Asked before each: once the disk is full, orbax fills the screen too.
     check_space(folder, size + size // 16 + MARGIN, f"a layer of the {part}")
     write_unit(folder, part, layer, leaves)
-    journal.add(part, layer, sums(leaves))
+    found = sums(leaves)
+    for name, error in errors.items():
+        found[name]["error"] = error
+    journal.add(part, layer, found)
     meter.add(part, size)

@@ -29,6 +29,7 @@ FLOORS = {
     7.0: "cogi2v_convert.rules cogi2v_convert.files cogi2v_convert.kin cogi2v_convert.trace cogi2v_convert.targets",
     7.05: "cogi2v_convert.sat cogi2v_convert.making",
     7.1: "cogi2v_convert.t5 cogi2v_convert.vae cogi2v_convert.transformer cogi2v_convert.weights cogi2v_convert.lora_file",
+    7.11: "cogi2v_convert.int8",
     7.12: "cogi2v_convert.sums",
     7.15: "cogi2v_convert.units cogi2v_convert.manifest cogi2v_convert.diffusers cogi2v_convert.lora_keys",
     7.17: "cogi2v_convert.sources",

@@ -26,12 +26,12 @@ def buckets(tokens: int) -> Int[np.ndarray, "p p"]:
 class Attention(nnx.Module):
     """T5 does not scale its logits; the position bias is the same in all layers."""
 
-    def __init__(self, config: TextEncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         d, inner = config.d_model, config.num_heads * config.d_kv
-        self.q = Linear(d, inner, axes=("embed", "heads"), bias=False, dtype=dtype, rngs=rngs)
-        self.k = Linear(d, inner, axes=("embed", "heads"), bias=False, dtype=dtype, rngs=rngs)
-        self.v = Linear(d, inner, axes=("embed", "heads"), bias=False, dtype=dtype, rngs=rngs)
-        self.out = Linear(inner, d, axes=("heads", "embed"), bias=False, dtype=dtype, rngs=rngs)
+        self.q = Linear(d, inner, axes=("embed", "heads"), bias=False, int8=int8, dtype=dtype, rngs=rngs)
+        self.k = Linear(d, inner, axes=("embed", "heads"), bias=False, int8=int8, dtype=dtype, rngs=rngs)
+        self.v = Linear(d, inner, axes=("embed", "heads"), bias=False, int8=int8, dtype=dtype, rngs=rngs)
+        self.out = Linear(inner, d, axes=("heads", "embed"), bias=False, int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b p d"], bias: Float[Array, "n p p"]) -> Float[Array, "b p d"]:
         exact = precision(x.dtype)
@@ -43,21 +43,21 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: TextEncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate = Linear(config.d_model, config.d_ff, axes=("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs)
-        self.up = Linear(config.d_model, config.d_ff, axes=("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs)
-        self.down = Linear(config.d_ff, config.d_model, axes=("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs)
+    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.gate = Linear(config.d_model, config.d_ff, axes=("embed", "mlp"), bias=False, int8=int8, dtype=dtype, rngs=rngs)
+        self.up = Linear(config.d_model, config.d_ff, axes=("embed", "mlp"), bias=False, int8=int8, dtype=dtype, rngs=rngs)
+        self.down = Linear(config.d_ff, config.d_model, axes=("mlp", "embed"), bias=False, int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         return self.down((gelu(self.gate(x)) * self.up(x)).astype(x.dtype))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: TextEncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attn_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
-        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, int8=int8, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config, int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b p d"], bias: Float[Array, "n p p"]) -> Float[Array, "b p d"]:
         x = x + self.attn(self.attn_norm(x), bias)
@@ -65,12 +65,13 @@ class Block(nnx.Module):
 
 
 class T5(nnx.Module):
-    """Token ids to embeddings. The residual stream is float32 in every compute dtype: its values grow past what bfloat16 resolves."""
+    """Token ids to embeddings. The residual stream is float32 in every compute dtype: its values grow past what bfloat16 resolves.
+    `int8` is of the blocks' kernels."""
 
-    def __init__(self, config: TextEncoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TextEncoderConfig, *, int8: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.embedding = param((config.vocab_size, config.d_model), ("vocabulary", "embed"), dtype, rngs, 1.0)
         self.position_bias = param((config.relative_attention_num_buckets, config.num_heads), (None, None), dtype, rngs, 1.0)
-        self.blocks = stacked(config.num_layers, lambda keys: Block(config, dtype=dtype, rngs=keys), rngs)
+        self.blocks = stacked(config.num_layers, lambda keys: Block(config, int8=int8, dtype=dtype, rngs=keys), rngs)
         self.norm = RMSNorm(config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b p"]) -> Float[Array, "b p d"]:

@@ -73,14 +73,14 @@ class Attention(nnx.Module):
     """Self-attention over the joint sequence, with normed and rotated queries and keys. A head's channel pairs lie half a head apart
     (`convert/` reorders them), so that rotating is two contiguous slices instead of interleaved lanes."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         d, k = config.width, config.attention_head_dim
-        self.q = Linear(d, d, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.k = Linear(d, d, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.v = Linear(d, d, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.q = Linear(d, d, axes=("embed", "heads"), int8=int8, dtype=dtype, rngs=rngs)
+        self.k = Linear(d, d, axes=("embed", "heads"), int8=int8, dtype=dtype, rngs=rngs)
+        self.v = Linear(d, d, axes=("embed", "heads"), int8=int8, dtype=dtype, rngs=rngs)
         self.norm_q = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype, rngs=rngs)
         self.norm_k = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype, rngs=rngs)
-        self.out = Linear(d, d, axes=("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.out = Linear(d, d, axes=("heads", "embed"), int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"], positions: Positions, layout: Layout) -> Float[Array, "b s d"]:
         q, k, v = (rounded(part(x), x.dtype) for part in (self.q, self.k, self.v))
@@ -88,20 +88,20 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.up = Linear(config.width, 4 * config.width, axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = Linear(4 * config.width, config.width, axes=("mlp", "embed"), dtype=dtype, rngs=rngs)
+    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.up = Linear(config.width, 4 * config.width, axes=("embed", "mlp"), int8=int8, dtype=dtype, rngs=rngs)
+        self.down = Linear(4 * config.width, config.width, axes=("mlp", "embed"), int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         return self.down(rounded(gelu(self.up(x)), x.dtype))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.attn_norm = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, int8=int8, dtype=dtype, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(config, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(config, int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "b s d"], shifts: Float[Array, "6 2 d"], positions: Positions, layout: Layout
@@ -114,9 +114,9 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Predicts v. Evaluate `modulation` once for all steps, then call the network with one step's shifts."""
+    """Predicts v. Evaluate `modulation` once for all steps, then call the network with one step's shifts. `int8` is of blocks' kernels."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, int8: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs):
         d, patch = config.width, config.patch
         points = patch[0] * patch[1] * patch[2]
         self.patch = patch
@@ -127,7 +127,7 @@ class Transformer(nnx.Module):
         self.video_in = Linear(points * config.in_channels, d, axes=(None, "embed"), bias=bias, dtype=dtype, rngs=rngs)
         learned = config.use_learned_positional_embeddings
         self.table = nnx.Param(jnp.zeros((config.table_rows, d), dtype), axes=(None, "embed")) if learned else None
-        self.blocks = stacked(config.num_layers, lambda keys: Block(config, dtype=dtype, rngs=keys), rngs)
+        self.blocks = stacked(config.num_layers, lambda keys: Block(config, int8=int8, dtype=dtype, rngs=keys), rngs)
         self.norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.out_norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.out = Linear(d, points * config.out_channels, axes=("embed", None), dtype=dtype, rngs=rngs)
