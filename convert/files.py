@@ -78,8 +78,10 @@ class Safetensors:
         row = int(np.prod(shape[1:], dtype=np.int64))
         stop = (shape[0] if shape else 1) if stop is None else stop
         offset = self._starts[name] + start * row * dtype.itemsize
-        values = np.fromfile(self.path, dtype, (stop - start) * row, offset=offset)
-        return values.reshape((stop - start, *shape[1:]) if shape else ())
+        if start >= stop or not row:
+            return np.empty((stop - start, *shape[1:]) if shape else (), dtype)
+        # Mapped, not read: it goes into memory once, where it is used, and out again with the array.
+        return np.memmap(self.path, dtype, "r", offset, (stop - start, *shape[1:]) if shape else ())
 
 
 class Pickled:
