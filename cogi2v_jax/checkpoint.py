@@ -109,7 +109,11 @@ def layer_count(config: CheckpointConfig, part: str) -> int:
 
 
 def unit_path(folder: Path, part: str, layer: int | None) -> Path:
-    return folder / part / "weights" / ("rest" if layer is None else f"{layer:03d}")
+    return folder / part / "weights" / unit_name(layer)
+
+
+def unit_name(layer: int | None) -> str:
+    return "rest" if layer is None else f"{layer:03d}"
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -31,7 +31,7 @@ from .making import Journal, appearing
 from .manifest import share
 from .rules import Home, contiguous, expand, misfits, refuse
 from .sources import Source, gather
-from .sums import Digests
+from .sums import Digests, size_of
 from .units import Meter, Progress, write_part
 from .weights import WIDE, Tensor
 
@@ -158,8 +158,7 @@ def bytes_of(matched: Match, cast: np.dtype[Any] | None, kernels: set[str]) -> i
 
 def bytes_in(journal: Journal) -> int:
     """Of what a killed conversion left."""
-    leaves = (leaf for sums in journal.units.values() for leaf in sums.values())
-    return sum(math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in leaves)
+    return sum(map(size_of, journal.units.values()))
 
 
 def _twin(source: Source, destination: Path, dtype: str | None, digests: Digests) -> tuple[Path, dict[str, Any]] | None:

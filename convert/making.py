@@ -83,12 +83,15 @@ class Journal:
     def __init__(self, folder: Path, made_of: Mapping[str, Any]):
         self._folder, self._path = folder, folder / JOURNAL
         self.units: dict[tuple[str, int | None], Sums] = {}
-        lines = list(_lines(self._path))
-        if lines[:1] != [made_of]:
+        first, *lines = list(_lines(self._path)) or [{}]
+        if first != made_of:
             _empty(folder)
-            self._append(dict(made_of))
-        for line in lines[1:] if lines[:1] == [made_of] else []:
+            lines = []
+        self._path.unlink(missing_ok=True)  # and written again: its last line may be half a one
+        self._append(dict(made_of))
+        for line in lines:
             self.units[line["part"], line["layer"]] = line["leaves"]
+            self._append(line)
 
     def start(self, part: str, layer: int | None) -> None:
         """Clears the place of a unit that is not here, where half of one may lie."""

@@ -13,7 +13,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from cogi2v_jax import __version__
-from cogi2v_jax.checkpoint import CONFIG_FILES, FORMAT, MANIFEST, NETWORKS, layer_count, read_config, read_unit, weight_files
+from cogi2v_jax.checkpoint import CONFIG_FILES, FORMAT, MANIFEST, NETWORKS, layer_count, read_config, read_unit, unit_name, weight_files
 from cogi2v_jax.config import read_json
 
 from .making import Journal, Sums, sync
@@ -22,10 +22,6 @@ from .sums import crc32, digest
 PACKAGES = ("jax", "numpy", "orbax-checkpoint")
 Origins = Mapping[str, list[dict[str, Any]]]  # the source files of every part: name, bytes, SHA-256
 Units = Mapping[tuple[str, int | None], Sums]  # the checksums of every part's layers, and (None) of what is not stacked
-
-
-def unit_name(layer: int | None) -> str:
-    return "rest" if layer is None else f"{layer:03d}"
 
 
 def write(
@@ -46,7 +42,7 @@ def write(
         "tensors": tensors,
         "count": {part: sum(len(sums) for sums in units.values()) for part, units in leaves.items()},
         "leaves": leaves,
-        "settings": {path.relative_to(folder).as_posix(): digest(path) for path in others if path.suffix != ".jsonl"},
+        "settings": {path.relative_to(folder).as_posix(): digest(path) for path in others},
         "files": weight_files(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -114,13 +110,13 @@ def twin_of(destination: Path, part: str, dtype: str | None, config: Path, files
 
 def share(twin: Path, manifest: Mapping[str, Any], folder: Path, part: str, journal: Journal) -> None:
     """Makes a part's weights those of another converted folder: the same files, under one more name each where the disk can."""
+    shutil.rmtree(folder / part / "weights", ignore_errors=True)  # what a killed conversion left of its own
     for name in manifest["files"]:
         if name.startswith(f"{part}/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if not (folder / name).exists():
-                try:
-                    os.link(twin / name, folder / name)
-                except OSError:
-                    shutil.copyfile(twin / name, folder / name)
+            try:
+                os.link(twin / name, folder / name)
+            except OSError:
+                shutil.copyfile(twin / name, folder / name)
     for unit, sums in manifest["leaves"][part].items():
         journal.units[part, None if unit == "rest" else int(unit)] = sums

@@ -1,6 +1,7 @@
 """Checksums: of source files while they are converted, and of the converted leaves, which `check` reads again."""
 
 import hashlib
+import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -8,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -46,6 +48,11 @@ def digest(file: Path) -> str:
 
 def sums(leaves: Mapping[str, np.ndarray]) -> Sums:
     return {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "crc32": crc32(leaf)} for name, leaf in leaves.items()}
+
+
+def size_of(sums: Sums) -> int:
+    """Bytes of the leaves."""
+    return sum(math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in sums.values())
 
 
 def crc32(array: np.ndarray) -> str:

@@ -13,7 +13,7 @@ from cogi2v_jax.checkpoint import write_unit
 from . import int8
 from .making import Journal
 from .rules import Home, contiguous
-from .sums import check_finite, sums
+from .sums import check_finite, size_of, sums
 
 MARGIN = 2**18  # bytes of a unit that are no weights, and more
 Progress = Callable[[str, int, int], None]  # (part, bytes done of all parts, bytes of all parts)
@@ -51,7 +51,7 @@ def write_part(
             names = [name for name, home in homes.items() if home.layer == layer]
             known = journal.units.get((part, layer))
             if known is not None:
-                meter.add(part, sum(int(np.prod(leaf["shape"])) * np.dtype(leaf["dtype"]).itemsize for leaf in known.values()))
+                meter.add(part, size_of(known))
                 continue
             kinds = {name: None if homes[name].rule.flax in kernels else cast for name in names}
             leaves = {homes[name].rule.flax: _converted(name, homes[name], read(name), kinds[name]) for name in names}

@@ -116,6 +116,16 @@ def test_half_a_line_of_the_journal_counts_for_nothing(source: Path, tmp_path: P
     assert list(manifest.check(tmp_path / "flax")) == []
 
 
+def test_a_second_kill_is_gone_on_with_where_the_first_left_half_a_line(source: Path, tmp_path: Path, written: list) -> None:
+    kill(source, tmp_path / "flax", 4)
+    journal = tmp_path / ".flax.part" / "journal.jsonl"
+    journal.write_text(journal.read_text()[:-20])
+    kill(source, tmp_path / "flax", 3)
+    to_flax(source, tmp_path / "flax")
+    assert len(written) == 9 - 2 - 2
+    assert list(manifest.check(tmp_path / "flax")) == []
+
+
 # crowded
 
 
@@ -329,6 +339,14 @@ def test_a_t5_of_the_same_bytes_is_on_the_disk_once(source: Path, tmp_path: Path
     assert not inodes(first, "vae") & inodes(second, "vae")
     assert manifest_of(second)["leaves"]["text_encoder"] == manifest_of(first)["leaves"]["text_encoder"]
     shutil.rmtree(first)
+    assert list(manifest.check(second)) == []
+
+
+def test_a_t5_that_another_conversion_finished_takes_the_place_of_half_of_it(source: Path, tmp_path: Path) -> None:
+    kill(source, tmp_path / "second", 7)
+    first = Path(to_flax(source, tmp_path / "first"))
+    second = Path(to_flax(source, tmp_path / "second"))
+    assert inodes(first, "text_encoder") == inodes(second, "text_encoder")
     assert list(manifest.check(second)) == []
 
 
