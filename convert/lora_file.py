@@ -13,6 +13,7 @@ from cogi2v_jax.config import read_json
 
 from .files import DTYPES, NARROW, open_file
 
+SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
 DEFAULT = "pytorch_lora_weights.safetensors"  # what a folder is asked for first
 HEADER = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
 BESIDE = "adapter_config.json"  # PEFT's own
@@ -35,6 +36,8 @@ def open_lora(path: Path) -> LoraFile:
     """From a file, or from a folder that has one. Raises FileNotFoundError or ValueError, in one line, for what is no file of tensors."""
     path = _locate(path)
     name = f"{path.absolute().parent.name}/{path.name}" if path.name == DEFAULT else path.name
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"lora must end in {', '.join(SUFFIXES)}: got {path}")
     file = open_file(path)
     odd = [f"{tensor} of {entry.dtype}" for tensor, entry in file.entries.items() if entry.dtype not in DTYPES or entry.dtype in NARROW]
     if odd:

@@ -245,7 +245,7 @@ def test_what_is_no_converted_folder_is_refused(tmp_path):
     assert f"{MANIFEST} must be a JSON file" in refused(open_folder, tmp_path, FLOAT32)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_format_version_is_refused(version, folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"format": version}))
