@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import full_path
+import ml_dtypes
 import numpy as np
+from cogi2v_convert.diffusers import write_index, write_safetensors
 from cogi2v_convert.making import sync
 from cogi2v_convert.rules import expand
 from cogi2v_convert.transformer import table
+from cogi2v_convert.weights import Tensor
 from full_networks import cut
 from vs_reference import aligned, machine
 
@@ -37,10 +40,6 @@ SHARD = 5e9  # bytes of a source file, as the released ones have
 
 def write(folder: Path, layers: int) -> None:
     """A diffusers folder whose transformer is of full width, written tensor by tensor."""
-    import ml_dtypes
-    from cogi2v_convert.diffusers import write_index, write_safetensors
-    from cogi2v_convert.weights import Tensor
-
     full_path.write("cogvideox-5b-i2v", "small", folder)
     network = dataclasses.replace(config.named("cogvideox-5b-i2v").transformer, num_layers=layers)
     small, _ = cut("cogvideox-5b-i2v", "small")

@@ -7,7 +7,7 @@
     python benchmarks/full_size.py path    --folder /scratch                  # to-flax, sample, record, verify by their command lines
     python benchmarks/full_size.py readme  results/*.json                     # README's tables, from what the others wrote
 
-Every part runs alone, prints a table and writes it with `--json FILE`, and is made to end within nine minutes on an H100 with 16 cores;
+Every part runs alone, prints a table and writes it with `--json FILE`, and is meant to end within nine minutes on an H100 with 16 cores;
 `--stages`, `--variants` and `--dtypes` cut one down. Where there is no GPU, `--size wide` (full width, two layers, a small picture) and
 `--size small` run on the CPU.
 """

@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("COGI2V_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -52,3 +54,37 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+# Random twins of the reference, of both families. (Imported where they are asked for: torch takes seconds.)
+
+
+@pytest.fixture(scope="module", params=["1.0", "1.5"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pipe(family: str) -> Any:
+    """A whole reference pipeline."""
+    import twins
+
+    pipe = twins.pipeline(family)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One diffusers folder a family; to be copied, not changed."""
+    import twins
+
+    return {family: twins.save(twins.pipeline(family), tmp_path_factory.mktemp(family)) for family in twins.FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Another checkpoint of each family, whose weights differ everywhere: what is not replaced shows."""
+    import twins
+
+    return {family: twins.save(twins.pipeline(family, seed=9), tmp_path_factory.mktemp(f"base{family}")) for family in twins.FAMILIES}

@@ -1,5 +1,6 @@
 """Weights as others keep them, made of diffusers' own tensors: SAT's names and fused tensors, ComfyUI's prefixes and float8."""
 
+import json
 import re
 from pathlib import Path
 
@@ -106,3 +107,24 @@ def to_float8(tensors: dict[str, torch.Tensor], kind: torch.dtype, scaled: str |
         file[name] = (tensor / scale).to(kind)
         worth[name] = (file[name].float() * scale.float()).bfloat16()
     return file, worth
+
+
+FLOAT8 = {
+    "no scales": (torch.float8_e4m3fn, None, False),
+    "e5m2, no scales": (torch.float8_e5m2, None, False),
+    "one scale": (torch.float8_e4m3fn, "{}.scale_weight", False),
+    "one scale by its other name": (torch.float8_e4m3fn, "{}.weight_scale", False),
+    "a scale a row": (torch.float8_e4m3fn, "{}.weight_scale", True),
+    "e5m2, a scale a row": (torch.float8_e5m2, "{}.scale_weight", True),
+}
+
+
+def save_float8(saved, file: Path, kind: str) -> dict[str, torch.Tensor]:
+    """A file as ComfyUI's, with all that stands beside the weights; and what those are worth."""
+    fp8, scaled, rows = FLOAT8[kind]
+    tensors, worth = to_float8(load_file(weights(saved["1.5"], "transformer")), fp8, scaled, rows)
+    note = json.dumps({"format": str(fp8).removeprefix("torch."), "full_precision_matrix_mult": True})
+    tensors |= {"scaled_fp8": torch.zeros(2).to(fp8), "proj_out.scale_input": torch.ones(()), "proj_out.input_scale": torch.ones(())}
+    tensors["proj_out.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
+    save_file({f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, file)
+    return worth

@@ -18,12 +18,6 @@ from cogi2v_jax.checkpoint import MANIFEST
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """One diffusers folder a family; to be copied, not changed."""
-    return {family: twins.save(twins.pipeline(family), tmp_path_factory.mktemp(family)) for family in twins.FAMILIES}
-
-
-@pytest.fixture(scope="module")
 def converted(saved, tmp_path_factory):
     """A converted folder; to be copied, not changed."""
     return to_flax(saved["1.0"], tmp_path_factory.mktemp("converted") / "flax")

@@ -15,7 +15,6 @@ import torch
 import twins
 from cogi2v_convert.conversion import homes
 from conftest import TOLERANCE, assert_close, relative_error
-from diffusers import CogVideoXDDIMScheduler
 from jax import monitoring
 from PIL import Image
 from runs import QUICK, enter, failed, files
@@ -32,19 +31,6 @@ from cogi2v_jax.sharding import Sizes, make_mesh
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
 ALL = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "linear", "linear_1", "linear_2", "proj_out")
 FLOAT32 = jnp.dtype(jnp.float32)
-
-
-@pytest.fixture(scope="module", params=["1.0", "1.5"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def pipe(family: str) -> Any:
-    pipe = twins.pipeline(family)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = CogVideoXDDIMScheduler(**twins.SCHEDULER)
-    return pipe
 
 
 @pytest.fixture(scope="module")

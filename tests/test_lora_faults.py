@@ -22,16 +22,6 @@ RANK = 4
 EVERY = ("to_q", "proj", "linear_1", "proj_out")
 
 
-@pytest.fixture(scope="module", params=["1.0", "1.5"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def pipe(family: str) -> Any:
-    return twins.pipeline(family)
-
-
 @pytest.fixture(scope="module")
 def config(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> CheckpointConfig:
     return hub.read_config(twins.save(pipe, tmp_path_factory.mktemp("source"), spiece=False))

@@ -25,16 +25,6 @@ RANK = 4
 FINETRAINERS = (*loras.ATTENTION, "net.0.proj", "net.2", "proj_out", "embed.proj", "text_proj", "linear", "linear_1", "linear_2")
 
 
-@pytest.fixture(scope="module", params=["1.0", "1.5"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def pipe(family: str) -> Any:
-    return twins.pipeline(family)
-
-
 @pytest.fixture(scope="module")
 def config(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> CheckpointConfig:
     return hub.read_config(twins.save(pipe, tmp_path_factory.mktemp("source"), spiece=False))

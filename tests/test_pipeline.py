@@ -23,18 +23,6 @@ SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 PROMPT = "the red circle"
 
 
-@pytest.fixture(scope="module", params=["1.0", "1.5"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def pipe(family: str) -> Any:
-    pipe = twins.pipeline(family)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def models(pipe: Any, family: str, tmp_path_factory: pytest.TempPathFactory) -> Models:
     return cogi2v_jax.load(twins.save(pipe, tmp_path_factory.mktemp("source") / family), dtype="float32")
