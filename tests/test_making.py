@@ -34,6 +34,12 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, Path(to_flax(source, folder / "flax"))
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was converted there would be shared rather than written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def source(kept: tuple[Path, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(kept[0], tmp_path / "source"))
