@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -54,17 +55,19 @@ class Rule:
         return self.to_torch(np.broadcast_to(np.int8(0), shape)).shape
 
 
-BLOCK = 32  # rows and columns that a core's nearest cache holds at both ends of a transposition
-
-
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """In row-major order; a transposed matrix in blocks, at three times numpy's own speed."""
-    if array.ndim != 2 or array.flags.c_contiguous or not array.flags.f_contiguous:
-        return np.ascontiguousarray(array)
-    turned = np.empty(array.shape, array.dtype)
-    for first in range(0, array.shape[1], BLOCK):
-        turned[:, first : first + BLOCK] = array[:, first : first + BLOCK]
-    return turned
+    """In row-major order; by XLA's transposition, at three times numpy's speed, where there is one (JAX_PLATFORMS may leave CPUs out)
+    and it keeps every bit (of 8 bytes it would take 4)."""
+    cpu = None if array.flags.c_contiguous or array.itemsize > 4 else _cpu()
+    return np.ascontiguousarray(array) if cpu is None else np.asarray(jax.device_put(array, cpu))
+
+
+@cache
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 Table = tuple[Rule, ...]

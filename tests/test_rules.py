@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cogi2v_convert import t5, vae
+from cogi2v_convert import rules, t5, vae
 from cogi2v_convert.conversion import TABLES, homes
-from cogi2v_convert.rules import Home, Rule, expand, linear, misfits, norm, refuse
+from cogi2v_convert.rules import Home, Rule, contiguous, expand, linear, misfits, norm, refuse
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 from twins import VAE_BLOCKS
@@ -39,6 +39,18 @@ def rule_of(table: tuple[Rule, ...], torch_name: str) -> Rule:
 
 
 # one rule
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["by XLA", "without a CPU backend"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "int8"])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_row_major_order_changes_no_bit(axes, dtype, on_cpu, monkeypatch, rng):
+    if not on_cpu:
+        monkeypatch.setattr(rules, "_cpu", lambda: None)
+    bits = rng.integers(0, 256, (5, 33, 40, jnp.dtype(dtype).itemsize), np.uint8)  # of numbers, infinities and all kinds of NaN
+    turned = bits.view(dtype)[..., 0].transpose(axes)
+    made = contiguous(turned)
+    assert (made.flags.c_contiguous, made.dtype, made.tobytes()) == (True, turned.dtype, turned.tobytes())
 
 
 @pytest.mark.parametrize(
