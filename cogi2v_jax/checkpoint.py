@@ -25,6 +25,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
+from orbax.checkpoint import type_handlers
 from orbax.checkpoint.options import MultiprocessingOptions
 
 from .config import PARTS, CheckpointConfig, read_json
@@ -116,19 +117,21 @@ def unit_name(layer: int | None) -> str:
     return "rest" if layer is None else f"{layer:03d}"
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(**settings: Any) -> ocp.Checkpointer:
     """Of this process alone: several may be at different layers, and none waits for another. Weights hardly compress, and trying takes as
     long again as writing."""
     me = jax.process_index()
     alone = MultiprocessingOptions(primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process-{me}")
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, use_compression=False, **settings)
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def write_unit(folder: Path, part: str, layer: int | None, leaves: Mapping[str, np.ndarray]) -> None:
     """One layer's leaves without their layer axis, or (None) all that is not stacked."""
     arguments = ocp.args.PyTreeSave(dict(leaves), save_args={name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in leaves})
-    with _WRITING, _checkpointer() as checkpointer:
+    # Nobody changes the leaves while they are written, so orbax need not copy them first.
+    registry = type_handlers.create_type_handler_registry((np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
+    with _WRITING, _checkpointer(type_handler_registry=registry) as checkpointer:
         checkpointer.save(unit_path(folder, part, layer).absolute(), args=arguments)
 
 
