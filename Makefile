@@ -10,7 +10,7 @@ sample: .venv/sample
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# What takes minutes each: the released checkpoints through the TPU compiler.
+# What takes minutes: the released checkpoints through the TPU compiler, more meshes, dtypes and tiles.
 test-slow: .venv/test
 	$(BIN)/python -m pytest -m slow
 

@@ -75,7 +75,7 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
 
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_network_is_the_references(name: str, dtype: str) -> None:
     make, shape = NETWORKS[name]
     generator = torch.Generator().manual_seed(3)

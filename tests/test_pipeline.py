@@ -104,6 +104,7 @@ def test_with_torchs_numbers_a_seed_alone_gives_the_references_latents(
     assert_close(ours.latents, twins.frames_last(theirs)[:, theirs.shape[1] - ours.latents.shape[1] :], TOLERANCE["latents"])
 
 
+@pytest.mark.slow
 def test_with_tiles_latents_and_video_are_the_references_with_tiles(image: Image.Image, tmp_path: Path) -> None:
     pipe = twins.pipeline("1.5")
     pipe.vae = twins.vae(5, invert_scale_latents=True, sample_height=96, sample_width=160)  # a tile is 48x80

@@ -32,6 +32,7 @@ from cogi2v_jax.sharding import (
 
 FLOAT32 = jnp.dtype(jnp.float32)
 EIGHT = [Sizes(data, pair, context) for data in (1, 2, 4, 8) for pair in (1, 2) for context in (1, 2, 4, 8) if data * pair * context == 8]
+FEW = (Sizes(1, 1, 8), Sizes(1, 2, 4), Sizes(2, 2, 2))  # in them every axis is split, alone or beside others
 
 
 class Device(types.SimpleNamespace):
@@ -280,7 +281,7 @@ def unsharded(folder: Any, request_of_eight: Request) -> dict[str, Any]:
     return stages(cogi2v_jax.load(folder, "float32"), request_of_eight)
 
 
-@pytest.mark.parametrize("sizes", EIGHT, ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes not in FEW)) for sizes in EIGHT], ids=str)
 def test_no_stage_depends_on_the_mesh(sizes: Sizes, folder: Any, request_of_eight: Request, unsharded: dict[str, Any]) -> None:
     models = cogi2v_jax.load(folder, "float32", mesh=str(sizes))
     sharded = stages(models, request_of_eight, unsharded)

@@ -240,6 +240,7 @@ def test_chosen_steps_and_no_guidance_are_recorded_and_verified(guidance: float,
     assert [row["step"] for row in found["rows"] if row["stage"] == "conditional" and row["mode"] == "fed"] == [0, 2]
 
 
+@pytest.mark.slow
 def test_tiles_of_the_reference_are_verified_as_tiles(picture: Path, tmp_path: Path) -> None:
     pipe = twins.pipeline("1.5")
     pipe.register_modules(vae=twins.vae(2, invert_scale_latents=True, sample_height=96, sample_width=80))
