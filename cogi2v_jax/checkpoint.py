@@ -130,7 +130,9 @@ def write_unit(folder: Path, part: str, layer: int | None, leaves: Mapping[str, 
     """One layer's leaves without their layer axis, or (None) all that is not stacked."""
     arguments = ocp.args.PyTreeSave(dict(leaves), save_args={name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in leaves})
     # Nobody changes the leaves while they are written, so orbax need not copy them first.
-    registry = type_handlers.create_type_handler_registry((np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)))
+    as_they_are = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    # (A registry without a handler of jax's own arrays would be warned of.)
+    registry = type_handlers.create_type_handler_registry((np.ndarray, as_they_are), (jax.Array, type_handlers.ArrayHandler()))
     with _WRITING, _checkpointer(type_handler_registry=registry) as checkpointer:
         checkpointer.save(unit_path(folder, part, layer).absolute(), args=arguments)
 

@@ -28,7 +28,10 @@ def appearing(destination: Path | str, wait: bool = False, again: bool = False) 
         return
     destination = Path(destination)
     _check_free(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{destination} must lie in a folder that can be made: {error.strerror}: {error.filename}") from None
     folder = destination.parent / f".{destination.name}.part"
     with _held(folder, destination, wait):
         try:
@@ -41,6 +44,8 @@ def appearing(destination: Path | str, wait: bool = False, again: bool = False) 
 
 
 def _check_free(destination: Path) -> None:
+    if destination.is_dir() and destination.samefile(Path.cwd()):  # whoever stands in a folder does not see another one take its place
+        raise FileExistsError(f"{destination} must be a new name: got the current folder")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} must not exist yet: found it")
 

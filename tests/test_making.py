@@ -132,6 +132,26 @@ def test_a_second_kill_is_gone_on_with_where_the_first_left_half_a_line(source: 
     assert list(manifest.check(tmp_path / "flax")) == []
 
 
+# where
+
+
+@pytest.mark.parametrize("here", [".", "../here", "{}"])
+def test_the_current_folder_is_no_new_name(here: str, source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    line = one_line(capsys, ["to-flax", source, here.format(tmp_path / "here")])
+    assert line.endswith(" must be a new name: got the current folder")
+    assert left(tmp_path) == {"source", "here"}
+    assert left(tmp_path / "here") == set()
+
+
+def test_a_folder_that_can_not_be_made_is_named(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    line = one_line(capsys, ["to-flax", source, tmp_path / "file" / "flax"])
+    assert line.endswith(f"file/flax must lie in a folder that can be made: File exists: {tmp_path / 'file'}")
+    assert left(tmp_path) == {"source", "file"}
+
+
 # crowded
 
 

@@ -223,6 +223,7 @@ sys.exit(main(sys.argv[1:]))
         command = [sys.executable, "-c", script, "to-flax", base["1.5"], tmp_path / file, tmp_path / "flax"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == code, done.stderr
+        assert done.stderr.count("\n") == code  # nothing is said beside a fault
     assert "x.pt must be safetensors where torch is missing: got a torch file; pip install torch" in done.stderr
 
 
