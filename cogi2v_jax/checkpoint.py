@@ -284,8 +284,10 @@ def open_folder(folder: Path, dtype: jnp.dtype, **settings: Any) -> Models:
     if manifest.get("format") != FORMAT:
         got = manifest.get("format")
         raise ValueError(f"{folder} must have format {FORMAT}: got {got!r}; convert its source again with cogi2v-convert to-flax")
-    found = weight_files(folder)
-    broken = [name for name, size in manifest.get("files", {}).items() if found.get(name) != size]
+    found, files = weight_files(folder), manifest.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{folder / MANIFEST} must have the sizes of its files: convert its source again")
+    broken = [name for name, size in files.items() if found.get(name) != size]
     if broken:
         raise ValueError(f"{folder} must be whole: got {len(broken)} files missing or cut short, first {broken[0]}; copy it anew")
     return Models(folder, read_config(folder), jnp.dtype(dtype), **settings)

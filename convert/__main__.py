@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     torch.add_argument("destination", metavar="DST", help="diffusers folder to make, here or at gs://")
     torch.set_defaults(run=_to_torch)
     check = commands.add_parser("check", help="a converted folder against its manifest, bit for bit", description=_check.__doc__)
-    check.add_argument("folder", metavar="FOLDER", type=Path, help="converted folder")
+    check.add_argument("folder", metavar="FOLDER", help="converted folder, here or at gs://")
     check.set_defaults(run=_check)
     inspect = commands.add_parser("inspect", help="what weights are, and whether every tensor has a place", description=_inspect.__doc__)
     inspect.add_argument("sources", metavar="SRC", nargs="+", help=f"a converted folder, or {SOURCES}; with --model a LoRA file")
@@ -177,13 +177,16 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     """Reads a converted folder again, every tensor of it, and says what is not as its manifest says. Exits 1 where something is not."""
+    from cogi2v_jax.fetch import locate
+
     from .manifest import check
 
     faults = 0
-    for fault in check(options.folder):
-        print(f"cogi2v-convert: {options.folder}: {fault}", file=sys.stderr)
+    for fault in check(locate(options.folder, must="FOLDER must be a converted folder")):
+        print(f"cogi2v-convert: {options.folder}: {one_line(fault)}", file=sys.stderr)
         faults += 1
-    print(f"{options.folder}: {f'{faults} faults; convert its source again' if faults else 'whole: every file and every tensor'}")
+    count = f"{faults} fault{'s' * (faults > 1)}; convert its source again"
+    print(f"{options.folder}: {count if faults else 'whole: every file and every tensor'}")
     return 1 if faults else 0
 
 

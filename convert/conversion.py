@@ -171,7 +171,7 @@ def _twin(source: Source, destination: Path, dtype: str | None, digests: Digests
 
 def to_torch(source_folder: Path, destination: Path | str, progress: Progress | None = None) -> Path | str:
     """A converted folder as the diffusers folder it came from: the same tensors, bit for bit, in the same files. Of int8 kernels it
-    gives what they stand for, in bfloat16."""
+    gives what they stand for, in bfloat16. Raises ValueError for a folder that is not as its manifest says."""
     config = open_folder(source_folder, jnp.dtype(jnp.float32)).config
     recorded = {part: tensors_recorded(source_folder, config, part) for part in NETWORKS}
     with appearing(destination) as folder:
@@ -229,11 +229,15 @@ def tensors_recorded(folder: Path, config: CheckpointConfig, part: str) -> dict[
 
 
 def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str, Home], meter: Meter) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors in order; the unstacked ones and one layer are held at a time."""
+    """Tensors in order, as the manifest has them; the unstacked ones and one layer are held at a time."""
     rest, rows = unit_shapes(config, part)
+    recorded = manifest.read(folder)
 
     def unit(layer: int | None) -> dict[str, np.ndarray]:
-        return int8.dequantised(read_leaves(folder, part, layer, rest if layer is None else rows))
+        leaves = read_leaves(folder, part, layer, rest if layer is None else rows)
+        for fault in manifest.check_unit(recorded, part, layer, leaves):
+            raise ValueError(f"{folder} must be as it was made: {fault}; convert its source again")
+        return int8.dequantised(leaves)
 
     units: dict[int | None, dict[str, np.ndarray]] = {None: unit(None)}
     for name, (rule, layer) in places.items():

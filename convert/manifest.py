@@ -50,16 +50,26 @@ def write(
     sync(folder)
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """A converted folder's manifest. Raises ValueError or FileNotFoundError, in one line, for what is none of this format."""
+    manifest = read_json(folder / MANIFEST)
+    depths = {"leaves": 3, "settings": 0, "files": 0}  # parts, units and leaves lead to what is said of a leaf
+    if manifest.get("format") != FORMAT or not all(_is_nested(manifest.get(key), depth) for key, depth in depths.items()):
+        raise ValueError(f"{folder} must have a manifest of format {FORMAT}: got {manifest.get('format')!r}; convert its source again")
+    return manifest
+
+
+def _is_nested(value: Any, depth: int) -> bool:
+    return isinstance(value, dict) and (not depth or all(_is_nested(inner, depth - 1) for inner in value.values()))
+
+
 def check(folder: Path) -> Iterator[str]:
     """Every fault of a converted folder against its manifest, a line each: files, settings, and each tensor's bits. Raises ValueError or
     FileNotFoundError for what is no such folder."""
-    manifest = read_json(folder / MANIFEST)
-    if manifest.get("format") != FORMAT or not all(isinstance(manifest.get(key), dict) for key in ("leaves", "settings", "files")):
-        raise ValueError(f"{folder} must have a manifest of format {FORMAT}: got {manifest.get('format')!r}; convert its source again")
-    found = weight_files(folder)
+    manifest, found = read(folder), weight_files(folder)
     broken = {name: size for name, size in manifest["files"].items() if found.get(name) != size}
     yield from (f"{name} must have {size} bytes: got {found.get(name, 'no such file')}" for name, size in broken.items())
-    yield from (f"{name} must not be there: the manifest has no such file" for name in found.keys() - manifest["files"].keys())
+    yield from (f"{name} must not be there: the manifest has no such file" for name in sorted(found.keys() - manifest["files"].keys()))
     for name, expected in manifest["settings"].items():
         path = folder / name
         if not path.is_file():
@@ -69,22 +79,20 @@ def check(folder: Path) -> Iterator[str]:
     config = read_config(folder)
     for part in NETWORKS:
         for layer in (None, *range(layer_count(config, part))):
-            where = f"{part}/weights/{unit_name(layer)}"
-            if not any(name.startswith(f"{where}/") for name in broken):  # what is not whole is not worth reading
-                yield from _check_unit(folder, where, part, layer, manifest["leaves"].get(part, {}).get(unit_name(layer)))
+            if any(name.startswith(f"{part}/weights/{unit_name(layer)}/") for name in broken):
+                continue  # what is not whole is not worth reading
+            try:
+                yield from check_unit(manifest, part, layer, read_unit(folder, part, layer))
+            except ValueError as error:
+                yield str(error)
 
 
-def _check_unit(folder: Path, where: str, part: str, layer: int | None, expected: Sums | None) -> Iterator[str]:
-    if not isinstance(expected, dict):
-        yield f"{where} must be in the manifest: got nothing"
-        return
-    try:
-        leaves = read_unit(folder, part, layer)
-    except ValueError as error:
-        yield str(error)
-        return
+def check_unit(manifest: Mapping[str, Any], part: str, layer: int | None, leaves: Mapping[str, Any]) -> Iterator[str]:
+    """Every fault of a unit's leaves against what `read` gave, a line each."""
+    where = f"{part}/weights/{unit_name(layer)}"
+    expected: Sums = manifest["leaves"].get(part, {}).get(unit_name(layer), {})
     if leaves.keys() != expected.keys():
-        yield f"{where} must hold {len(expected)} tensors: got {len(leaves)}"
+        yield f"{where} must hold the {len(expected)} tensors that the manifest has: got {len(leaves)}"
     for name in sorted(leaves.keys() & expected.keys()):
         leaf = np.asarray(leaves[name])
         got = {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "crc32": crc32(leaf)}
@@ -98,10 +106,11 @@ def twin_of(destination: Path, part: str, dtype: str | None, config: Path, files
     for parent in dict.fromkeys((destination.parent, user_cache_path("cogi2v-jax") / "converted")):
         for path in sorted(parent.glob(f"*/{MANIFEST}")):
             try:
-                manifest = read_json(path)
+                manifest, there = read(path.parent), weight_files(path.parent)
                 sizes = [entry["bytes"] for entry in manifest["sources"][part]]
-                same = (manifest["format"], manifest["dtype"]) == (FORMAT, dtype) and sizes == [file.stat().st_size for file in files]
-                if same and (path.parent / part / CONFIG_FILES[part]).read_bytes() == config.read_bytes():
+                same = manifest["dtype"] == dtype and sizes == [file.stat().st_size for file in files]
+                whole = all(there.get(name) == size for name, size in manifest["files"].items() if name.startswith(f"{part}/"))
+                if same and whole and (path.parent / part / CONFIG_FILES[part]).read_bytes() == config.read_bytes():
                     return path.parent, manifest
             except (OSError, ValueError, KeyError, TypeError):  # not one of ours, or another version's
                 continue

@@ -266,6 +266,8 @@ def test_a_conversion_goes_to_a_bucket_its_manifest_last_and_comes_back(cloud, m
     assert Path(order[-1]).name == MANIFEST
     assert (cloud / "models/flax/tiny" / MANIFEST).is_file()
     assert load("gs://models/flax/tiny", say=lambda line: None).config.name == "cogi2v-tiny"
+    assert main(["check", "gs://models/flax/tiny"]) == 0
+    assert capsys.readouterr().out == "gs://models/flax/tiny: whole: every file and every tensor\n"
 
 
 def test_an_upload_that_fails_leaves_nothing(cloud, monkeypatch, capsys):

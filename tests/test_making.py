@@ -310,11 +310,20 @@ def largest(folder: Path) -> Path:
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-def without(key: str):
+def without(*way: str):
     def change(folder: Path) -> None:
-        found = manifest_of(folder)
-        del found[key]
+        found = inner = manifest_of(folder)
+        for key in way[:-1]:
+            inner = inner[key]
+        del inner[way[-1]]
         (folder / MANIFEST).write_text(json.dumps(found))
+
+    return change
+
+
+def stating(**values: object):
+    def change(folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(manifest_of(folder) | values))
 
     return change
 
@@ -332,6 +341,14 @@ DAMAGE = {
     "the tokenizer": (lambda folder: flip(folder / "tokenizer" / "spiece.model", 100), r"tokenizer/spiece.model must have the SHA-256"),
     "no tokenizer": (lambda folder: (folder / "tokenizer" / "spiece.model").unlink(), r"tokenizer/spiece.model is missing"),
     "no checksums": (without("leaves"), r"must have a manifest of format 2"),
+    "no checksums of a part": (without("leaves", "vae"), r"vae/weights/rest must hold the 0 tensors that the manifest has: got \d+"),
+    "no checksum of a tensor": (
+        without("leaves", "transformer", "001", "blocks.attn_norm.bias"),
+        r"transformer/weights/001 must hold the \d+ tensors",
+    ),
+    "a number for checksums": (stating(leaves={"transformer": 5}), r"must have a manifest of format 2"),
+    "a list of files": (stating(files=["x"]), r"must have a manifest of format 2"),
+    "a name with a line's end": (stating(settings={"a\nb": "0"}), r"a\\nb is missing"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), r"checkpoint.json"),
     "half a manifest": (lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:500]), r"checkpoint.json"),
 }
@@ -346,6 +363,17 @@ def test_check_names_what_is_damaged(damage: str, flax: Path, capsys) -> None:
     assert lines
     assert all(line.startswith("cogi2v-convert: ") for line in lines)
     assert any(re.search(expected, line) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "damage", ["a byte of a layer", "a byte of the VAE", "no checksums of a part", "no checksum of a tensor", "a number for checksums"]
+)
+def test_no_weights_are_given_back_but_those_that_were_made(damage: str, flax: Path, tmp_path: Path, capsys) -> None:
+    change, expected = DAMAGE[damage]
+    change(flax)
+    line = one_line(capsys, ["to-torch", flax, tmp_path / "torch"])
+    assert re.search(expected, line), line
+    assert not (tmp_path / "torch").exists()
 
 
 # shared
@@ -376,7 +404,7 @@ def test_a_t5_that_another_conversion_finished_takes_the_place_of_half_of_it(sou
     assert list(manifest.check(second)) == []
 
 
-@pytest.mark.parametrize("difference", ["bytes", "dtype", "configuration"])
+@pytest.mark.parametrize("difference", ["bytes", "dtype", "configuration", "a file less"])
 def test_another_t5_is_not_shared(difference: str, source: Path, tmp_path: Path) -> None:
     first = Path(to_flax(source, tmp_path / "first"))
     dtype = "bfloat16" if difference == "dtype" else None
@@ -385,6 +413,8 @@ def test_another_t5_is_not_shared(difference: str, source: Path, tmp_path: Path)
     elif difference == "configuration":
         path = source / "text_encoder" / "config.json"
         path.write_text(path.read_text() + "\n")
+    elif difference == "a file less":
+        largest(first / "text_encoder").unlink()
     second = Path(to_flax(source, tmp_path / "second", dtype))
     assert not inodes(first, "text_encoder") & inodes(second, "text_encoder")
     assert list(manifest.check(second)) == []
