@@ -11,7 +11,7 @@ from cogi2v_jax.bucket import check_space
 from cogi2v_jax.checkpoint import write_unit
 
 from . import int8
-from .making import Journal
+from .making import Journal, Sums
 from .rules import Home, contiguous
 from .sums import check_finite, size_of, sums
 
@@ -55,9 +55,13 @@ def write_part(
                 continue
             kinds = {name: None if homes[name].rule.flax in kernels else cast for name in names}
             leaves = {homes[name].rule.flax: _converted(name, homes[name], read(name), kinds[name]) for name in names}
+            leaves, errors = int8.quantised(leaves, kernels) if kernels else (leaves, {})
+            found = sums(leaves)
+            for name, error in errors.items():
+                found[name]["error"] = error
             if writing is not None:
                 writing.result()
-            writing = writer.submit(_write, folder, part, layer, leaves, kernels, journal, meter)
+            writing = writer.submit(_write, folder, part, layer, leaves, found, journal, meter)
         if writing is not None:
             writing.result()
 
@@ -71,17 +75,11 @@ def _converted(name: str, home: Home, tensor: np.ndarray, cast: np.dtype[Any] | 
     return contiguous(home.rule.to_flax(tensor))
 
 
-def _write(folder: Path, part: str, layer: int | None, leaves: Leaves, kernels: set[str], journal: Journal, meter: Meter) -> None:
-    errors: dict[str, float] = {}
-    if kernels:
-        leaves, errors = int8.quantised(leaves, kernels)
-    size = sum(leaf.nbytes for leaf in leaves.values())
+def _write(folder: Path, part: str, layer: int | None, leaves: Leaves, found: Sums, journal: Journal, meter: Meter) -> None:
+    size = size_of(found)
     journal.start(part, layer)
     # Asked before each: once the disk is full, orbax fills the screen too.
     check_space(folder, size + size // 16 + MARGIN, f"a layer of the {part}")
     write_unit(folder, part, layer, leaves)
-    found = sums(leaves)
-    for name, error in errors.items():
-        found[name]["error"] = error
     journal.add(part, layer, found)
     meter.add(part, size)
