@@ -235,7 +235,7 @@ def _values(folder: Path, config: CheckpointConfig, part: str, places: dict[str,
 
     def unit(layer: int | None) -> dict[str, np.ndarray]:
         leaves = read_leaves(folder, part, layer, rest if layer is None else rows)
-        for fault in manifest.check_unit(recorded, part, layer, leaves):
+        if fault := next(manifest.check_unit(recorded, part, layer, leaves), None):
             raise ValueError(f"{folder} must be as it was made: {fault}; convert its source again")
         return int8.dequantised(leaves)
 

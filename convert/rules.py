@@ -56,7 +56,7 @@ class Rule:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """In row-major order; by XLA's transposition, at three times numpy's speed, where there is one (JAX_PLATFORMS may leave CPUs out)
+    """In row-major order; by XLA's transposition, in a third of numpy's CPU time, where there is one (JAX_PLATFORMS may leave CPUs out)
     and it keeps every bit (of 8 bytes it would take 4)."""
     cpu = None if array.flags.c_contiguous or array.itemsize > 4 else _cpu()
     return np.ascontiguousarray(array) if cpu is None else np.asarray(jax.device_put(array, cpu))

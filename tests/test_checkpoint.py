@@ -252,6 +252,13 @@ def test_another_format_version_is_refused(version, folder):
     assert f"{folder} must have format 2: got {version!r}; convert its source again" in refused(open_folder, folder, FLOAT32)
 
 
+@pytest.mark.parametrize("files", [None, ["transformer/weights/rest"], 3])
+def test_a_manifest_without_sizes_of_files_is_refused(files, folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
+    assert f"{folder / MANIFEST} must have the sizes of its files" in refused(open_folder, folder, FLOAT32)
+
+
 def test_a_missing_configuration_is_refused(folder):
     (folder / "scheduler" / "scheduler_config.json").unlink()
     assert "scheduler must hold scheduler_config.json" in refused(open_folder, folder, FLOAT32)
