@@ -22,16 +22,16 @@ from pathlib import Path
 import full_path
 import ml_dtypes
 import numpy as np
-from cogi2v_convert.diffusers import write_index, write_safetensors
-from cogi2v_convert.making import sync
-from cogi2v_convert.rules import expand
-from cogi2v_convert.transformer import table
-from cogi2v_convert.weights import Tensor
+from cogi2v_convert.sources.diffusers import write_index, write_safetensors
+from cogi2v_convert.sources.parts import Tensor
+from cogi2v_convert.tables.rules import expand
+from cogi2v_convert.tables.transformer import table
+from cogi2v_convert.writing.folder import sync
 from full_networks import cut
 from vs_reference import aligned, machine
 
 from cogi2v_jax import config
-from cogi2v_jax.checkpoint import abstract, leaf_names
+from cogi2v_jax.weights.checkpoint import abstract, leaf_names
 
 SHARD = 5e9  # bytes of a source file, as the released ones have
 

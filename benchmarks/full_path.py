@@ -15,7 +15,7 @@ import torch
 import transformers
 from full_networks import cut, reference
 
-from cogi2v_jax.fetch import EMBEDDED
+from cogi2v_jax.weights.hub import EMBEDDED
 
 PROMPT = "a boat drifts out of the harbour"
 LINES = 8  # of a command's output that are kept

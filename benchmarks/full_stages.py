@@ -16,13 +16,13 @@ import torch
 from full_networks import cut, ours, reference
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cogi2v_jax.checkpoint import memory_limit
 from cogi2v_jax.config import CheckpointConfig
-from cogi2v_jax.flags import compile_with
-from cogi2v_jax.noise import seed_words
-from cogi2v_jax.phases import OFS, Phases, mesh_for
+from cogi2v_jax.devices.compiler_options import compile_with
+from cogi2v_jax.devices.sharding import put, split
 from cogi2v_jax.request import Request
-from cogi2v_jax.sharding import put, split
+from cogi2v_jax.sampling.noise import seed_words
+from cogi2v_jax.sampling.programs import OFS, Phases, mesh_for
+from cogi2v_jax.weights.checkpoint import memory_limit
 
 GUIDANCE = 6.0
 # How the reference can be run: through torch.compile with one of its modes, and with the attention kernel that torch is held to.

@@ -13,7 +13,7 @@ import jax
 import torch
 from full_stages import Case, Stage, transformer
 
-from cogi2v_jax.flags import compiler_options
+from cogi2v_jax.devices.compiler_options import compiler_options
 
 STEP = "denoising step"
 # What is tried: a backend with the options that flags.py has for the device, and with these instead.

@@ -26,9 +26,9 @@ import tpu_hlo
 from jax.experimental import topologies
 
 from cogi2v_jax import config
-from cogi2v_jax.flags import compile_with, compiler_options
-from cogi2v_jax.phases import Call, Phases, mesh_for
+from cogi2v_jax.devices.compiler_options import compile_with, compiler_options
 from cogi2v_jax.request import Request
+from cogi2v_jax.sampling.programs import Call, Phases, mesh_for
 
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
 PHASES = ("text", "encode", "denoise", "decode")

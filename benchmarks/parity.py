@@ -25,11 +25,11 @@ try:
 except ImportError as missing:
     sys.exit(f"benchmarks/parity.py must have the reference installed: {missing}; pip install 'cogi2v-jax[reference]'")
 
-from cogi2v_convert.reference import record  # pyright: ignore[reportMissingImports]
-from cogi2v_convert.verify import FED, Report, verify  # pyright: ignore[reportMissingImports]
+from cogi2v_convert.proof.record import record  # pyright: ignore[reportMissingImports]
+from cogi2v_convert.proof.verify import FED, Report, verify  # pyright: ignore[reportMissingImports]
 
 from cogi2v_jax import Request
-from cogi2v_jax.fetch import EMBEDDED
+from cogi2v_jax.weights.hub import EMBEDDED
 
 PAGE = Path(__file__).parent.parent / "docs" / "same_model.md"
 BEGIN, END = "<!-- benchmarks/parity.py -->", "<!-- end -->"

@@ -17,10 +17,10 @@ import tpu_kernel
 from jax.experimental import topologies
 
 from cogi2v_jax import config
-from cogi2v_jax.attention import resolved
-from cogi2v_jax.phases import Phases
+from cogi2v_jax.devices.sharding import make_mesh, sizes_of
+from cogi2v_jax.models.attention import resolved
 from cogi2v_jax.request import Request
-from cogi2v_jax.sharding import make_mesh, sizes_of
+from cogi2v_jax.sampling.programs import Phases
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 WIRE = 100e9  # bytes/s that a chip sends

@@ -29,14 +29,14 @@ import numpy as np
 from PIL import Image
 
 import cogi2v_jax
-from cogi2v_jax.compiled import Stopwatch
-from cogi2v_jax.fetch import EMBEDDED
-from cogi2v_jax.media import fit_image, read_image
-from cogi2v_jax.noise import seed_words
-from cogi2v_jax.phases import Call
+from cogi2v_jax.devices.compiling import Stopwatch
+from cogi2v_jax.devices.sharding import put, split
+from cogi2v_jax.media.videos import fit_image, read_image
+from cogi2v_jax.models.tokenizer import tokenize
 from cogi2v_jax.pipeline import decode, phases_of, run
-from cogi2v_jax.sharding import put, split
-from cogi2v_jax.tokenizer import tokenize
+from cogi2v_jax.sampling.noise import seed_words
+from cogi2v_jax.sampling.programs import Call
+from cogi2v_jax.weights.hub import EMBEDDED
 
 try:
     import diffusers

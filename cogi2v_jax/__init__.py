@@ -12,24 +12,24 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import Models
-    from .hub import adapt, load
+    from .loading import adapt, load
     from .pipeline import Result, decode, generate
     from .request import Noise, Request
+    from .weights.checkpoint import Models
 
 __version__ = version("cogi2v-jax")
 
 __all__ = ["Models", "Noise", "Request", "Result", "__version__", "adapt", "decode", "generate", "load"]
 
 _HOMES = {
-    "Models": "checkpoint",
+    "Models": "weights.checkpoint",
     "Noise": "request",
     "Request": "request",
     "Result": "pipeline",
-    "adapt": "hub",
+    "adapt": "loading",
     "decode": "pipeline",
     "generate": "pipeline",
-    "load": "hub",
+    "load": "loading",
 }
 
 

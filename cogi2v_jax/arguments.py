@@ -5,8 +5,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from .media import FITS
-from .request import IMAGE_LATENT_SCALES, NOISES
+from .request import FITS, IMAGE_LATENT_SCALES, NOISES
 
 
 def add_settings(parser: argparse.ArgumentParser, ours: bool = True) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from . import relatives
+from . import lookalikes
 
 PARTS = ("transformer", "vae", "text_encoder", "scheduler")
 BLOCKS = ("transformer", "text_encoder")  # parts that are stacks of equal blocks
@@ -57,7 +57,8 @@ class _Part:
         faults = [f"{key} must be stated: the reference takes another value for its absence" for key in sorted(cls.STATED - values.keys())]
         if cls.CLASS and values.get("_class_name", cls.CLASS) != cls.CLASS:
             faults.append(f"_class_name must be {cls.CLASS}: got {values['_class_name']!r}")
-        if whose := relatives.whose((*values, str(values.get("_class_name")))):  # whatever their values: they are known for another network
+        # Whatever their values: these keys are known for another network.
+        if whose := lookalikes.whose((*values, str(values.get("_class_name")))):
             raise ValueError(f"{where} must be of image-to-video from a prompt and a first image alone: got {whose}")
         for key, value in values.items():
             if key.startswith("_") or key in cls.INERT:
@@ -303,7 +304,7 @@ class CheckpointConfig:
         t, v, e = self.transformer, self.vae, self.text_encoder
         faults = [f"int8 must be of {' and '.join(BLOCKS)}: got {part!r}" for part in self.int8 if part not in BLOCKS]
         if t.in_channels != 2 * v.latent_channels:
-            what = f"{t.in_channels}, which is {relatives.kind(t.in_channels, v.latent_channels)}"
+            what = f"{t.in_channels}, which is {lookalikes.kind(t.in_channels, v.latent_channels)}"
             faults.append(f"transformer in_channels must be twice the VAE's latent_channels {v.latent_channels}: got {what}")
         if t.out_channels != v.latent_channels:
             faults.append(f"transformer out_channels must be the VAE's latent_channels {v.latent_channels}: got {t.out_channels}")
@@ -362,8 +363,8 @@ class CheckpointConfig:
 
 
 def names() -> list[str]:
-    """Checkpoints known by name: the stems of the TOML files in `configs/`."""
-    return sorted(path.stem for path in CONFIGS.glob("cog*.toml"))
+    """Checkpoints known by name: the stems of the TOML files in `configs/checkpoints/`."""
+    return sorted(path.stem for path in (CONFIGS / "checkpoints").glob("*.toml"))
 
 
 @functools.cache
@@ -371,7 +372,7 @@ def toml(name: str) -> dict[str, Any]:
     """The TOML of a named checkpoint: tables `transformer`, `vae`, `text_encoder`, `defaults`, `published`, `source`."""
     if name not in names():
         raise ValueError(f"checkpoint name must be one of {', '.join(names())}: got {name!r}")
-    return _read(CONFIGS / f"{name}.toml")
+    return _read(CONFIGS / "checkpoints" / f"{name}.toml")
 
 
 @functools.cache
@@ -385,7 +386,7 @@ def named(name: str) -> CheckpointConfig:
     stated = toml(name)
     missing = [part for part in PARTS if not isinstance(stated.get(part), dict)]
     if missing:
-        raise ValueError(f"{CONFIGS / name}.toml must have a table for {', '.join(PARTS)}: got none for {missing[0]}")
+        raise ValueError(f"{CONFIGS / 'checkpoints' / name}.toml must have a table for {', '.join(PARTS)}: got none for {missing[0]}")
     return CheckpointConfig.from_parts({part: stated[part] for part in PARTS}, name)
 
 

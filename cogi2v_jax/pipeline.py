@@ -15,17 +15,17 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int, UInt8, UInt32
 
-from . import noise as streams
-from .checkpoint import Models, memory_limit
-from .compiled import Stopwatch, workspace
 from .config import CheckpointConfig
-from .media import fit_image, read_image
-from .models.tiling import decode_tiled, encode_tiled, sides
-from .phases import Call, Phases, Place, mesh_for
+from .devices.compiling import Stopwatch, workspace
+from .devices.sharding import fetch, put, split
+from .media.videos import fit_image, read_image
+from .models.tokenizer import tokenize
+from .models.vae_tiles import decode_tiled, encode_tiled, sides
 from .request import Noise, Request, Resolved
-from .schedule import draws
-from .sharding import fetch, put, split
-from .tokenizer import tokenize
+from .sampling import noise as streams
+from .sampling.programs import Call, Phases, Place, mesh_for
+from .sampling.schedule import draws
+from .weights.checkpoint import Models, memory_limit
 
 OnStep = Callable[[int, int, Any], None]  # (step, steps, latents), on the host, after every step
 OnLatents = Callable[[Any, Resolved], None]  # (latents, resolved request), before they are decoded

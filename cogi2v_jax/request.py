@@ -15,6 +15,7 @@ from .config import CheckpointConfig
 
 # What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales; the reference's is the default.
 IMAGE_LATENT_SCALES = ("reference", "sat", "trainer")
+FITS = ("crop", "pad", "stretch")  # how the image meets the size asked for
 NOISES = ("jax", "torch")  # whose random numbers a seed means
 
 Whole = int | np.integer

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__, hosts, plan
+from . import __version__
 from .arguments import add_settings, weighted
 from .config import names
-from .manifest import Job, read_manifest
-from .media import check_output, read_image, write_video
-from .recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
+from .devices import hosts, plan
+from .media.recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
+from .media.rows import Job, read_manifest
+from .media.videos import check_output, read_image, write_video
 from .request import Request, Video
 
 EMBEDDED = "cogi2v-tiny"
@@ -173,7 +174,7 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
     watch = time.perf_counter()
     request = _request(options, jobs)
     request.check()
-    from .hub import load
+    from .loading import load
     from .pipeline import generate, prepare, videos_at_once
 
     name = options.model or EMBEDDED
@@ -219,8 +220,8 @@ def _decode_alone(options: argparse.Namespace) -> None:
     latents, recipe = read_latents(options.decode_latents)
     stem = options.decode_latents.name.removesuffix(LATENTS)
     output = _output(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
-    from .compiled import Stopwatch
-    from .hub import load
+    from .devices.compiling import Stopwatch
+    from .loading import load
     from .pipeline import decode
 
     models = load(options.model or recipe["model"], options.dtype or recipe["dtype"], options.attention, options.mesh, options.vae_tiling)

@@ -10,7 +10,7 @@ from pathlib import Path
 from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.config import one_line
-from cogi2v_jax.recipe import SETTINGS
+from cogi2v_jax.media.recipe import SETTINGS
 from cogi2v_jax.request import Request
 
 SOURCES = "diffusers folder (here, at gs:// or a hub id), then files or folders that replace parts of it: .safetensors, .pt, SAT's"
@@ -117,10 +117,10 @@ def _to_flax(options: argparse.Namespace) -> int:
     """Converts a diffusers folder, a layer at a time. What follows it replaces parts of it, and says itself which: a file of ComfyUI's
     (bf16, fp16, float8 with its scales), a checkpoint of SAT's (.pt, or its folder), a part's own folder. With int8 weights, which need pip
     install 'cogi2v-jax[int8]', it says how far these are from what they were, and the folder's checkpoint.json says it of every one."""
-    from cogi2v_jax.bucket import is_bucket
+    from cogi2v_jax.weights.bucket import is_bucket
 
     from .conversion import to_flax
-    from .int8 import report
+    from .writing.int8 import report
 
     made = to_flax(options.sources, options.destination, options.dtype, _bar())
     print("\n".join([*([] if is_bucket(made) else report(Path(made))), str(made)]))
@@ -129,8 +129,8 @@ def _to_flax(options: argparse.Namespace) -> int:
 
 def _to_torch(options: argparse.Namespace) -> int:
     """Gives back the diffusers folder that a converted folder came from; of int8 weights the numbers that they stand for."""
-    from cogi2v_jax.checkpoint import int8_errors
-    from cogi2v_jax.fetch import locate
+    from cogi2v_jax.weights.checkpoint import int8_errors
+    from cogi2v_jax.weights.hub import locate
 
     from .conversion import to_torch
 
@@ -151,7 +151,7 @@ def _numbers(text: str) -> list[int]:
 
 def _record(options: argparse.Namespace) -> int:
     """Runs the PyTorch reference on one request and keeps what every stage computes. Needs the extra `reference`."""
-    from .reference import record
+    from .proof.record import record
 
     settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
     request = Request(options.image, options.prompt, options.negative_prompt, seed=options.seed, fit="stretch", noise="torch", **settings)
@@ -162,8 +162,8 @@ def _record(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     """Runs every stage in JAX, fed with the reference's input and freely from the start. Exits 1 where one is not the reference's."""
+    from .proof.verify import verify
     from .targets import beside, check_target
-    from .verify import verify
 
     if options.json:
         check_target("json", options.json, tuple(path for path in (options.trace, options.truth) if path))
@@ -177,9 +177,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     """Reads a converted folder again, every tensor of it, and says what is not as its manifest says. Exits 1 where something is not."""
-    from cogi2v_jax.fetch import locate
+    from cogi2v_jax.weights.hub import locate
 
-    from .manifest import check
+    from .writing.manifest import check
 
     faults = 0
     for fault in check(locate(options.folder, must="FOLDER must be a converted folder")):
@@ -207,7 +207,7 @@ def _compare(options: argparse.Namespace) -> int:
     """Prints PSNR and SSIM of two videos and their worst frame, counted from 0. The video's PSNR is that of the mean squared error over all
     frames, "inf" where they are equal; its SSIM is the mean over frames, by Wang et al.'s window. mp4 and gif are lossy and
     measure their codec too; folders of png frames measure the models alone. Needs pip install 'cogi2v-jax[compare]'."""
-    from .compare import report
+    from .proof.compare import report
 
     print("\n".join(report(options.a, options.b, options.curve, options.json, _progress)))
     return 0

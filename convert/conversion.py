@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from cogi2v_jax import __version__, bucket
-from cogi2v_jax.checkpoint import (
+from cogi2v_jax import __version__
+from cogi2v_jax.config import CheckpointConfig, read_json
+from cogi2v_jax.weights import bucket
+from cogi2v_jax.weights.checkpoint import (
     CONFIG_FILES,
     FORMAT,
     MANIFEST,
@@ -23,17 +25,18 @@ from cogi2v_jax.checkpoint import (
     read_leaves,
     unit_shapes,
 )
-from cogi2v_jax.config import CheckpointConfig, read_json
 
-from . import int8, kin, manifest, t5, transformer, vae
-from .diffusers import CODES, write_index, write_safetensors
-from .making import Journal, appearing
-from .manifest import share
-from .rules import Home, contiguous, expand, misfits, refuse
-from .sources import Source, gather
-from .sums import Digests, size_of
-from .units import Meter, Progress, write_part
-from .weights import WIDE, Tensor
+from .sources import lookalikes
+from .sources.diffusers import CODES, write_index, write_safetensors
+from .sources.gather import Source, gather
+from .sources.parts import WIDE, Tensor
+from .tables import t5, transformer, vae
+from .tables.rules import Home, contiguous, expand, misfits, refuse
+from .writing import int8, manifest
+from .writing.checksums import Digests, size_of
+from .writing.folder import Journal, appearing
+from .writing.layers import Meter, Progress, write_part
+from .writing.manifest import share
 
 TABLES: dict[str, Callable[[Any], tuple]] = {"transformer": transformer.table, "vae": vae.table, "text_encoder": t5.table}
 
@@ -63,12 +66,12 @@ def match(source: Source, part: str) -> Match:
                 places[alias] = places[name]
                 if name not in tensors:
                     del places[name]
-    whose = kin.other(name for name in tensors if name not in places)
+    whose = lookalikes.other(name for name in tensors if name not in places)
     if whose:
         return Match(places, tensors, [f"the weights must be of image-to-video from a prompt and a first image alone: got {whose}"])
     leaves = {name: leaf.shape for name, leaf in leaf_names(abstract(source.config, part, jnp.dtype(jnp.float32))).items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    faults = kin.unlike(source.config, shapes) if part == "transformer" else []
+    faults = lookalikes.unlike(source.config, shapes) if part == "transformer" else []
     faults += misfits(places, leaves, shapes)
     if part == "text_encoder":
         doubles = {alias: name for alias, name in t5.SAME.items() if alias in tensors and name in tensors}

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from cogi2v_jax.checkpoint import MANIFEST, NETWORKS, abstract, check_loras, int8_errors, leaf_names, open_folder, read_config
 from cogi2v_jax.config import CheckpointConfig, named, names, one_line, toml
-from cogi2v_jax.fetch import locate
-from cogi2v_jax.fetch import report as say
+from cogi2v_jax.weights.checkpoint import MANIFEST, NETWORKS, abstract, check_loras, int8_errors, leaf_names, open_folder, read_config
+from cogi2v_jax.weights.hub import locate
+from cogi2v_jax.weights.hub import report as say
 
-from . import int8, kin, lora, t5
+from . import lora_match
 from .conversion import homes, match, tensors_recorded
-from .lora_file import open_lora
-from .sources import MUST, Given, Source, gather, parts_at
-from .weights import SAT
+from .sources import lookalikes
+from .sources.gather import MUST, Given, Source, gather, parts_at
+from .sources.lora_file import open_lora
+from .sources.parts import SAT
+from .tables import t5
+from .writing import int8
 
 
 def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
@@ -60,7 +63,7 @@ def lora_report(path: Path, model: str, keys: bool) -> tuple[list[str], bool]:
     """A LoRA file against a model, of which the configuration is enough: a folder, or a name or hub id of `config.names()`. Raises as
     `open_lora` and `check_loras` do."""
     config = _config_of(model)
-    found = lora.match(open_lora(path), config)
+    found = lora_match.match(open_lora(path), config)
     check_loras(config, jnp.dtype(jnp.float32), [found.lora] if found.lora else [])
     lines = [f"{found.line()} ({found.title})", *found.unmatched(len(found.rows)), *(f"  ! {fault}" for fault in found.general)]
     lines += [f"  {row.key} -> {row.place}" for row in found.rows.values() if keys and row.place]
@@ -116,8 +119,8 @@ def _alone(part: str, given: Given) -> tuple[str, bool]:
     assert given.opened
     tensors = given.opened.tensors()
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    whose = kin.other(shapes)
-    found = whose or (kin.facts(shapes) if part == "transformer" else None)
+    whose = lookalikes.other(shapes)
+    found = whose or (lookalikes.facts(shapes) if part == "transformer" else None)
     dtypes = ", ".join(sorted(given.opened.kinds()))
     naming = f"{given.opened.naming} names, {len(tensors)} tensors, {dtypes}"
     return f"{given.files[0]}: {part}, {naming}{f', {found}' if found else ''}", whose is None

@@ -40,7 +40,7 @@ keep_on_drive = False  # @param {"type":"boolean"}
 
 from pathlib import Path
 
-from cogi2v_jax import preflight
+from cogi2v_jax.apps import preflight
 
 model = preflight.check(wanted)  # stops here, and says why, if the machine can't hold the model you chose
 if keep_on_drive:
@@ -106,8 +106,8 @@ import json
 
 from tqdm import tqdm
 
-from cogi2v_jax.media import write_video
-from cogi2v_jax.recipe import LATENTS, read_latents, recipe_of, write_latents
+from cogi2v_jax.media.recipe import LATENTS, read_latents, recipe_of, write_latents
+from cogi2v_jax.media.videos import write_video
 
 recipe = recipe_of(models, model, request)
 stem = f"{model}-{hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]}"

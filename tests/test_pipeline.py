@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import twins
-from conftest import TOLERANCE, assert_close
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from PIL import Image
+from tolerances import TOLERANCE, assert_close
 
 import cogi2v_jax
 from cogi2v_jax import Models, Noise, Request
-from cogi2v_jax.noise import draw_as_torch
+from cogi2v_jax.sampling.noise import draw_as_torch
 
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}

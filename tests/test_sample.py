@@ -17,8 +17,9 @@ import twins
 from runs import QUICK, enter, failed, files, without_sampling
 from safetensors.numpy import load_file
 
-from cogi2v_jax import __version__, hub, media, pipeline, sample
-from cogi2v_jax.media import read_frames, read_recipe
+from cogi2v_jax import __version__, loading, pipeline, sample
+from cogi2v_jax.media import videos
+from cogi2v_jax.media.videos import read_frames, read_recipe
 from cogi2v_jax.sample import LATENTS, main
 
 
@@ -107,13 +108,13 @@ def test_the_phases_sum_to_the_total(default):
 
 
 def test_finding_the_model_is_charged_to_the_first_video(requests, default, monkeypatch, capsys):
-    find = hub.load
+    find = loading.load
 
     def slowly(*arguments):
         time.sleep(0.3)
         return find(*arguments)
 
-    monkeypatch.setattr(hub, "load", slowly)
+    monkeypatch.setattr(loading, "load", slowly)
     assert main(["--num_videos_per_prompt", "2", "--output", "x.gif"]) == 0
     first, second = (float(number) for number in re.findall(r"load (\d+\.\d)", capsys.readouterr().out))
     assert first >= 0.8
@@ -310,7 +311,7 @@ def test_stopping_leaves_no_half_written_file(moment, default, monkeypatch, caps
     if moment == "decode":
         monkeypatch.setattr(pipeline, "decode", stop)
     if moment == "write":
-        monkeypatch.setitem(media.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
+        monkeypatch.setitem(videos.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
     capsys.readouterr()
     assert main([*QUICK]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "cogi2v: stopped; no half-written video was left"
@@ -319,7 +320,7 @@ def test_stopping_leaves_no_half_written_file(moment, default, monkeypatch, caps
 
 def test_stopping_keeps_the_video_of_an_earlier_run(default, monkeypatch):
     Path("out.mp4").write_bytes(b"earlier")
-    monkeypatch.setitem(media.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
+    monkeypatch.setitem(videos.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
     assert main([*QUICK]) == 130
     assert Path("out.mp4").read_bytes() == b"earlier"
 

@@ -14,7 +14,8 @@ import pytest
 from runs import enter, failed, files, without_sampling
 from safetensors.numpy import save_file
 
-from cogi2v_jax import __version__, hub, media, pipeline, sample
+from cogi2v_jax import __version__, loading, pipeline, sample
+from cogi2v_jax.media import videos
 from cogi2v_jax.sample import main, parser
 
 
@@ -33,7 +34,7 @@ def requests(monkeypatch):
 @pytest.fixture(scope="module", autouse=True)
 def converted():
     """The embedded model is in the cache, so that no run says that it converts it."""
-    hub.load("cogi2v-tiny", say=lambda line: None)
+    loading.load("cogi2v-tiny", say=lambda line: None)
 
 
 # what goes wrong
@@ -130,7 +131,7 @@ def test_a_hub_id_without_a_network_is_one_line(capsys):
 
 
 def test_an_output_folder_that_is_read_only_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(media.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(videos.os, "access", lambda path, mode: False)
     assert "output must lie in an existing, writable folder" in failed(capsys, [], 1)
 
 
@@ -138,7 +139,7 @@ def test_a_missing_ffmpeg_is_one_line_before_anything_is_sampled(requests, monke
     def missing(*_, **__):
         raise RuntimeError("No ffmpeg exe could be found. Install ffmpeg on your system")
 
-    monkeypatch.setattr(media, "_ffmpeg", missing)
+    monkeypatch.setattr(videos, "_ffmpeg", missing)
     assert failed(capsys, [], 1) == "cogi2v: No ffmpeg exe could be found. Install ffmpeg on your system"
     assert requests == []
 

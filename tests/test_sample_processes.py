@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TOLERANCE, assert_close
 from processes import announcements, gone
 from safetensors.numpy import load_file
+from tolerances import TOLERANCE, assert_close
 
-from cogi2v_jax.media import read_frames
+from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.sample import EXAMPLE_IMAGE
 
 PATIENCE = 600.0  # seconds for all to compile, on two cores that others use as well

@@ -15,8 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from ..layers import precision
-
 LANES = 128  # of a TPU's vectors
 IN_ANY_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
 
@@ -31,6 +29,7 @@ def turn_heads(
     *,
     epsilon: float,
     factor: float,
+    precision: Callable[[jnp.dtype], lax.Precision],
     rows: int,
     interpret: bool = False,
 ) -> Float[Array, "b n s k+1"]:
@@ -45,7 +44,7 @@ def turn_heads(
     each, unit = np.eye(together), np.eye(k)
     partner, head = (jnp.asarray(np.kron(each, block), x.dtype) for block in (np.roll(unit, k // 2, axis=-1), np.ones((k, k))))
     cos, sin = jnp.tile(cos, 2 * together), jnp.tile(jnp.concatenate([-sin, sin], axis=-1), together)
-    kernel = partial(_turn, heads=together, epsilon=epsilon, factor=factor)
+    kernel = partial(_turn, heads=together, epsilon=epsilon, factor=factor, precision=precision)
     tables = (cos, sin, last[:, None].astype(x.dtype))
     return _split(kernel, x, k, k + 1, rows, interpret, whole=(channels, partner, head), tables=tables)[:, :heads]
 
@@ -112,7 +111,19 @@ def _split(
 
 
 def _turn(
-    x: Any, channels: Any, partner: Any, head: Any, cos: Any, sin: Any, last: Any, out: Any, *, heads: int, epsilon: float, factor: float
+    x: Any,
+    channels: Any,
+    partner: Any,
+    head: Any,
+    cos: Any,
+    sin: Any,
+    last: Any,
+    out: Any,
+    *,
+    heads: int,
+    epsilon: float,
+    factor: float,
+    precision: Callable[[jnp.dtype], lax.Precision],
 ) -> None:
     scale, bias, partner_scale, partner_bias = (channels[row : row + 1, :] for row in range(4))
     width = out.shape[-1] - 1

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ..config import TextEncoderConfig
-from ..layers import Linear, RMSNorm, gelu, param, precision, stacked
+from .layers import Linear, RMSNorm, gelu, param, precision, stacked
 
 # First distance of each bucket from 8 on (128 / 8 in logarithmic steps, computed exactly: an approximate log moves the whole numbers).
 BUCKET_STARTS = (8, 12, 16, 23, 32, 46, 64, 91)

@@ -10,9 +10,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..config import TransformerConfig
-from ..layers import LayerNorm, Linear, gelu, rounded, silu, stacked
-from ..positions import Positions
-from ..sharding import Layout
+from ..devices.sharding import Layout
+from .layers import LayerNorm, Linear, gelu, rounded, silu, stacked
+from .positions import Positions
 
 QK_EPSILON = 1e-6  # of the norms on q and k; fixed in the reference, unlike the blocks' own
 

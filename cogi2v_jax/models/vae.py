@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..config import VAEConfig
-from ..layers import Conv, GroupNorm, Linear, Moved, convolve, param, silu
-from ..strips import Strip, in_strips
+from .layers import Conv, GroupNorm, Linear, Moved, convolve, param, silu
+from .vae_strips import Strip, in_strips
 
 ENCODE_CHUNK = 8  # pixel frames
 DECODE_CHUNK = 2  # latent frames

@@ -1,0 +1,152 @@
+"""Finds a checkpoint by whatever a user calls it, converting it into the cache first where that is needed."""
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from platformdirs import user_cache_path
+
+from .arguments import weighted
+from .config import CheckpointConfig
+from .devices import hosts
+from .devices.compiling import keep_compilations
+from .models.attention import choose
+from .weights.checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
+from .weights.hub import locate
+from .weights.lora import Lora
+
+DTYPES = ("bfloat16", "float32")
+LARGE = 2**26  # bytes from which a file's hash is remembered
+YOUNG = 2 * 10**9  # nanoseconds: the coarsest clock of a common file system
+Say = Callable[[str], None]
+
+
+def _say(line: str) -> None:
+    if hosts.leads():
+        print(line, file=sys.stderr)
+
+
+def load(
+    path_or_name: str | os.PathLike[str] = "cogi2v-tiny",
+    dtype: Any = None,
+    attention: str = "auto",
+    mesh: str = "auto",
+    vae_tiling: bool = False,
+    loras: Iterable[Any] = (),
+    say: Say = _say,
+) -> Models:
+    """A checkpoint, ready to sample: a converted or a diffusers folder, here or at gs://, a hub id, or one of `config.names()`. Weights are
+    read when a phase first needs them. `mesh` says how devices share the work, `vae_tiling` has the VAE work in the reference's blended
+    tiles, and `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. `loras` are added to the weights, as
+    in `adapt`. Raises ValueError, FileNotFoundError or OSError in one line."""
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    with contextlib.suppress(TypeError):  # what numpy doesn't know is refused by its own name
+        dtype = jnp.dtype(dtype).name
+    if dtype not in DTYPES:
+        fault = "; float16 overflows in this network" if dtype == "float16" else ""
+        raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
+    choose(attention, jnp.dtype(dtype))
+    keep_compilations()
+    files = _open(loras)  # before a model is fetched, which may take an hour
+    folder = locate(path_or_name, say)
+    merged = _match(files, read_config(folder), jnp.dtype(dtype), say) if files else []
+    settings = {"attention": attention, "mesh": mesh, "vae_tiling": vae_tiling, "loras": merged}
+    return open_folder(_converted(folder, say), jnp.dtype(dtype), **settings)
+
+
+def adapt(models: Models, loras: Iterable[Any] = (), say: Say = _say) -> None:
+    """Gives `models` these LoRAs in place of any others: files or folders, as "FILE", "FILE:WEIGHT" or (FILE, WEIGHT); they add up.
+    Weights that another set is in are read again when they are needed; no program is compiled. Says a line of each file, and one of
+    each tensor that has no place. Raises ValueError or FileNotFoundError in one line, and changes nothing then."""
+    models.loras = _match(_open(loras), models.config, models.dtype, say)
+
+
+def _open(loras: Iterable[Any]) -> list[tuple[Any, float]]:
+    # The type checker can't follow the package's name to its folder, convert/.
+    from cogi2v_convert.sources.lora_file import open_lora  # pyright: ignore[reportMissingImports]
+
+    return [(open_lora(path), weight) for path, weight in weighted(loras)]
+
+
+def _match(files: list[tuple[Any, float]], of: CheckpointConfig, dtype: jnp.dtype, say: Say) -> list[Lora]:
+    from cogi2v_convert.lora_match import match  # pyright: ignore[reportMissingImports]
+
+    found = [match(file, of, weight) for file, weight in files]
+    loras = [matched.checked() for matched in found]
+    check_loras(of, dtype, loras)
+    for matched in found:
+        say("\n".join([matched.line(), *matched.unmatched()]))
+    return loras
+
+
+def _converted(folder: Path, say: Say) -> Path:
+    """The folder itself if it is a converted one, else its conversion in the cache, made now if need be."""
+    if folder.is_file():
+        way = f"cogi2v-convert to-flax FOLDER {folder.name} DST puts it in the place of a folder's part"
+        raise ValueError(f"model must be a folder, a hub id or a name: got the file {folder}; {way}")
+    if (folder / MANIFEST).is_file():
+        return folder
+    from cogi2v_convert.conversion import to_flax  # pyright: ignore[reportMissingImports]
+    from cogi2v_convert.sources.gather import Source  # pyright: ignore[reportMissingImports]
+
+    source = Source(folder)
+    cache = _cache(say)
+    digests = {file: _digest(file, cache) for file in sorted(source.files)}
+    lines = "".join(f"{file.parent.name}/{file.name} {digest}\n" for file, digest in digests.items())
+    destination = cache / f"{hashlib.sha256(lines.encode()).hexdigest()[:32]}-{FORMAT}"
+    if destination.is_dir():
+        try:
+            open_folder(destination, jnp.dtype(jnp.float32))
+        except (ValueError, OSError):  # damaged since: ours appear complete
+            shutil.rmtree(destination)
+    if not destination.is_dir():
+        say(f"converting {folder} into {destination}, once")
+        with contextlib.suppress(FileExistsError):  # another process was faster, and its folder is complete
+            to_flax(folder, destination, wait=True, known=digests)
+    return destination
+
+
+def _cache(say: Say) -> Path:
+    """The user's cache of conversions; where it can't be written, one that lasts as long as the process."""
+    cache = user_cache_path("cogi2v-jax") / "converted"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        writable = os.access(cache, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        say(f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place")
+        cache = Path(tempfile.mkdtemp(prefix="cogi2v-"))
+        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    return cache
+
+
+def _digest(file: Path, cache: Path) -> str:
+    """A file's SHA-256. Those of large files are remembered under what the file system says of them, change time included, which no
+    program can set back; but not while that time is so young that its clock might not tell the next change."""
+    memory, stat = cache / "sha256", file.stat()
+    identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if stat.st_size >= LARGE and note.is_file():
+        return note.read_text()
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > YOUNG:
+        memory.mkdir(parents=True, exist_ok=True)
+        part = note.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        part.write_text(digest)
+        part.replace(note)
+    return digest

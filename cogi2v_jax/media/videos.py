@@ -1,0 +1,281 @@
+"""Picture file -> pixels, and pixels -> mp4, gif or a folder of png frames, with the recipe they were made by inside."""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, ImageSequence, PngImagePlugin
+
+from ..request import FITS
+
+MAX_SIDE = 32768
+MAX_PIXELS = 178_956_970  # where PIL refuses a file as a decompression bomb; here for pixels of every origin
+DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # PIL's own conversion clips these to 0..255
+FRAME_NAME = re.compile(r"\d{5,}\.png")
+
+
+def read_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
+    """A picture as an upright 8-bit RGB image in memory, from a path, a PIL image or an array (channels last).
+
+    Arrays are uint8 or float in [0, 1], [h w] or [h w 1|3|4]. EXIF orientation is applied, an animated file gives its first frame, 16 bits
+    are scaled to 8, transparency is laid on white: what viewers show, where dropping alpha would bare colours hidden under it. Raises
+    FileNotFoundError for a missing path, ValueError for what is not a whole picture of sane size (checked before decoding).
+    """
+    if isinstance(source, Image.Image):
+        return _rgb(source, "a PIL image")
+    if not isinstance(source, str | os.PathLike):
+        return _rgb(_from_array(np.asarray(source)), "an array")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"image must be an existing file: got {path}")
+    if not path.is_file() or path.stat().st_size == 0:
+        raise ValueError(f"image must be a picture file: got {path}, which is {'empty' if path.is_file() else 'a folder or device'}")
+    with _decoding("image", path):
+        image = Image.open(path)
+    with image:
+        return _rgb(image, path)
+
+
+def fit_image(image: Image.Image, height: int, width: int, fit: str) -> np.ndarray:
+    """An RGB image as float32 pixels [h w 3] in [-1, 1], resampled once (Lanczos) to height x width.
+
+    `stretch` ignores the aspect: the reference (diffusers' VideoProcessor.preprocess) bit for bit. `crop` keeps the aspect and cuts
+    equally from both ends; `pad` keeps it and centres on black. On the target's own aspect all agree. ValueError for bad arguments.
+    """
+    if image.mode != "RGB":
+        raise ValueError(f"image must be RGB: got {image.mode}; read_image makes it so")
+    if height < 1 or width < 1:
+        raise ValueError(f"height and width must be at least 1: got {height}x{width}")
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}: got {fit!r}")
+    # The image's sides at the target's aspect. Multiplied first, so that equal aspects give exactly equal sides.
+    same_width, same_height = image.height * width / height, image.width * height / width
+    box, inner = (0, 0, *image.size), (width, height)
+    if fit == "crop":
+        x, y = max(0, image.width - same_width) / 2, max(0, image.height - same_height) / 2
+        box = (x, y, image.width - x, image.height - y)
+    if fit == "pad":
+        inner = (round(min(1, image.width / same_width) * width) or 1, round(min(1, image.height / same_height) * height) or 1)
+    image = image.resize(inner, Image.Resampling.LANCZOS, box)
+    padded = Image.new("RGB", (width, height))
+    padded.paste(image, ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return np.asarray(padded, np.float32) / 255 * 2 - 1
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """The path, once sure that write_video can write there; call it before any slow work.
+
+    `x.mp4` and `x.gif` are files; `x.png`, `x` and `x/` all mean a folder `x` of png frames. Raises ValueError for another suffix, a
+    parent folder that is missing or read-only, and a folder that holds anything but frames written before; RuntimeError or OSError
+    where an mp4 is asked for and ffmpeg does not run.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WRITERS:
+        raise ValueError(f"output must end in .mp4, .gif, or .png or nothing for a folder of frames: got {path}")
+    if path.name in ("", "..") or len(os.fsencode(path.name)) > 200:
+        raise ValueError(f"output must have a name of 1 to 200 bytes: got {path}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"output must lie in an existing, writable folder: got {path}; make {path.parent} or choose another")
+    target = _target(path)
+    if path.suffix.lower() == ".mp4":
+        _ffmpeg("-version")  # a missing one must show now
+    if path.suffix.lower() in (".mp4", ".gif"):
+        if target.exists() and not target.is_file():
+            raise ValueError(f"output must be a file or a new name: got {path}, which is a folder or a device")
+    elif target.exists():
+        names = set(os.listdir(target)) if target.is_dir() else {"a file"}
+        ours = "recipe.json" in names and all(FRAME_NAME.fullmatch(name) for name in names - {"recipe.json"})
+        if (names and not ours) or os.path.ismount(target):  # it is replaced whole; a mount point (a container's /out) can't be
+            raise ValueError(f"output folder must be new, empty or hold only frames written before: got {target}; name one inside it")
+    return path
+
+
+def write_video(path: str | os.PathLike, frames: np.ndarray, fps: float | int, recipe: dict) -> Path:
+    """Write uint8 frames [f h w 3] at fps frames a second with the recipe inside; returns the path really written.
+
+    `.mp4` is H.264 that browsers play (an odd side grows by one repeated pixel), `.gif` loops, a folder holds 00000.png... and
+    recipe.json. The output appears whole or not at all. Raises ValueError for bad arguments, RuntimeError where ffmpeg fails.
+    """
+    path = check_output(path)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames must be uint8 [f h w 3] with no side 0: got {frames.dtype} {list(frames.shape)}")
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps must be a positive number: got {fps}")
+    try:
+        text = json.dumps(recipe, allow_nan=False)  # all ASCII on one line, so that no container's encoding can hurt it
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe must hold only what JSON can: got {error}") from error
+    target = _target(path)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True) as folder:
+        part, old = Path(folder, "new"), Path(folder, "old")
+        WRITERS[path.suffix.lower()](part, frames, fps, text)
+        try:
+            if target.is_dir():  # os.replace does not go over a folder
+                os.replace(target, old)
+            os.replace(part, target)
+        finally:
+            if old.exists() and not target.exists():
+                os.replace(old, target)
+    return target
+
+
+def read_recipe(path: str | os.PathLike) -> dict:
+    """The recipe inside an mp4, a gif, a frame folder or one of its frames; ValueError where there is none."""
+    path = _existing(path)
+    if path.is_dir():
+        text = (path / "recipe.json").read_bytes() if (path / "recipe.json").is_file() else None
+    elif path.suffix.lower() in (".gif", ".png"):
+        with _decoding("video", path), Image.open(path) as image:
+            text = image.info.get("recipe" if image.format == "PNG" else "comment")
+    else:
+        with _decoding("video", path):
+            tags = _ffmpeg("-i", f"file:{path}", "-f", "ffmetadata", "-").decode(errors="replace")
+        found = re.search(r"^comment=(.*)$", tags, re.MULTILINE)
+        text = re.sub(r"\\(.)", r"\1", found[1]) if found else None
+    with suppress(ValueError):  # a comment of someone else's
+        recipe = json.loads(text or "null")
+        if isinstance(recipe, dict):
+            return recipe
+    raise ValueError(f"recipe must be inside the file, as write_video leaves it: got {path}, which has none")
+
+
+def read_frames(path: str | os.PathLike) -> np.ndarray:
+    """The frames of a video file, a gif or a frame folder as uint8 [f h w 3]; ValueError for what is none of them.
+
+    mp4 and gif are lossy, and in a gif equal neighbours have become one longer frame.
+    """
+    path = _existing(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if FRAME_NAME.fullmatch(file.name))
+        if not files:
+            raise ValueError(f"frame folder must hold 00000.png, 00001.png, ...: got {path}")
+        return np.stack([np.asarray(read_image(file)) for file in files])
+    with _decoding("video", path):
+        if path.suffix.lower() in (".gif", ".png"):
+            with Image.open(path) as image:
+                return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+        # As a run of PPM pictures the stream tells its own size: each is "P6\nW H\n255\n" and then the pixels.
+        ppm = ("-map", "0:v:0", "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-")
+        stream = _ffmpeg("-i", f"file:{path}", *ppm)
+        width, height = map(int, stream.split(b"\n", 2)[1].split())
+        start = stream.index(b"\n255\n") + 5
+        return np.frombuffer(stream, np.uint8).reshape(-1, start + height * width * 3)[:, start:].reshape(-1, height, width, 3)
+
+
+@contextmanager
+def _decoding(what: str, name: str | os.PathLike) -> Iterator[None]:
+    """The many exceptions for a broken file become one ValueError, and PIL's warnings stay inside."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{what} must have at most {MAX_PIXELS} pixels: got {name} ({error}); scale it down") from error
+        except Exception as error:
+            raise ValueError(f"{what} must be whole and in a common format: got {name} ({error}); try saving it anew") from error
+
+
+def _rgb(image: Image.Image, name: str | os.PathLike) -> Image.Image:
+    if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE or image.width * image.height > MAX_PIXELS:
+        size = f"{image.width}x{image.height}"
+        raise ValueError(f"image must have sides of 1 to {MAX_SIDE} and at most {MAX_PIXELS} pixels: got {size} in {name}")
+    with _decoding("image", name):
+        image = image.copy()  # the caller's stays as it is
+        with suppress(Exception):  # in place PIL turns first and rewrites the EXIF block after, which fails for many a camera's
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode not in DEEP_MODES:
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            image.info.clear()  # an orientation or a transparent colour left here would be applied again
+            return image
+        values = np.asarray(image, np.float32)
+    # Integers hold 16 bits. Floats hold 0..1, as TIFF writers leave them, or 0..255, as PIL's own convert("F") does.
+    top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+    if not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(f"image of mode {image.mode} must hold 0..{top}: got {values.min():g}..{values.max():g} in {name}")
+    return Image.fromarray(np.rint(values / top * 255).astype(np.uint8)).convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim not in (2, 3) or array.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in array.shape:
+        raise ValueError(f"image array must be [h w] or [h w 1|3|4], channels last, no side 0: got {list(array.shape)}")
+    if array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):  # so written that NaN fails too
+            raise ValueError(f"float image must lie in [0, 1]: got {array.min():g}..{array.max():g}; rescale it")
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"image array must be uint8, or float in [0, 1]: got {array.dtype}")
+    return Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
+
+
+def _target(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() == ".png" else path
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    path = path if path.is_file() else _target(path)
+    if not path.exists():
+        raise FileNotFoundError(f"video must be an existing file or frame folder: got {path}")
+    return path
+
+
+def _write_mp4(part: Path, frames: np.ndarray, fps: float | int, recipe: str) -> None:
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:  # yuv420p halves both sides
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+        height, width = frames.shape[1:3]
+    # The recipe goes in by file, not by argument: an argument has a length limit and shows in the process list.
+    tags = part.with_name("tags")
+    tags.write_text(";FFMETADATA1\ncomment=" + re.sub(r"([=;#\\])", r"\\\1", recipe) + "\n")
+    # The colours are BT.709 and say so; untagged, every player guesses by the size of the picture.
+    colours = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
+    colours += "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+    raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-video_size", f"{width}x{height}", "-framerate", f"{fps}", "-i", "pipe:0")
+    meta = ("-f", "ffmetadata", "-i", f"file:{tags}", "-map", "0:v", "-map_metadata", "1")
+    out = ("-vf", colours, "-c:v", "libx264", "-crf", "17", "-movflags", "+faststart", "-f", "mp4", f"file:{part}")
+    _ffmpeg(*raw, *meta, *out, stdin=np.ascontiguousarray(frames).data.cast("B"))
+
+
+def _write_gif(part: Path, frames: np.ndarray, fps: float | int, recipe: str) -> None:
+    # A gif counts in hundredths of a second: rounding the clock, not each step, keeps the length (8 fps is 12, 13, 12, 13, ...).
+    # Browsers take steps under 2 for 10.
+    clock = [round(index * 100 / fps) for index in range(len(frames) + 1)]
+    steps = [10 * max(2, later - now) for now, later in itertools.pairwise(clock)]
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(part, format="GIF", save_all=True, append_images=rest, duration=steps, loop=0, comment=recipe)
+
+
+def _write_folder(part: Path, frames: np.ndarray, fps: float | int, recipe: str) -> None:
+    part.mkdir()
+    (part / "recipe.json").write_text(json.dumps(json.loads(recipe), indent=2) + "\n")
+    info = PngImagePlugin.PngInfo()
+    info.add_text("recipe", recipe)
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(part / f"{index:05d}.png", pnginfo=info)
+
+
+WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_folder, "": _write_folder}
+
+
+def _ffmpeg(*arguments: str, stdin: bytes | memoryview = b"") -> bytes:
+    """Run the bundled ffmpeg and hand back its stdout; RuntimeError with its last line where it fails."""
+    import imageio_ffmpeg
+
+    command = (imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", *arguments)
+    done = subprocess.run(command, input=stdin, capture_output=True)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"ffmpeg must succeed: got '{lines[-1].strip()}'")
+    return done.stdout

@@ -1,0 +1,200 @@
+"""The TPU compiler's word: that it is read aright, on programs whose costs can be counted by hand, and that it holds for the released
+checkpoints at full size."""
+
+import json
+import math
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import pytest
+import tpu_compile
+import tpu_hlo
+import tpu_kernel
+import tpu_phase
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: it exists for Linux on x86-64 alone")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each of `tpu_programs.PROGRAMS`."""
+    folder, schedules = tmp_path_factory.mktemp("programs"), tmp_path_factory.mktemp("schedules")
+    command = [sys.executable, ROOT / "tests" / "support" / "tpu_programs.py", folder, schedules]
+    subprocess.run(command, env=tpu_compile.environment(schedules), check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def cost(program: Path) -> tpu_hlo.Cost:
+    return tpu_hlo.read((program / "program.txt").read_text())
+
+
+def kernel_cost(program: Path) -> tuple[tpu_kernel.Kernel, float]:
+    """The kernel of a program that calls one once, and its cycles."""
+    found = cost(program)
+    ((name, times),) = found.kernels.items()
+    assert times == 1
+    kernel = tpu_kernel.read(found.bodies[name])
+    return kernel, tpu_kernel.cycles(tpu_phase.schedule_of(name, program), kernel)
+
+
+def test_a_product_in_nested_loops_counts_once_for_every_trip(programs: Path) -> None:
+    costs = {outer: cost(programs / f"nested-{outer}") for outer in (3, 6, 12)}
+    assert {outer: found.flops for outer, found in costs.items()} == {outer: outer * 5 * 2 * 256 * 512 * 512 for outer in costs}
+    assert costs[12].cycles - costs[6].cycles == 2 * (costs[6].cycles - costs[3].cycles) > 0
+
+
+def test_a_convolutions_taps_on_its_padding_do_not_count(programs: Path) -> None:
+    assert cost(programs / "convolution").flops == 2 * 16 * 128 * 256 * (3 * 32 - 2) * (3 * 48 - 2)
+
+
+@pytest.mark.parametrize(
+    ("collective", "sent"),  # by each of four chips, for one MiB that each of them holds
+    [("all-to-all", 3 / 4), ("all-gather", 3), ("reduce-scatter", 3 / 4), ("all-reduce", 2 * 3 / 4), ("collective-permute", 1)],
+)
+def test_a_collectives_bytes_are_those_that_leave_one_chip(programs: Path, collective: str, sent: float) -> None:
+    found = cost(programs / collective)
+    assert found.sent == 7 * sent * MIB
+    assert found.flops == 0
+
+
+def test_an_exchange_that_runs_beside_products_counts_like_any_other(programs: Path) -> None:
+    program = programs / "all-to-all-beside-products"
+    assert "all-to-all-start(" in (program / "program.txt").read_text()
+    assert cost(program).sent == 7 * 2 * 3 / 4 * MIB
+
+
+def test_a_kernels_products_are_read_from_its_own_program(programs: Path) -> None:
+    for rows, keys in ((1024, 1024), (2048, 1024), (1024, 2048)):
+        kernel, _ = kernel_cost(programs / f"attention-{rows}-{keys}")
+        assert kernel.grid == (4, rows // 512, keys // 512)
+        assert kernel.flops == 4 * (2 * rows * keys * 64) * 2
+
+
+def test_a_kernels_cycles_grow_with_its_grid_but_not_those_that_run_once_a_row_of_it(programs: Path) -> None:
+    cycles = {size: kernel_cost(programs / f"attention-{size[0]}-{size[1]}")[1] for size in ((1024, 1024), (2048, 1024), (1024, 2048))}
+    assert cycles[2048, 1024] == pytest.approx(2 * cycles[1024, 1024], rel=0.005)  # but for what comes before the first step
+    # Beginning and finishing a row of the grid takes the same time however many keys are in it.
+    assert 1.6 < cycles[1024, 2048] / cycles[1024, 1024] < 1.95
+    # 512 x 512 logits of 64 + 64 multiplications each, in four units of 128 x 128 that the narrow heads fill by half.
+    assert cycles[1024, 1024] > 16 * 512 * 512 / (4 * 128) * 2
+
+
+def test_a_program_that_does_not_fit_says_how_much_it_needs(programs: Path) -> None:
+    error = (programs / "too-large" / "program.txt").read_text()
+    assert 32 <= tpu_phase.needed_gib(jax.errors.JaxRuntimeError(error)) < 33
+    used = "Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm capacity by 768.00M."
+    assert tpu_phase.needed_gib(jax.errors.JaxRuntimeError(used)) == 16.5
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another fault"):
+        tpu_phase.needed_gib(jax.errors.JaxRuntimeError("another fault"))
+
+
+def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
+    for name in ("9-splash.1-01", "10-splash.1-01", "11-splash.11-01", "12-splash.1-00-schedule-analysis_"):
+        (tmp_path / f"{name}-packed-bundles-post-ra.txt".replace("_-", "_")).write_text(name)
+    assert tpu_phase.schedule_of("splash.1", tmp_path) == "10-splash.1-01"
+    with pytest.raises(ValueError, match=r"a schedule of splash\.2: got none"):
+        tpu_phase.schedule_of("splash.2", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("groups", "chips"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}", 4),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids=true", 2),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}", 4),
+        ("source_target_pairs={{0,1},{1,0}}", 2),
+    ],
+)
+def test_the_size_of_a_group_is_read_from_every_way_to_write_it(groups: str, chips: int) -> None:
+    assert tpu_hlo.group_size(f", channel_id=1, {groups}") == chips
+
+
+LOOP = """HloModule m
+
+%body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %by = s32[] constant(2)
+  %next = s32[] add(%i, %by)
+  %x = f32[8] get-tuple-element(%state), index=1
+  ROOT %out = (s32[], f32[8]) tuple(%next, %x)
+}
+
+%condition (state.1: (s32[], f32[8])) -> pred[] {
+  %state.1 = (s32[], f32[8]) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %most = s32[] constant(9)
+  ROOT %less = pred[] compare(%i.1, %most), direction=LT
+}
+
+ENTRY %main (x.1: f32[8], n: s32[]) -> (s32[], f32[8]) {
+  %x.1 = f32[8] parameter(0)
+  %n = s32[] parameter(1)
+  %first = s32[] constant(1)
+  %start = (s32[], f32[8]) tuple(%first, %x.1)
+  ROOT %loop = (s32[], f32[8]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_runs_as_often_as_its_counter_says() -> None:
+    computations, entry = tpu_hlo.parse(LOOP)
+    start = tpu_hlo.Reader(computations).known(computations[entry], "start", None)
+    assert tpu_hlo.Reader(computations).trips(computations[entry].instructions["loop"], start) == 4  # 1, 3, 5, 7
+
+
+def test_a_loop_that_counts_to_what_only_the_run_knows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a loop must count to a constant of at most 100000: got loop"):
+        tpu_hlo.read(LOOP.replace("tuple(%first", "tuple(%n"))
+
+
+def test_rows_are_written_as_they_are_read_and_made_anew_for_another_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tpu_compile, "PLANS", tmp_path / "plans.toml")
+    rows = [ROW, REFUSED]
+    assert tpu_compile.kept() == []
+    tpu_compile.write(rows, tpu_compile.PLANS)
+    assert tpu_compile.kept() == rows
+    monkeypatch.setattr(tpu_compile, "version", lambda package: "0.0.1")
+    assert tpu_compile.kept() == []
+
+
+ROW = {"model": "m", "mesh": "v5e-8", "phase": "denoise", "height": 480, "guided": True, "fits": True, "peak_gib": 9.5, "flops": 4.25e15}
+ROW |= {"collective_mib_per_layer": 79.0, "static_seconds_floor": 44.5, "static_seconds": 50.25, "compile_seconds": 61.0}
+REFUSED = {"model": "m", "mesh": "v5e-1", "phase": "denoise", "height": 768, "guided": True, "fits": False, "peak_gib": 16.5}
+
+
+def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
+    table = tpu_compile.markdown({"made": {"jax": "1", "libtpu": "2", "date": "2030-01-01"}, "row": [ROW, REFUSED]}).splitlines()
+    assert table[2] == "| m | v5e-8 | denoise | yes | 9.50 | 4250.0 | 79.0 | 44.5 - 50.2 | 61 |"
+    assert table[3] == "| m | v5e-1 | denoise | no | 16.50 | - | - | - | - |"
+    assert table[-1] == "Compiled with jax 1, libtpu 2, 2030-01-01."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "mesh", "phase", "most_gib", "most_mib", "most_seconds"),
+    [
+        ("cogvideox-5b-i2v", "v5e-1", "denoise", 15.75, 0, 330),
+        ("cogvideox-5b-i2v", "v5e-8", "denoise", 12.5, 90, 48),
+        ("cogvideox-5b-i2v", "v6e-8", "denoise", 12.5, 90, 20),
+        ("cogvideox-5b-i2v", "v5e-1", "decode", 15.75, 0, 15),
+        ("cogvideox-5b-i2v", "v5e-8", "decode", 12.5, math.inf, 3),
+        ("cogvideox1.5-5b-i2v", "v5e-1", "denoise", 15.75, 0, 1700),
+    ],
+)
+def test_a_released_checkpoint_keeps_within_its_bounds(
+    model: str, mesh: str, phase: str, most_gib: float, most_mib: float, most_seconds: float, tmp_path: Path
+) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "tpu_compile.py", "--model", model, "--mesh", mesh, "--phase", phase]
+    done = subprocess.run([*command, "--json", tmp_path / "row.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert row["fits"], row
+    assert row["peak_gib"] <= most_gib
+    assert row["collective_mib_per_layer"] <= most_mib
+    assert 0 < row["static_seconds_floor"] <= min(row["static_seconds"], most_seconds)

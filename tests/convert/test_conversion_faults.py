@@ -1,0 +1,356 @@
+"""Every way in which a folder can be at fault, in one line; and what `inspect` says of any."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import twins
+from cogi2v_convert.__main__ import main
+from cogi2v_convert.conversion import to_flax, to_torch
+from folders import ALIAS, KINDS, PARTS, SHARED, left, one_line, raw, rewrite, weights
+from safetensors.torch import load_file
+
+from cogi2v_jax.weights.checkpoint import MANIFEST
+
+
+@pytest.fixture(scope="module")
+def converted(saved, tmp_path_factory):
+    """A converted folder; to be copied, not changed."""
+    return to_flax(saved["1.0"], tmp_path_factory.mktemp("converted") / "flax")
+
+
+@pytest.fixture
+def source(saved, tmp_path):
+    """A diffusers folder to change."""
+    return Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
+
+
+@pytest.fixture
+def flax(converted, tmp_path):
+    """A converted folder to change."""
+    return Path(shutil.copytree(converted, tmp_path / "flax"))
+
+
+# sources at fault
+
+
+def edit(part, change):
+    return lambda folder: rewrite(folder, part, change)
+
+
+def replace_weights(part, data):
+    return lambda folder: weights(folder, part).write_bytes(data)
+
+
+def truncate(folder):
+    path = weights(folder, "vae")
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def indexed(change):
+    """An index over the VAE's one file, changed."""
+
+    def make(folder):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights(folder, "vae")), "diffusion_pytorch_model.safetensors")}
+        text = change(index) or json.dumps(index)
+        (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
+
+    return make
+
+
+def point(file):
+    return indexed(lambda index: index["weight_map"].update({"encoder.conv_in.conv.bias": file}))
+
+
+def promised_and_missing(folder):
+    indexed(lambda _: None)(folder)
+    rewrite(folder, "vae", lambda tensors: tensors.pop("encoder.conv_in.conv.bias"))
+
+
+def in_two_shards(folder):
+    shutil.copyfile(weights(folder, "vae"), folder / "vae" / "again.safetensors")
+    point("again.safetensors")(folder)
+
+
+def other_zero(tensors):
+    tensors[SHARED][0] = 0.0
+    tensors[ALIAS] = tensors[SHARED].clone()
+    tensors[ALIAS][0] = -0.0
+
+
+def same_bits(tensors):
+    tensors[SHARED] = tensors[SHARED].half()
+    tensors[ALIAS] = tensors[SHARED].view(torch.bfloat16)
+
+
+def no_last_layer(tensors):
+    for name in [name for name in tensors if "block.2." in name]:
+        del tensors[name]
+
+
+def drop(path):
+    def change(folder):
+        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+
+    return change
+
+
+def other_bin(folder):
+    weights(folder, "transformer").unlink()
+    (folder / "transformer" / "pytorch_model.bin").write_bytes(b"garbage" * 99)
+
+
+def no_tokenizer_model(folder):
+    for name in ("spiece.model", "tokenizer.json"):
+        (folder / "tokenizer" / name).unlink()
+
+
+def recast(dtype):
+    return edit("transformer", lambda tensors: tensors.update({"proj_out.bias": tensors["proj_out.bias"].to(dtype)}))
+
+
+def several(folder):
+    rewrite(folder, "transformer", lambda tensors: tensors.update({"extra": tensors.pop("proj_out.bias")}))
+    rewrite(folder, "vae", lambda tensors: tensors.update({"encoder.conv_out.conv.bias": torch.zeros(3)}))
+    rewrite(folder, "text_encoder", lambda tensors: tensors.pop("encoder.final_layer_norm.weight"))
+
+
+def other_width(folder):
+    twins.vae(block_out_channels=(8, 8, 8, 8)).save_pretrained(folder / "other")
+    (folder / "other" / weights(folder, "vae").name).replace(weights(folder, "vae"))
+
+
+def text_to_video(folder):
+    path = folder / "transformer" / "config.json"
+    path.write_text(path.read_text().replace('"in_channels": 8', '"in_channels": 4'))
+
+
+FAULTS = {
+    "missing shard": (point("gone-00002.safetensors"), r"vae must hold every shard its index names: missing gone-00002"),
+    "truncated": (truncate, r"vae/diffusion_pytorch_model.safetensors must be a whole safetensors file"),
+    "garbage": (replace_weights("vae", b"garbage" * 99), r"diffusion_pytorch_model.safetensors must be a whole safetensors file"),
+    "empty": (replace_weights("vae", b""), r"diffusion_pytorch_model.safetensors must be a whole safetensors file"),
+    "index above its folder": (
+        point("../transformer/diffusion_pytorch_model.safetensors"),
+        r"must name files of its own folder: got \.\./",
+    ),
+    "index elsewhere": (point("/etc/passwd"), r"must name files of its own folder: got /etc/passwd"),
+    "index of broken JSON": (indexed(lambda _: '{"weight_map": '), r"index.json must be a JSON file"),
+    "index without a map": (indexed(lambda _: "{}"), r"index.json must have a weight_map from"),
+    "index of a list": (indexed(lambda _: "[]"), r"index.json must hold a JSON object"),
+    "index of numbers": (point(3), r"index.json must have a weight_map from"),
+    "index that promises": (
+        indexed(lambda index: index["weight_map"].update({"decoder.new": "diffusion_pytorch_model.safetensors"})),
+        r"vae: decoder.new is in the index and in no shard",
+    ),
+    "promised tensor missing": (promised_and_missing, r"must fit the network: vae: encoder.conv_in.conv.bias is missing$"),
+    "tensor twice": (in_two_shards, r"must be in one file: got it in again.safetensors and diffusion_pytorch_model.safetensors"),
+    "missing tensor": (
+        edit("vae", lambda tensors: tensors.pop("encoder.conv_in.conv.bias")),
+        r"vae: encoder.conv_in.conv.bias is missing$",
+    ),
+    "missing layer": (
+        edit("text_encoder", no_last_layer),
+        r"text_encoder: encoder.block.2.layer.0.layer_norm.weight is missing; .*block.2.layer.1.DenseReluDense.wo.weight is missing$",
+    ),
+    "extra tensor": (edit("transformer", lambda tensors: tensors.update(new=torch.zeros(3))), r"network: transformer: new has no rule$"),
+    "wrong shape": (
+        edit("transformer", lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)})),
+        r"transformer: proj_out.bias must have the shape \[16\]: got \[3\]$",
+    ),
+    "several at once": (
+        several,
+        r"transformer: extra has no rule; transformer: proj_out.bias is missing; "
+        r"vae: encoder.conv_out.conv.bias must have the shape \[8\]: got \[3\]; text_encoder: encoder.final_layer_norm.weight is missing$",
+    ),
+    "embedding twice, unlike": (
+        edit("text_encoder", lambda tensors: tensors.update({ALIAS: tensors[SHARED] + 1})),
+        r"encoder.embed_tokens.weight must equal shared.weight, its other name",
+    ),
+    "embedding twice, of two dtypes": (
+        edit("text_encoder", same_bits),
+        r"encoder.embed_tokens.weight must equal shared.weight, its other name",
+    ),
+    "embedding twice, with another zero": (
+        edit("text_encoder", other_zero),
+        r"encoder.embed_tokens.weight must equal shared.weight, its other name",
+    ),
+    "integers": (recast(torch.int8), r"proj_out.bias must be one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2: got I8$"),
+    "a .bin of something else": (other_bin, r"transformer/pytorch_model.bin must be a whole safetensors file"),
+    "no weights": (drop("vae/diffusion_pytorch_model.safetensors"), r"vae must hold one safetensors file or an index .*: found 0 files$"),
+    "two weights": (
+        lambda folder: shutil.copyfile(weights(folder, "vae"), folder / "vae" / "other.safetensors"),
+        r"vae must hold one safetensors file or an index of shards: found 2 files$",
+    ),
+    "no scheduler": (drop("scheduler"), r"scheduler must hold scheduler_config.json: found none$"),
+    "no tokenizer": (drop("tokenizer"), r"tokenizer must hold spiece.model or tokenizer.json: found neither$"),
+    "tokenizer without its model": (no_tokenizer_model, r"tokenizer must hold spiece.model or tokenizer.json: found neither$"),
+    "no text encoder": (drop("text_encoder"), r"text_encoder must hold config.json: found none$"),
+    "broken config": (lambda folder: (folder / "vae" / "config.json").write_text("{"), r"vae/config.json must be a JSON file"),
+    "VAE of another width": (other_width, r"vae: .* must have the shape .*; and \d+ more$"),
+    "text to video": (text_to_video, r"which is a text-to-video checkpoint$"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_source_at_fault_is_refused_in_one_line_and_nothing_is_made(fault, source, tmp_path, capsys):
+    change, expected = FAULTS[fault]
+    change(source)
+    line = one_line(capsys, ["to-flax", source, tmp_path / "flax"])
+    assert str(source) in line
+    assert re.search(expected, line)
+    assert left(tmp_path) == {"source"}
+
+
+def test_the_errors_of_the_library_are_python_s_own(source, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"SRC must be a folder, a file, a hub id or one of .*: found no"):
+        to_flax(tmp_path / "nothing", tmp_path / "flax")
+    several(source)
+    with pytest.raises(ValueError, match="must fit the network"):
+        to_flax(source, tmp_path / "flax")
+    with pytest.raises(FileNotFoundError, match=r"must hold checkpoint\.json"):
+        to_torch(source, tmp_path / "back")
+    with pytest.raises(FileExistsError, match="must not exist yet"):
+        to_torch(to_flax(twins.TINY, tmp_path / "flax"), source)
+
+
+@pytest.mark.parametrize("command", ["to-flax", "to-torch", "inspect"])
+@pytest.mark.parametrize("kind", ["nothing", "empty folder", "file"])
+def test_what_is_no_checkpoint_at_all_is_refused_in_one_line(command, kind, tmp_path, capsys):
+    path = tmp_path / "x"
+    if kind == "empty folder":
+        path.mkdir()
+    if kind == "file":
+        path.write_text("not a folder")
+    line = one_line(capsys, [command, path] + [tmp_path / "out"] * (command != "inspect"))
+    assert str(path) in line
+    assert " must " in line
+    assert not (tmp_path / "out").exists()
+
+
+# converted folders at fault
+
+
+def forge(change):
+    def make(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        change(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    return make
+
+
+def entry(manifest):
+    return manifest["tensors"]["vae"]["encoder.conv_in.conv.bias"]
+
+
+BROKEN = {
+    "no record": (forge(lambda manifest: manifest.pop("tensors")), "must record the tensors of this transformer"),
+    "record of nothing": (forge(lambda manifest: manifest["tensors"].update(vae=[])), "must record the tensors of this vae"),
+    "a tensor less": (forge(lambda manifest: manifest["tensors"]["vae"].popitem()), "must record the tensors of this vae"),
+    "a tensor more": (
+        forge(lambda manifest: manifest["tensors"]["vae"].update(new=entry(manifest))),
+        "must record the tensors of this vae",
+    ),
+    "a file elsewhere": (forge(lambda manifest: entry(manifest).update(file="../../x.safetensors")), "must give encoder.conv_in.conv.bias"),
+    "a file of another kind": (forge(lambda manifest: entry(manifest).update(file="config.json")), "must give encoder.conv_in.conv.bias"),
+    "a dtype there isn't": (forge(lambda manifest: entry(manifest).update(dtype="int8")), "must give encoder.conv_in.conv.bias"),
+    "an entry of text": (
+        forge(lambda manifest: manifest["tensors"]["vae"].update({"encoder.conv_in.conv.bias": "x"})),
+        "must give encoder.conv_in.conv.bias",
+    ),
+    "another format": (forge(lambda manifest: manifest.update(format=0)), "must have format 2: got 0"),
+    "no format": (lambda folder: (folder / MANIFEST).write_text("{}"), "must have format 2: got None"),
+    "no manifest": (lambda folder: (folder / MANIFEST).unlink(), " must "),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+@pytest.mark.parametrize("command", ["to-torch", "inspect"])
+def test_a_converted_folder_at_fault_is_refused_in_one_line(command, fault, flax, tmp_path, capsys):
+    change, expected = BROKEN[fault]
+    change(flax)
+    assert expected in one_line(capsys, [command, flax] + [tmp_path / "back"] * (command == "to-torch"))
+    assert left(tmp_path) == {"flax"}
+
+
+def test_a_recorded_dtype_that_the_weights_do_not_have_is_refused(flax, tmp_path, capsys):
+    forge(lambda manifest: entry(manifest).update(dtype="float16"))(flax)
+    line = one_line(capsys, ["to-torch", flax, tmp_path / "back"])
+    assert "encoder.conv_in.conv.bias must be float16, as checkpoint.json says: got float32" in line
+    assert left(tmp_path) == {"flax"}
+
+
+# inspect
+
+
+def inspect(capsys, *arguments) -> tuple[int, str, str]:
+    code = main(["inspect", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("family", twins.FAMILIES)
+def test_inspect_tells_what_a_source_is_and_that_all_of_it_fits(family, saved, capsys):
+    code, out, err = inspect(capsys, saved[family])
+    assert (code, err) == (0, "")
+    assert {"1.0": "(cogvideox-i2v)", "1.5": "(cogvideox1.5-i2v)"}[family] in out.splitlines()[0]
+    for part in PARTS:
+        tensors = raw(saved[family], part)
+        count = sum(int(np.prod(shape)) for _, _, shape, _ in tensors.values())
+        dtypes = "float32, float64" if (family, part) == ("1.0", "transformer") else "float32"  # diffusers saves the position table so
+        assert f"{part}: {count:,} parameters, {len(tensors)} of {len(tensors)} tensors matched, {dtypes}\n" in out
+    assert ("learned table of 87 rows" in out) == (family == "1.0")
+    assert ("ofs" in out) == (family == "1.5")
+    assert "!" not in out
+
+
+@pytest.mark.parametrize("kind", ["mixed", "embedding by its other name", "embedding twice"])
+def test_inspect_says_of_a_converted_folder_what_it_says_of_its_source(kind, source, tmp_path, capsys):
+    KINDS[kind](source)
+    to_flax(source, tmp_path / "flax")
+    code, theirs, _ = inspect(capsys, source, "--keys")
+    assert code == 0
+    assert len(theirs.splitlines()) > 100
+    code, ours, _ = inspect(capsys, tmp_path / "flax", "--keys")
+    assert code == 0
+    assert ours.splitlines()[1:] == theirs.splitlines()[1:]
+    assert "converted folder" in ours.splitlines()[0]
+    assert "diffusers folder" in theirs.splitlines()[0]
+
+
+def test_inspect_lists_every_fault_and_fails(source, capsys):
+    several(source)
+    code, out, err = inspect(capsys, source)
+    assert (code, err) == (1, "")
+    assert [line.strip() for line in out.splitlines() if "!" in line] == [
+        "! extra has no rule",
+        "! proj_out.bias is missing",
+        "! encoder.conv_out.conv.bias must have the shape [8]: got [3]",
+        "! encoder.final_layer_norm.weight is missing",
+    ]
+    total = len(raw(source, "transformer"))
+    assert f" {total - 1} of {total} tensors matched" in out
+
+
+def test_inspect_names_all_faults_where_a_conversion_shows_a_screenful(source, capsys):
+    other_width(source)
+    code, out, _ = inspect(capsys, source)
+    assert code == 1
+    assert sum("must have the shape" in line for line in out.splitlines()) > 20
+    total = len(raw(source, "vae"))
+    matched = int(out.split("vae: ")[1].split("parameters, ")[1].split(" of ")[0])
+    assert matched == total - sum("!" in line and "is missing" not in line for line in out.splitlines())
+
+
+def test_inspect_lists_each_tensor_with_its_place_if_asked(saved, capsys):
+    _, out, _ = inspect(capsys, saved["1.0"], "--keys")
+    assert "  transformer_blocks.2.attn1.to_q.weight -> blocks.attn.q.kernel (n k r) i -> i (n r k)\n" in out
+    assert "  shared.weight -> embedding\n" in out
+    assert sum(" -> " in line for line in out.splitlines()) == sum(len(raw(saved["1.0"], part)) for part in PARTS)
+    _, short, _ = inspect(capsys, saved["1.0"])
+    assert not any(line.startswith("  transformer_blocks") for line in short.splitlines())

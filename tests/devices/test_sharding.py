@@ -1,0 +1,328 @@
+"""Meshes: how they are named, chosen and refused; and that no stage's numbers depend on one."""
+
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import twins
+from PIL import Image
+from tolerances import assert_close
+
+import cogi2v_jax
+from cogi2v_jax import Models, Request, config, pipeline
+from cogi2v_jax.devices.compiling import Stopwatch
+from cogi2v_jax.devices.sharding import (
+    Sizes,
+    Work,
+    by_squares,
+    choose_sizes,
+    fetch,
+    make_mesh,
+    misfits,
+    put,
+    sizes_of,
+    spatial,
+    split,
+    work_of,
+)
+from cogi2v_jax.weights.checkpoint import bytes_per_device, piece, placed
+
+FLOAT32 = jnp.dtype(jnp.float32)
+EIGHT = [Sizes(data, pair, context) for data in (1, 2, 4, 8) for pair in (1, 2) for context in (1, 2, 4, 8) if data * pair * context == 8]
+FEW = (Sizes(1, 1, 8), Sizes(1, 2, 4), Sizes(2, 2, 2))  # in them every axis is split, alone or beside others
+
+
+class Device(types.SimpleNamespace):
+    """What a mesh asks of one."""
+
+    def __hash__(self) -> int:
+        return self.id
+
+
+def device(index: int = 0, platform: str = "tpu", process: int = 0, **attributes: Any) -> Any:
+    return Device(id=index, platform=platform, process_index=process, **attributes)
+
+
+def grid(*extents: int) -> list[Any]:
+    """A TPU slice's devices in the order jax lists them: x fastest."""
+    return [device(number, coords=tuple(reversed(place))) for number, place in enumerate(np.ndindex(*reversed(extents)))]
+
+
+# names
+
+
+def test_a_mesh_is_named_or_spelled_out() -> None:
+    assert sizes_of("v5e-8") == Sizes(1, 2, 4)
+    assert sizes_of("v5e-16") == Sizes(1, 2, 8)
+    assert sizes_of("cpu") == sizes_of("h100-1") == Sizes(1, 1, 1)
+    assert sizes_of(" context = 4 , pair=2") == Sizes(1, 2, 4)
+    assert sizes_of(str(Sizes(3, 2, 5))) == Sizes(3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "v5e-9", "pair", "pair=", "pair=0", "pair=-1", "pair=2,pair=2", "rows=2", "pair=2;context=4", "context=1.5"]
+)
+def test_what_is_no_mesh_is_refused_with_the_known_ones(text: str) -> None:
+    with pytest.raises(ValueError, match=r"mesh must be auto, v5e-1, .*cpu, or sizes like data=1,pair=2,context=4: got"):
+        sizes_of(text)
+
+
+@pytest.mark.parametrize("name", config.meshes()["meshes"])
+def test_a_named_mesh_is_as_large_as_its_machine(name: str) -> None:
+    mesh = config.meshes()["meshes"][name]
+    generation = config.meshes()["generations"][mesh["generation"]]
+    assert generation["kind"]
+    if "topology" in mesh:
+        chips = np.prod([int(extent) for extent in mesh["topology"].split("x")])
+        assert sizes_of(name).devices == chips
+    assert 48 % sizes_of(name).context == 0
+
+
+# choosing
+
+HEADS = Work("heads", 48, "transformer", ("context",))
+
+
+def asked(videos: int = 1, guided: bool = True, heads: int = 48) -> list[Work]:
+    return [
+        Work("video", videos, "request", ("data",)),
+        Work("pair", 2 if guided else 1, "request", ("pair",)),
+        Work("heads", heads, "transformer blocks.attn", ("context",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("devices", "work", "sizes"),
+    [
+        (1, asked(), Sizes(1, 1, 1)),
+        (2, asked(), Sizes(1, 2, 1)),
+        (4, asked(), Sizes(1, 2, 2)),
+        (8, asked(), Sizes(1, 2, 4)),
+        (16, asked(), Sizes(1, 2, 8)),
+        (8, asked(guided=False), Sizes(1, 1, 8)),
+        (8, asked(videos=2), Sizes(2, 2, 2)),
+        (8, asked(videos=8), Sizes(8, 1, 1)),
+        (8, asked(videos=3), Sizes(1, 2, 4)),  # three would leave two devices idle
+        (8, asked(heads=5), Sizes(1, 1, 5)),
+        (8, asked(heads=7, guided=True), Sizes(1, 1, 7)),
+    ],
+)
+def test_auto_takes_videos_first_then_the_pair_then_the_sequence(devices: int, work: list[Work], sizes: Sizes) -> None:
+    assert choose_sizes("auto", work, [device(number) for number in range(devices)]) == sizes
+
+
+def test_auto_does_not_split_the_threads_of_one_cpu_but_takes_every_process() -> None:
+    assert choose_sizes("auto", asked(), [device(number, "cpu") for number in range(8)]) == Sizes()
+    assert choose_sizes("auto", asked(), [device(number, "cpu", process=number // 2) for number in range(8)]) == Sizes(1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "work", "line"),
+    [
+        (
+            "context=5",
+            asked(),
+            "transformer blocks.attn: axis heads of size 48 must divide by 5 (context) for mesh data=1,pair=1,context=5",
+        ),
+        ("data=2", asked(), "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1"),
+        ("v5e-8", asked(guided=False), "request: axis pair of size 1 must divide by 2 (pair) for mesh data=1,pair=2,context=4"),
+        ("v5e-16", asked(), "mesh v5e-16 must have at most the 8 devices that there are: got 16"),
+        ("context=7,pair=2", asked(), "mesh context=7,pair=2 must have at most"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(text: str, work: list[Work], line: str) -> None:
+    with pytest.raises(ValueError, match="nearest mesh that works is ") as caught:
+        choose_sizes(text, work, [device(number) for number in range(8)])
+    assert line in str(caught.value)
+    nearest = str(caught.value).rpartition(" is ")[2]
+    assert misfits(sizes_of(nearest), work) == []
+    assert sizes_of(nearest).devices <= 8
+
+
+@pytest.mark.parametrize(("devices", "nearest"), [(16, "pair=2,context=6"), (8, "pair=2,context=4")])
+def test_the_nearest_mesh_is_near(devices: int, nearest: str) -> None:
+    with pytest.raises(ValueError, match=rf"is data=1,{nearest}$"):
+        choose_sizes("pair=2,context=5", asked(), [device(number) for number in range(devices)])
+
+
+def test_a_parameter_that_does_not_divide_is_named_and_not_all_of_its_kind() -> None:
+    checkpoint = config.named("cogi2v-tiny")
+    work = work_of(checkpoint, {"text_encoder": piece(checkpoint, "text_encoder", FLOAT32)}, videos=1, guided=True)
+    with pytest.raises(ValueError, match="5 more like it") as caught:
+        choose_sizes("context=5", work, [device(number) for number in range(8)])
+    line = (
+        "text_encoder blocks.attn.k.kernel: axis heads of size 64 must divide by 5 (data x pair x context) for mesh data=1,pair=1,context=5"
+    )
+    assert str(caught.value).startswith(line)
+
+
+# grids
+
+
+@pytest.mark.parametrize(
+    ("extents", "group", "block"),
+    [((2, 4), 4, (2, 2)), ((4, 4), 8, (2, 4)), ((4, 4), 4, (2, 2)), ((4, 4), 2, (1, 2)), ((2, 2, 1), 2, (1, 2, 1)), ((2, 4), 8, (2, 4))],
+)
+def test_a_sequence_group_is_a_compact_block_of_the_grid(extents: tuple[int, ...], group: int, block: tuple[int, ...]) -> None:
+    devices = by_squares(grid(*extents), group)
+    assert sorted(d.id for d in devices) == list(range(len(devices)))
+    for start in range(0, len(devices), group):
+        places = np.array([d.coords for d in devices[start : start + group]])
+        assert tuple(places.max(0) - places.min(0) + 1) == block
+
+
+@pytest.mark.parametrize("devices", [grid(2, 4)[:7], [device(number) for number in range(8)], grid(2, 3)])
+def test_devices_without_a_whole_grid_keep_their_order(devices: list[Any]) -> None:
+    assert by_squares(devices, 4) == devices
+
+
+def test_what_a_mesh_leaves_over_is_idle_in_one_process_and_repeats_the_work_in_several() -> None:
+    with pytest.warns(UserWarning, match="6 of 8 devices stay idle"):
+        assert make_mesh(Sizes(1, 2, 1), grid(2, 4)).devices.shape == (1, 1, 2, 1)
+    spread = [device(number, "cpu", process=number // 2) for number in range(8)]
+    assert make_mesh(Sizes(1, 2, 1), spread).devices.shape == (4, 1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "image", "ways"),
+    [
+        (Sizes(1, 2, 4), (60, 90), (4, 2)),
+        (Sizes(1, 2, 4), (96, 170), (8, 1)),
+        (Sizes(2, 1, 4), (60, 90), (4, 1)),
+        (Sizes(1, 1, 8), (7, 9), (1, 1)),
+        (Sizes(1, 1, 8), (3, 8), (1, 8)),
+    ],
+)
+def test_an_image_is_split_as_far_as_its_sides_divide(sizes: Sizes, image: tuple[int, int], ways: tuple[int, int]) -> None:
+    mesh = make_mesh(sizes, jax.devices())
+    view = spatial(mesh, *image)
+    assert (view.shape["rows"], view.shape["columns"]) == ways
+    assert view.shape["data"] == sizes.data
+    assert list(view.devices.flat) == list(mesh.devices.flat)
+
+
+# arrays
+
+
+def test_an_array_lies_where_its_axes_names_say() -> None:
+    mesh = make_mesh(Sizes(2, 2, 2), jax.devices())
+    whole = np.arange(4 * 8 * 3, dtype=np.float32).reshape(4, 8, 3)
+    array = put(whole, split(mesh, "batch", "sequence"))
+    assert {shard.data.shape for shard in array.addressable_shards} == {(1, 4, 3)}
+    np.testing.assert_array_equal(fetch(array), whole)
+    assert split(make_mesh(Sizes(), jax.devices()), "batch", "sequence").spec == split(mesh).spec
+
+
+def test_weights_lie_whole_where_they_fit_and_split_where_not_and_t5_is_always_split() -> None:
+    checkpoint, mesh = config.named("cogvideox-5b-i2v"), make_mesh(Sizes(1, 2, 4), jax.devices())
+    half = jnp.dtype(jnp.bfloat16)
+
+    def bytes_on_a_device(name: str, memory: float) -> float:
+        return bytes_per_device(placed(checkpoint, name, half, mesh, int(memory * 2**30))) / 2**30
+
+    assert bytes_on_a_device("transformer", 15.75) == pytest.approx(9.0, abs=0.1)
+    assert bytes_on_a_device("transformer", 10) < 1.6
+    assert bytes_on_a_device("text_encoder", 95) < 1.5
+    assert bytes_on_a_device("vae", 15.75) == pytest.approx(0.4, abs=0.05)
+
+
+# numbers
+
+VIDEOS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A checkpoint whose every axis divides by eight, but for a sequence that does not."""
+    pipe = twins.pipeline("1.0")
+    heads = {"num_attention_heads": 8, "attention_head_dim": 16, "num_layers": 2}
+    pipe.transformer = twins.transformer(**{**twins.FAMILIES["1.0"], **heads, "sample_height": 8, "sample_width": 8, "sample_frames": 9})
+    pipe.text_encoder = twins.t5(1, d_ff=40)
+    pipe.vae = twins.vae(2, layers_per_block=1)
+    return twins.save(pipe, tmp_path_factory.mktemp("source") / "even")
+
+
+@pytest.fixture(scope="module")
+def request_of_eight() -> Request:
+    pictures = np.random.default_rng(0).integers(0, 256, (VIDEOS, 64, 64, 3), dtype=np.uint8)
+    prompts = ["the red circle", "a blue square", "grows", "spins", "the", "a", "moves left", "stays still"]
+    return Request([Image.fromarray(p) for p in pictures], prompts, seed=list(range(VIDEOS)), num_inference_steps=2, num_frames=9)
+
+
+def stages(models: Models, request: Request, given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Every stage's result on the host, each from the same inputs: those `given`, or what the stages before it made."""
+    prepared = pipeline.prepare(models, request)
+    phases, mesh, results = prepared.phases, prepared.phases.mesh, {}
+
+    def stage(name: str, call: Any) -> Any:
+        results[name] = jax.tree.map(fetch, pipeline.run(models, phases, Stopwatch(), "run", call))
+        return (given or results)[name]
+
+    def on(value: Any, *axes: str) -> Any:
+        return jax.tree.map(lambda leaf: put(leaf, split(mesh, *axes)), value)
+
+    words = on(prepared.words)
+    text = on(stage("text", phases.text(prepared.ids)), "batch")
+    moments = on(stage("moments", phases.moments(prepared.pixels)), "video")
+    image = on(stage("image", phases.image(moments, None, words)), "video")
+    shifts = on(stage("shifts", phases.shifts()))
+    start = on(stage("start", phases.start(None, words)), "video")
+    given_to_loop = (phases.rows, shifts, None, words, image, text, phases.positions())
+    x, _ = stage("denoised", phases.denoise(start, 0, *given_to_loop, slab=2))
+    results["video"] = pipeline.decode(models, x, place=phases)
+    return results
+
+
+@pytest.fixture(scope="module")
+def unsharded(folder: Any, request_of_eight: Request) -> dict[str, Any]:
+    return stages(cogi2v_jax.load(folder, "float32"), request_of_eight)
+
+
+@pytest.mark.parametrize("sizes", [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes not in FEW)) for sizes in EIGHT], ids=str)
+def test_no_stage_depends_on_the_mesh(sizes: Sizes, folder: Any, request_of_eight: Request, unsharded: dict[str, Any]) -> None:
+    models = cogi2v_jax.load(folder, "float32", mesh=str(sizes))
+    sharded = stages(models, request_of_eight, unsharded)
+    assert pipeline.prepare(models, request_of_eight).phases.mesh.shape == {"copies": 1, **sizes._asdict()}
+    for name in ("text", "moments", "image"):
+        assert_close(sharded[name], unsharded[name], 1e-5)
+    for ours, theirs in zip(jax.tree.leaves(sharded["shifts"]), jax.tree.leaves(unsharded["shifts"]), strict=True):
+        assert_close(ours, theirs, 1e-5)
+    np.testing.assert_array_equal(sharded["start"][0], unsharded["start"][0])  # a seed's noise is the same anywhere
+    assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
+    assert np.abs(sharded["video"].astype(int) - unsharded["video"]).max() <= 1  # a rounding to bytes may fall either way
+
+
+def test_the_same_seed_is_the_same_video_on_any_mesh(folder: Any, request_of_eight: Request) -> None:
+    first, *_ = request_of_eight.batches(1)
+    alone = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32"), first)
+    for mesh in ("pair=2,context=4", "context=8"):
+        spread = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32", mesh=mesh), first)
+        assert_close(spread.latents, alone.latents, 1e-5)
+        assert np.abs(spread.video.astype(int) - alone.video).max() <= 1
+
+
+def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
+    folder: Any, request_of_eight: Request, unsharded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogi2v_jax.checkpoint.WHOLE", 0.0)
+    placed.cache_clear()
+    models = cogi2v_jax.load(folder, "float32", mesh="data=2,pair=2,context=2")
+    phases = pipeline.prepare(models, request_of_eight).phases
+    assert not phases.layout.whole
+    network = phases.network("transformer")
+    assert bytes_per_device(network) < bytes_per_device(piece(models.config, "transformer", FLOAT32)) / 4
+    sharded = stages(models, request_of_eight, unsharded)
+    assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
+    placed.cache_clear()
+
+
+@pytest.mark.parametrize("mesh", ["cpu", "data=2,pair=2"])
+def test_long_sequences_go_in_turn_with_the_same_result(
+    mesh: str, folder: Any, request_of_eight: Request, unsharded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cogi2v_jax.phases.LONG", 1)
+    results = stages(cogi2v_jax.load(folder, "float32", mesh=mesh), request_of_eight, unsharded)
+    assert_close(results["denoised"][0], unsharded["denoised"][0], 1e-5)

@@ -1,0 +1,371 @@
+"""Videos out: naming them, writing them with their recipe, reading both back, and failing cleanly."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+from pictures import close, one_line, picture
+from PIL import Image
+
+from cogi2v_jax.media import videos
+from cogi2v_jax.media.videos import check_output, read_frames, read_recipe, write_video
+
+RECIPE = {
+    "prompt": "a \"quoted\" 'panda'; a=b #1 \\ back\\slash\\\\ 熊猫 🎸 é\nsecond line\r\n\ttab \x00 \\n;=#",
+    "negative_prompt": "",
+    "seed": 2**63,
+    "guidance_scale": 6.0,
+    "sizes": [49, 480, 720],
+    "nested": {"a": None, "b": True},
+}
+KINDS = ("out.mp4", "out.gif", "out.png", "out")
+
+
+def clip(count=9, height=64, width=96) -> np.ndarray:
+    return np.stack([np.roll(picture(height, width) // 2 + 60, 0, 1) + np.uint8(4 * index) for index in range(count)])
+
+
+# naming the output
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.MP4", "x.gif", "x.png", "x", "x/", "take.2.png", "take.2.mp4", "熊 = a;b.mp4"])
+def test_good_output_names_pass_and_nothing_is_made(tmp_path, name):
+    assert check_output(f"{tmp_path}/{name}") == tmp_path / name
+    assert check_output(check_output(tmp_path / name)) == tmp_path / name
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bare_name_is_written_to_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert write_video("x.gif", clip(2), 8, {}) == Path("x.gif")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.gif"]
+
+
+@pytest.mark.parametrize("name", ["x.avi", "x.webm", "x.mp4.txt", "..", "no/x.mp4", "file/x.mp4", f"{'x' * 250}.mp4"])
+def test_bad_output_names_are_refused(tmp_path, name):
+    (tmp_path / "file").write_text("a file, not a folder")
+    with pytest.raises(ValueError, match="output") as caught:
+        check_output(tmp_path / name)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_path_without_a_name_is_refused(name):
+    with pytest.raises(ValueError, match="name"):
+        check_output(name)
+
+
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))  # root may write anywhere
+    with pytest.raises(ValueError, match="writable") as caught:
+        check_output(tmp_path / "x.mp4")
+    one_line(caught)
+
+
+def test_a_folder_where_a_file_should_go_is_refused_and_the_other_way_round(tmp_path):
+    (tmp_path / "x.mp4").mkdir()
+    (tmp_path / "frames").write_text("a file")
+    for name in ("x.mp4", "frames"):
+        with pytest.raises(ValueError, match="must be") as caught:
+            check_output(tmp_path / name)
+        one_line(caught)
+
+
+@pytest.mark.parametrize("names", [["holiday.jpg"], ["recipe.json", "notes.txt"], ["00000.png"], ["recipe.json", "00000.png", "a.py"]])
+def test_a_folder_of_other_things_is_never_replaced(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    for path in (tmp_path, f"{tmp_path}.png"):
+        with pytest.raises(ValueError, match="only frames written before") as caught:
+            write_video(path, clip(1), 8, {})
+        one_line(caught)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_mount_point_is_refused_for_it_cannot_be_renamed(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    with pytest.raises(ValueError, match="inside it"):
+        check_output(tmp_path)
+
+
+def test_a_missing_ffmpeg_shows_before_any_slow_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    with pytest.raises(OSError, match="none"):
+        check_output(tmp_path / "x.mp4")
+    check_output(tmp_path / "x.gif")
+
+
+# writing and reading back
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_comes_back_whole(tmp_path, name):
+    path = write_video(tmp_path / name, clip(2, 32, 32), 8, RECIPE)
+    assert read_recipe(path) == RECIPE
+    assert read_recipe(tmp_path / name) == RECIPE
+    assert read_recipe(str(path)) == RECIPE
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_recipe_far_longer_than_an_argument_may_be_comes_back_whole(tmp_path, name):
+    recipe = {"prompt": RECIPE["prompt"] * 5000}
+    assert len(json.dumps(recipe)) > 300_000
+    write_video(tmp_path / name, clip(2, 32, 32), 8, recipe)
+    assert read_recipe(tmp_path / name) == recipe
+
+
+def test_every_frame_of_a_folder_carries_the_recipe(tmp_path):
+    folder = write_video(tmp_path / "out.png", clip(3), 8, RECIPE)
+    assert [read_recipe(folder / f"0000{index}.png") for index in range(3)] == [RECIPE] * 3
+    assert json.loads((folder / "recipe.json").read_text()) == RECIPE
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_come_back_in_order_and_close(tmp_path, name):
+    frames = clip(9)
+    path = write_video(tmp_path / name, frames, 8, RECIPE)
+    back = read_frames(tmp_path / name)
+    assert back.dtype == np.uint8
+    lossless = path.is_dir()
+    assert close(back, frames) <= (0 if lossless else 2.5)
+    for one, index in zip(back, range(9), strict=True):  # a step is 4 levels, so a neighbour would be nearer if frames were swapped
+        assert np.argmin([close(one, other) for other in frames]) == index
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_one_frame_is_a_video_too(tmp_path, name):
+    write_video(tmp_path / name, clip(1), 8, RECIPE)
+    assert close(read_frames(tmp_path / name), clip(1)) < 2.5
+    assert read_recipe(tmp_path / name) == RECIPE
+
+
+def described(path) -> str:
+    return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True).stderr
+
+
+@pytest.mark.parametrize("fps", [8, 16, 7.5, 23.976])
+def test_an_mp4_plays_in_browsers_at_its_speed(tmp_path, fps):
+    path = write_video(tmp_path / "x.mp4", clip(9), fps, RECIPE)
+    video = next(line for line in described(path).splitlines() if "Video:" in line)
+    assert "h264" in video
+    assert "yuv420p(tv, bt709" in video
+    assert "96x64" in video
+    assert float(re.search(r"([\d.]+) fps", video)[1]) == pytest.approx(fps, abs=0.01)
+    count, seconds = imageio_ffmpeg.count_frames_and_secs(path)
+    assert count == 9
+    assert seconds == pytest.approx(9 / fps, abs=0.02)
+    data = path.read_bytes()
+    assert 0 < data.index(b"moov") < data.index(b"mdat"), "a browser would have to load it whole before it plays"
+
+
+def test_strong_colours_keep_their_hue_in_an_mp4(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [255, 160, 0]], np.uint8)
+    frames = np.ascontiguousarray(np.broadcast_to(colours.repeat(16, 0)[None, None], (3, 32, 96, 3)))
+    write_video(tmp_path / "x.mp4", frames, 8, {})
+    np.testing.assert_allclose(read_frames(tmp_path / "x.mp4")[:, :, 8::16].astype(int), frames[:, :, 8::16], atol=6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 48), (32, 49), (33, 49), (1, 1), (16, 16)])
+def test_an_odd_side_grows_by_a_repeated_pixel_in_an_mp4_and_stays_elsewhere(tmp_path, height, width):
+    frames = clip(3, height, width)
+    write_video(tmp_path / "x.mp4", frames, 8, RECIPE)
+    back = read_frames(tmp_path / "x.mp4")
+    assert back.shape == (3, height + height % 2, width + width % 2, 3)
+    assert close(back[:, :height, :width], frames) < 4
+    assert close(back[:, height - 1 :, width - 1 :], np.broadcast_to(frames[:, -1:, -1:], back[:, height - 1 :, width - 1 :].shape)) < 8
+    for name in ("x.gif", "x.png"):
+        write_video(tmp_path / name, frames, 8, RECIPE)
+        assert read_frames(tmp_path / name).shape == frames.shape
+
+
+def test_frames_that_are_a_strided_view_are_written_as_they_look(tmp_path):
+    frames = clip(9)[::-1, ::2, ::-2]
+    for name in KINDS:
+        write_video(tmp_path / name, frames, 8, {})
+        assert close(read_frames(tmp_path / name), frames) < 3
+
+
+def test_the_same_frames_make_the_same_file(tmp_path):
+    for name in ("x.mp4", "x.gif"):
+        first = write_video(tmp_path / name, clip(), 8, RECIPE).read_bytes()
+        assert write_video(tmp_path / name, clip(), 8, RECIPE).read_bytes() == first
+
+
+@pytest.mark.parametrize(("fps", "seconds"), [(8, 9 / 8), (16, 9 / 16), (30, 0.3), (1, 9)])
+def test_a_gif_loops_and_lasts_as_long_as_the_video(tmp_path, fps, seconds):
+    path = write_video(tmp_path / "x.gif", clip(9), fps, RECIPE)
+    with Image.open(path) as image:
+        assert image.info["loop"] == 0
+        total = 0
+        for index in range(image.n_frames):
+            image.seek(index)
+            total += image.info["duration"]
+        assert image.n_frames == 9
+    assert total == pytest.approx(seconds * 1000, abs=5)
+
+
+def test_a_gif_step_is_never_so_short_that_browsers_slow_it(tmp_path):
+    path = write_video(tmp_path / "x.gif", clip(4), 200, {})
+    with Image.open(path) as image:
+        assert image.info["duration"] == 20
+
+
+def test_png_frames_are_named_so_that_they_sort(tmp_path):
+    folder = write_video(tmp_path / "out.png", clip(11, 4, 4), 8, RECIPE)
+    assert folder == tmp_path / "out"
+    assert sorted(file.name for file in folder.iterdir()) == [*(f"{index:05d}.png" for index in range(11)), "recipe.json"]
+
+
+@pytest.mark.parametrize("name", ["take.2.png", "a = b; #1.mp4", "熊猫.gif", "-y.mp4", "12:30.mp4", "%d.mp4", "OUT.MP4", "OUT.PNG"])
+def test_odd_names_are_written_under_that_very_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = write_video(name, clip(2), 8, RECIPE)
+    assert path == Path(re.sub(r"\.png$", "", name, flags=re.IGNORECASE))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert read_recipe(name) == RECIPE
+    assert len(read_frames(name)) == 2
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_older_output_is_replaced_and_nothing_stays_beside(tmp_path, name):
+    write_video(tmp_path / name, clip(5), 8, {"take": 1})
+    path = write_video(tmp_path / name, clip(2), 8, {"take": 2})
+    assert read_recipe(path) == {"take": 2}
+    assert len(read_frames(path)) == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    write_video(tmp_path / "out", clip(2), 8, {})
+    assert len(read_frames(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "recipe", "named"),
+    [
+        (clip().astype(np.float32), 8, {}, "frames"),
+        (clip()[0], 8, {}, "frames"),
+        (clip()[..., :2], 8, {}, "frames"),
+        (clip()[:0], 8, {}, "frames"),
+        (clip(), 0, {}, "fps"),
+        (clip(), -8, {}, "fps"),
+        (clip(), float("nan"), {}, "fps"),
+        (clip(), float("inf"), {}, "fps"),
+        (clip(), 8, {"a": object()}, "recipe"),
+        (clip(), 8, {"a": float("nan")}, "recipe"),
+    ],
+)
+def test_bad_arguments_are_refused_and_leave_nothing(tmp_path, frames, fps, recipe, named):
+    with pytest.raises(ValueError, match=f"{named} must") as caught:
+        write_video(tmp_path / "x.mp4", frames, fps, recipe)
+    one_line(caught)
+    assert not list(tmp_path.iterdir())
+
+
+# failing
+
+
+def listing(folder) -> dict:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["an error", "ctrl-c"])
+@pytest.mark.parametrize("had_one", [False, True], ids=["fresh", "over an older one"])
+def test_a_failure_leaves_no_file_and_keeps_the_old_one(tmp_path, monkeypatch, name, error, had_one):
+    if had_one:
+        write_video(tmp_path / name, clip(2), 8, {"take": 1})
+    before = listing(tmp_path)
+
+    def halfway(part, *_):
+        if "." in name and not name.endswith(".png"):
+            part.write_bytes(b"half")
+        else:
+            part.mkdir()
+            (part / "00000.png").write_bytes(b"half")
+        assert listing(tmp_path) != before, "the half was not even written here"
+        raise error
+
+    monkeypatch.setitem(videos.WRITERS, Path(name).suffix, halfway)
+    with pytest.raises(type(error)):
+        write_video(tmp_path / name, clip(3), 8, {"take": 2})
+    assert listing(tmp_path) == before
+    assert len(list(tmp_path.iterdir())) == had_one
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch, name):
+    write_video(tmp_path / name, clip(2), 8, {"take": 1})
+    before, replace = listing(tmp_path), os.replace
+
+    def failing(source, target):
+        if Path(source).name == "new":
+            raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        write_video(tmp_path / name, clip(3), 8, {"take": 2})
+    assert listing(tmp_path) == before
+
+
+def test_a_failing_ffmpeg_is_one_line_with_its_last_words(tmp_path, monkeypatch):
+    write_video(tmp_path / "x.mp4", clip(2), 8, {"take": 1})
+    before = listing(tmp_path)
+    fake = tmp_path.parent / f"{tmp_path.name}-ffmpeg"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in *-version*) exit 0;; esac\nprintf "a long story\\nUnknown encoder libx264\\n\\n" >&2\nexit 1\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    with pytest.raises(RuntimeError, match="Unknown encoder libx264") as caught:
+        write_video(tmp_path / "x.mp4", clip(49), 8, {"take": 2})
+    assert "long story" not in one_line(caught)
+    assert listing(tmp_path) == before
+
+
+def test_a_real_ffmpeg_refusal_is_one_line(tmp_path, monkeypatch):
+    ffmpeg = videos._ffmpeg
+    monkeypatch.setattr(videos, "_ffmpeg", lambda *arguments, **kw: ffmpeg(*(a.replace("libx264", "libx999") for a in arguments), **kw))
+    with pytest.raises(RuntimeError, match="ffmpeg") as caught:
+        write_video(tmp_path / "x.mp4", clip(2), 8, {})
+    one_line(caught)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_holds_no_recipe_is_refused_in_one_line(tmp_path):
+    bare = write_video(tmp_path / "bare", clip(2), 8, {})
+    (bare / "recipe.json").unlink()
+    first, second = (Image.fromarray(frame) for frame in clip(2))
+    first.save(tmp_path / "bare.gif", save_all=True, append_images=[second])
+    first.save(tmp_path / "foreign.gif", save_all=True, append_images=[second], comment="made with love")
+    first.save(tmp_path / "number.gif", save_all=True, append_images=[second], comment="42")
+    first.save(tmp_path / "bare.png")
+    write_video(tmp_path / "x.mp4", clip(2), 8, {})
+    strip = ["-i", tmp_path / "x.mp4", "-map_metadata", "-1", "-c", "copy", tmp_path / "bare.mp4"]
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *strip], check=True)
+    for name in ("bare", "bare.gif", "foreign.gif", "number.gif", "bare.png", "bare.mp4"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as caught:
+            read_recipe(tmp_path / name)
+        assert "none" in one_line(caught)
+
+
+@pytest.mark.parametrize("read", [read_recipe, read_frames])
+def test_reading_what_is_no_video_is_one_line(tmp_path, read):
+    (tmp_path / "folder").mkdir()
+    for name in ("text.mp4", "text.gif", "text.png"):
+        (tmp_path / name).write_text("this is not a video")
+    for name in ("text.mp4", "text.gif", "text.png", "folder"):
+        with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))) as caught:
+            read(tmp_path / name)
+        one_line(caught)
+    for name in ("no.mp4", "no.gif", "no.png", "no"):
+        with pytest.raises(FileNotFoundError, match="no") as caught:
+            read(tmp_path / name)
+        one_line(caught)

@@ -1,0 +1,191 @@
+"""Every backend against plain attention in float64."""
+
+import sys
+import types
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from flax import nnx
+from tolerances import assert_close
+
+from cogi2v_jax.models import attention
+from cogi2v_jax.models.layers import LayerNorm
+from cogi2v_jax.models.positions import Positions
+
+HEADS = 3  # an odd number: TPU kernels take them two by two
+
+
+def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    logits = np.einsum("bqnk,bsnk->bnqs", q, k, dtype=np.float64) / np.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.einsum("bnqs,bsnk->bqnk", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 131])
+@pytest.mark.parametrize("rows", [attention.ROWS, 10, 1], ids=["one or two slices", "a few rows at a time", "row by row"])
+def test_attention_is_exact_however_it_is_sliced(tokens: int, rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LOGITS", 1)
+    monkeypatch.setattr(attention, "ROWS", rows)
+    q, k, v = rng.normal(size=(3, 2, tokens, HEADS, 16)).astype(np.float32)
+    assert_close(attention.xla(*map(jnp.asarray, (q, k, v)), tokens), exact(q, k, v), 2e-6)
+
+
+def test_large_logits_do_not_overflow(rng: np.random.Generator) -> None:
+    q, k, v = 60 * rng.normal(size=(3, 1, 20, 1, 16)).astype(np.float32)
+    assert_close(attention.xla(*map(jnp.asarray, (q, k, v)), 20), exact(q, k, v), 1e-4)
+
+
+def test_memory_is_linear_in_the_sequence() -> None:
+    def temporaries(tokens: int) -> int:
+        x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
+        run = jax.jit(partial(attention.xla, tokens=tokens))
+        return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    # Sixteen times the tokens are 256 times the logits; they must not be there at once.
+    assert temporaries(16 * 4096) < 20 * temporaries(4096)
+
+
+SPLASH = attention.Splash(attention.Tile(256, 768, 384), interpret=True)
+
+
+def given(rng: np.random.Generator, rows: int, width: int = 64) -> tuple:
+    """Queries, keys and values of two videos, with norms and angles."""
+    q, k, v = rng.normal(size=(3, 2, rows, HEADS, width)).astype(np.float32)
+    norms = tuple(LayerNorm(width, epsilon=1e-2, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    for norm in norms:
+        norm.scale[...], norm.bias[...] = 1 + rng.normal(size=(2, width)) / 2
+    angles = rng.normal(size=(rows, width // 2)).astype(np.float32)
+    return q, k, v, norms, Positions(np.cos(angles), np.sin(angles), np.zeros(rows, bool), None)
+
+
+def flat(x: Any) -> jax.Array:
+    return rearrange(jnp.asarray(x), "b s n k -> b s (n k)")
+
+
+def turned(x: np.ndarray, norm: LayerNorm, positions: Positions) -> np.ndarray:
+    x = x.astype(np.float64)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.epsilon) * norm.scale[...] + norm.bias[...]
+    pairs = (x[..., : x.shape[-1] // 2] + 1j * x[..., x.shape[-1] // 2 :]) * (positions.cos + 1j * positions.sin)[:, None]
+    return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
+@pytest.mark.parametrize("backend", [attention.BACKENDS["xla"], SPLASH], ids=["xla", "splash"])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "width"),
+    [(7, 7, 64), (131, 131, 64), (300, 300, 32), (1000, 1000, 64), (131, 130, 64), (300, 130, 64), (512, 512, 64), (384, 300, 64)],
+)
+def test_a_backend_norms_rotates_and_attends_and_gives_no_weight_to_what_evens_a_sequence_out(
+    rows: int, tokens: int, width: int, backend: attention.Backend, rng: np.random.Generator
+) -> None:
+    q, k, v, norms, positions = given(rng, rows, width)
+    k[:, tokens:], v[:, tokens:] = 1e4 * k[:, tokens:], -1e4
+    ours = np.asarray(backend(*map(flat, (q, k, v)), norms, positions, tokens))
+    assert ours.shape == flat(v).shape
+    assert np.isfinite(ours).all()
+    q, k = (turned(x, norm, positions)[:, :tokens] for x, norm in zip((q, k), norms, strict=True))
+    assert_close(ours[:, :tokens], flat(exact(q, k, v[:, :tokens])), 2e-6)
+
+
+def test_it_has_none_even_where_all_real_logits_are_far_below_zero(rng: np.random.Generator) -> None:
+    q, k, v, norms, positions = given(rng, 130)
+    norms[0].scale[...], norms[0].bias[...] = np.zeros(64), np.full(64, 10.0)
+    norms[1].scale[...], norms[1].bias[...] = np.ones(64), np.full(64, -10.0)
+    still = positions._replace(cos=np.ones((130, 32), np.float32), sin=np.zeros((130, 32), np.float32))
+    ours = SPLASH(*map(flat, (q, k, v)), norms, still, 130)
+    q, k = (turned(x, norm, still) for x, norm in zip((q, k), norms, strict=True))
+    assert np.einsum("bqnk,bsnk->bnqs", q, k).max() < -400
+    assert_close(ours, flat(exact(q, k, v)), 1e-4)
+
+
+@pytest.mark.parametrize("generation", attention.TILES)
+@pytest.mark.parametrize("tokens", [1, 58, 2146, 8922, 17776, 45106, 85906])
+def test_tiles_even_a_sequence_out_with_little_left_over(generation: str, tokens: int) -> None:
+    wanted = attention.TILES[generation]
+    tile, rows = attention.fitted(wanted, tokens)
+    assert tokens <= rows == attention.Splash(wanted).rows(tokens, parts=1)
+    assert rows % tile.queries == rows % tile.keys == tile.keys % tile.at_once == 0
+    assert {size % attention.LANES for size in tile} == {0}
+    assert all(size <= most for size, most in zip(tile, wanted, strict=True))
+    assert rows <= max(1.03 * tokens, tokens + 2 * attention.LANES)
+    assert tile.queries >= min(1024, attention.LANES * (tokens // attention.LANES))  # never the library's default
+
+
+def device(platform: str, kind: str) -> types.SimpleNamespace:
+    return types.SimpleNamespace(platform=platform, device_kind=kind)
+
+
+V5E, V6E, H100, CPU = (
+    device("tpu", "TPU v5 lite"),
+    device("tpu", "TPU v6 lite"),
+    device("gpu", "NVIDIA H100 80GB HBM3"),
+    device("cpu", "cpu"),
+)
+HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "expected"),
+    [
+        (V5E, HALF, attention.Splash(attention.TILES["v5e"])),
+        (V6E, HALF, attention.Splash(attention.TILES["v6e"])),
+        (device("tpu", "TPU v9"), HALF, attention.Splash(attention.TILES["v5e"])),
+        (V5E, FULL, attention.BACKENDS["xla"]),
+        (H100, HALF, attention.BACKENDS["cudnn"]),
+        (H100, FULL, attention.BACKENDS["xla"]),
+        (CPU, HALF, attention.BACKENDS["xla"]),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_exact(
+    where: types.SimpleNamespace, dtype: jnp.dtype, expected: attention.Backend | attention.Splash
+) -> None:
+    assert attention.choose("auto", dtype, where) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "where"),
+    [("splash", HALF, CPU), ("splash", FULL, V5E), ("cudnn", HALF, V5E), ("cudnn", FULL, H100), ("tokamax", HALF, CPU)],
+)
+def test_a_backend_is_refused_where_it_cannot_run(name: str, dtype: jnp.dtype, where: types.SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=rf"attention {name} must have bfloat16 on a (TPU|GPU): got .*; auto or xla will do"):
+        attention.choose(name, dtype, where)
+
+
+def test_tokamax_is_asked_for_by_its_kernels_and_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install tokamax"):
+        attention.choose("tokamax", HALF, H100)
+    asked = []
+    library = types.SimpleNamespace(dot_product_attention=lambda q, k, v, implementation: asked.append(implementation) or q)
+    monkeypatch.setitem(sys.modules, "tokamax", library)
+    x = jnp.arange(24.0).reshape(1, 3, 2, 4)
+    np.testing.assert_array_equal(attention.tokamax(x, x, x, 3), x)
+    assert asked == [("mosaic_gpu", "triton")]
+
+
+@pytest.mark.parametrize("name", ["", "flash", "XLA"])
+def test_an_unknown_backend_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ValueError, match="attention must be auto, xla, cudnn, splash, tokamax: got"):
+        attention.choose(name, jnp.dtype(jnp.float32))
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="these kernels need an NVIDIA device")
+@pytest.mark.parametrize("name", ["cudnn", "tokamax"])
+def test_a_gpu_kernel_is_as_exact_as_bfloat16_allows(name: str, rng: np.random.Generator) -> None:
+    if name == "tokamax":
+        pytest.importorskip("tokamax")
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 131, HEADS, 64)))
+    assert_close(np.float32(attention.BACKENDS[name].kernel(q, k, v, 131)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
+
+
+@pytest.mark.skipif(jax.default_backend() != "tpu", reason="the kernels need a TPU")
+def test_the_tpu_kernels_are_as_exact_as_bfloat16_allows(rng: np.random.Generator) -> None:
+    q, k, v, norms, positions = given(rng, 2146)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    ours = attention.choose("splash", HALF)(*map(flat, (q, k, v)), norms, positions, 2146)
+    q, k = (turned(np.float32(x), norm, positions) for x, norm in zip((q, k), norms, strict=True))
+    assert_close(np.float32(ours), flat(exact(q, k, np.float32(v))), 1e-2)

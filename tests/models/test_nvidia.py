@@ -1,0 +1,108 @@
+"""What NVIDIA devices are given instead of what others are: read in the program that is lowered for them, and run here."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import lowering
+import numpy as np
+import pytest
+import torch
+import twins
+from lowering import PROGRAMS, handed_to_nvidia
+from tolerances import TOLERANCE, assert_close, relative_error
+
+from cogi2v_jax.devices.compiler_options import compiler_options
+from cogi2v_jax.models import layers
+from cogi2v_jax.models.attention import BACKENDS
+
+
+def products(phase: str, dtype: str, names: str = lowering.PRODUCTS) -> list[tuple[str, str]]:
+    return [(kind, line) for kind, _, line in lowering.operations(handed_to_nvidia(phase, dtype), names)]
+
+
+def test_products_with_weights_are_handed_over_in_bfloat16() -> None:
+    """Float32 sums would go to memory and back before the bias is added."""
+    attention = 2  # whose logits and weighted values are float32
+    for phase, least in (("text", 7), ("denoise", 8)):
+        kinds = [kind for kind, _ in products(phase, "bfloat16")]
+        assert kinds.count("f32") == attention
+        assert kinds.count("bf16") >= least
+
+
+def test_convolutions_are_two_dimensional_and_channels_last_in_bfloat16() -> None:
+    found = products("decode", "bfloat16", "convolution")
+    assert len(found) >= 5
+    assert {kind for kind, _ in found} == {"bf16"}
+    assert all("[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line for _, line in found)
+
+
+@pytest.mark.parametrize("phase", PROGRAMS)
+def test_every_product_of_a_float32_network_states_full_precision(phase: str) -> None:
+    found = products(phase, "float32")
+    assert len(found) >= 5
+    assert [line for kind, line in found if kind != "f32" or line.count("HIGHEST") != 2] == []
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes what NVIDIA devices are given."""
+    monkeypatch.setattr(layers.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+
+
+NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "VAE decode": (twins.vae, (1, 4, 5, 3, 6)),
+    "VAE encode": (twins.vae, (1, 3, 9, 24, 16)),
+    "T5": (twins.t5, (2, 11)),
+}
+
+
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_a_network_is_the_references(name: str, dtype: str) -> None:
+    make, shape = NETWORKS[name]
+    generator = torch.Generator().manual_seed(3)
+    given = torch.randn(shape, generator=generator) if len(shape) > 2 else torch.randint(2, 39, shape, generator=generator)
+    ours, truth, theirs = [], [], []
+    for seed in range(1 if dtype == "float32" else 4):
+        module = make(seed)
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data.copy_(tensor.bfloat16())
+        network, _ = twins.twin("text_encoder" if name == "T5" else "vae", module, dtype)
+        truth.append(reference(name, module, given))
+        theirs.append(reference(name, module.to(getattr(torch, dtype)), given))
+        ours.append(np.asarray(mine(name, network, given, jnp.dtype(dtype)), np.float32))
+    if dtype == "float32":
+        assert_close(ours[0], truth[0], TOLERANCE["module"])
+        return
+    assert relative_error(np.stack(ours), np.stack(truth)) <= TOLERANCE["bfloat16"] * relative_error(np.stack(theirs), np.stack(truth))
+
+
+def reference(name: str, module: Any, given: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        if name == "T5":
+            return module(given)[0].float().numpy()
+        given = given.to(module.dtype)
+        result = module.decode(given).sample if name == "VAE decode" else module._encode(given)
+        return twins.channels_last(result)
+
+
+def mine(name: str, network: Any, given: torch.Tensor, dtype: jnp.dtype) -> Any:
+    if name == "T5":
+        return jax.jit(lambda network, ids: network(ids))(network, given.numpy().astype(np.int32))
+    method = "decode" if name == "VAE decode" else "moments"
+    return jax.jit(lambda network, video: getattr(network, method)(video))(network, jnp.asarray(twins.channels_last(given), dtype))
+
+
+def test_a_sequence_is_evened_out_for_the_products_of_every_part() -> None:
+    for name in ("cudnn", "tokamax"):
+        rows = [BACKENDS[name].rows(tokens, parts) for tokens, parts in ((17776, 1), (45106, 1), (45106, 8))]
+        assert rows == [17776, 45112, 45120]
+    assert BACKENDS["xla"].rows(45106, 1) == 45106
+
+
+def test_all_nvidia_devices_leave_products_to_cublas() -> None:
+    for kind in ("NVIDIA H100 80GB HBM3", "NVIDIA L4"):
+        assert compiler_options(kind) == {"xla_gpu_enable_triton_gemm": "false"}
+    assert compiler_options("TPU v9") == {}

@@ -1,0 +1,73 @@
+"""Strips of rows and shards over devices: what is in memory changes, the result does not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tolerances import TOLERANCE, assert_close
+
+from cogi2v_jax.config import VAEConfig, named
+from cogi2v_jax.models.vae import VAE, cut, strips_within
+
+CONFIG = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=2, norm_num_groups=2, latent_channels=4)
+
+encode = jax.jit(lambda network, video, strips: network.encode(video, strips), static_argnums=2)
+decode = jax.jit(lambda network, latents, strips: network.decode(latents, strips), static_argnums=2)
+
+
+@pytest.fixture(scope="module")
+def network() -> VAE:
+    return VAE(CONFIG, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+
+
+def normal(*shape: int) -> Any:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("strips", [4, 12])
+def test_decoding_in_strips_is_decoding(network: VAE, strips: int) -> None:
+    latents = normal(2, 5, 12, 5, 4)
+    assert_close(decode(network, latents, strips), decode(network, latents, 1), TOLERANCE["module"])
+
+
+def test_encoding_in_strips_is_encoding(network: VAE) -> None:
+    video = normal(1, 17, 32, 24, 3)
+    for ours, whole in zip(encode(network, video, 4), encode(network, video, 1), strict=True):
+        assert_close(ours, whole, TOLERANCE["module"])
+
+
+def test_coarser_resolutions_have_fewer_strips_of_as_many_values() -> None:
+    assert [cut(12, 480)(rows) for rows in (480, 240, 120, 60)] == [12, 3, 1, 1]
+    assert [cut(10, 480)(rows) for rows in (480, 240, 120, 60)] == [10, 2, 1, 1]
+    assert [cut(32, 768)(rows) for rows in (768, 384, 192, 96)] == [32, 8, 2, 1]
+    assert [cut(1, 480)(rows) for rows in (480, 60)] == [1, 1]
+
+
+def test_strips_that_cut_a_latent_row_are_refused(network: VAE) -> None:
+    with pytest.raises(ValueError, match="strips must divide the 60 latent rows: got 7"):
+        cut(7, 480)
+
+
+def test_the_fewest_strips_that_fit_are_chosen_and_none_is_an_error() -> None:
+    vae, gib = named("cogvideox-5b-i2v").vae, 2**30
+    assert [strips_within(size * gib, vae, 60, 90) for size in (32, 16, 12, 10)] == [1, 2, 3, 6]
+    assert strips_within(32 * gib, vae, 60, 90, itemsize=4) > strips_within(32 * gib, vae, 60, 90)
+    with pytest.raises(ValueError, match=r"96x170 latents must fit 15.8 GiB: it takes .* in 96 strips; use more devices"):
+        strips_within(int(15.75 * gib), vae, 96, 170)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2), (1, 8), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 4), (8, 1)))], ids=str)
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_a_sharded_picture_gives_the_same_result(network: VAE, part: str, mesh: tuple[int, int]) -> None:
+    devices = Mesh(np.array(jax.devices()).reshape(mesh), ("rows", "columns"))
+    # The encoder's coarsest pictures, four rows of eight columns, have fewer rows than there are devices, or do not divide.
+    x = normal(1, 1, 32, 64, 3) if part == "encode" else normal(1, 5, 8, 8, 4)
+    run: Any = encode if part == "encode" else decode
+    weights = jax.device_put(network, NamedSharding(devices, PartitionSpec()))
+    sharded = run(weights, jax.device_put(x, NamedSharding(devices, PartitionSpec(None, None, "rows", "columns"))), 1)
+    for ours, alone in zip(jax.tree.leaves(sharded), jax.tree.leaves(run(network, x, 1)), strict=True):
+        assert_close(ours, alone, TOLERANCE["module"])

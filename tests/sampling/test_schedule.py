@@ -1,0 +1,186 @@
+"""Schedules against diffusers' two CogVideoX schedulers, step count by step count."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import twins
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from tolerances import TOLERANCE, assert_close
+
+from cogi2v_jax.config import SchedulerConfig
+from cogi2v_jax.sampling.schedule import SCHEDULES, alphas_cumprod, draws, step, tableau, trailing_timesteps
+
+REFERENCES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+SETTINGS = {
+    "5b": twins.SCHEDULER,
+    "2b": {**twins.SCHEDULER, "snr_shift_scale": 3.0},
+    "neither end exact": {**twins.SCHEDULER, "rescale_betas_zero_snr": False, "set_alpha_to_one": False},
+}
+SHAPE = (1, 2, 3, 4, 5)
+
+
+def config(name: str = "5b") -> SchedulerConfig:
+    return SchedulerConfig.from_json(SETTINGS[name], "scheduler")
+
+
+def theirs(scheduler: str, settings: str, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where the reference starts, the noise each of its steps really uses (of two draws the second), and where each step leads."""
+    reference = REFERENCES[scheduler](**SETTINGS[settings])
+    reference.set_timesteps(steps)
+    start = x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    x0, before, noise, path = None, None, [], []
+    drawing, knowing = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
+    for t in reference.timesteps:
+        v = torch.sin(x + t / 100)
+        if scheduler == "ddim":
+            x = reference.step(v, t, x, return_dict=False)[0]
+            noise.append(torch.full(SHAPE, 1e6))  # must not be used
+        else:
+            draws = 1 if x0 is None or t < 1000 // steps else 2
+            noise.append([torch.randn(SHAPE, generator=knowing) for _ in range(draws)][-1])
+            x, x0 = reference.step(v, x0, t, before, x, generator=drawing)
+        before = t
+        path.append(x)
+    return start.numpy(), torch.stack(noise).numpy(), torch.stack(path).numpy()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_every_step_of_a_trajectory_leads_where_the_reference_leads(scheduler: str, settings: str, steps: int) -> None:
+    start, noise, path = theirs(scheduler, settings, steps)
+
+    def one(carry: tuple, given: tuple) -> tuple:
+        (x, x0), (row, drawn) = carry, given
+        x, x0 = step(row, x, jnp.sin(x + row.timestep / 100), x0, drawn)
+        return (x, x0), x
+
+    rows = tableau(config(settings), scheduler, steps, 6.0, False)
+    _, ours = jax.lax.scan(one, (start, jnp.zeros(SHAPE)), (rows, noise))
+    assert ours.dtype == np.float32
+    assert_close(ours, path, TOLERANCE["trajectory"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_noise_is_drawn_as_often_as_the_reference_draws_it(scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: drawn.append(1) or torch.zeros(shape))
+    reference = REFERENCES[scheduler](**SETTINGS["5b"])
+    reference.set_timesteps(steps)
+    x, x0, before, counts = torch.zeros(SHAPE), None, None, []
+    for t in reference.timesteps:
+        drawn.clear()
+        if scheduler == "ddim":
+            reference.step(x, t, x)
+        else:
+            _, x0 = reference.step(x, x0, t, before, x)
+        before = t
+        counts.append(len(drawn))
+    assert draws(config(), scheduler, steps).tolist() == counts
+
+
+LEVELS = {  # alphas_cumprod at a timestep: 5b, 2b
+    0: (0.99915, 0.9974543276430069),
+    1: (0.9982334461401823, 0.9948006264269799),
+    19: (0.9810104569288466, 0.9465729792377547),
+    99: (0.8880858947943182, 0.7308668667588629),
+    499: (0.24235916655614523, 0.09596956169073541),
+    899: (0.0030330723706475447, 0.0009687879820230554),
+    979: (8.578784340054837e-05, 2.7194360400217652e-05),
+    998: (1.967888056621291e-07, 6.230788467394798e-08),
+    999: (0.0, 0.0),
+}
+
+
+def test_noise_levels_of_training_are_the_known_ones() -> None:
+    ours = np.stack([alphas_cumprod(config(name))[list(LEVELS)] for name in ("5b", "2b")], axis=1)
+    np.testing.assert_allclose(ours, list(LEVELS.values()), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("index", "x", "m2", "m3", "noise"),
+    [
+        (1, 0.4780603963088363, -0.01494099761266826, 1.0, 0.878124541419584),
+        (2, 0.6377554637929064, -0.018001178951425757, 1.3046098595804587, 0.7697396982151647),
+        (48, 0.4728116943631907, -0.5271370823711186, 1.8062950225557235, 0.10053114580849667),
+    ],
+)
+def test_dpm_coefficients_are_the_known_ones(index: int, x: float, m2: float, m3: float, noise: float) -> None:
+    rows = tableau(config(), "dpm", 50, 6.0, False)
+    ours = [rows.x[index], rows.x0[index], rows.x0_prev[index], rows.noise[index]]
+    np.testing.assert_allclose(ours, [x, -m2 * m3, m2 * (m3 - 1), noise], rtol=2e-7)
+
+
+DYNAMIC = """
+2.291487 2.543503 6.974352 6.420358 2.788098 4.271942 1.037598 4.1704 1.617975 6.983127 1.004789 2.871981 6.976805 1.633099 4.329747
+2.436601 6.377304 6.00684 3.447874 3.198098 1.654759 6.610011 1.194746 4.29534 6.985373 1.521266 1.761637 1.057938 4.127507 1.482273
+2.002566 5.947659 4.143219 6.53055 6.139848 6.999941 6.168399 1.11992 2.097506 6.685006 6.999215 2.343218 6.212752 1.25053 6.999645
+6.864372 1.063552 1.000001 1.000004 1.123398
+"""
+
+
+def test_dynamic_guidance_is_the_known_list() -> None:
+    ours = tableau(config(), "dpm", 50, 6.0, True).guidance
+    np.testing.assert_allclose(ours, [float(value) for value in DYNAMIC.split()], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(1, 6.0), (7, 3.5), (30, 0.5), (1000, 6.0)])
+def test_dynamic_guidance_is_the_formula_in_float64_and_constant_guidance_the_scale(steps: int, scale: float) -> None:
+    rows = tableau(config(), "ddim", steps, scale, True)
+    expected = [1 + scale * ((1 - math.cos(math.pi * ((steps - t) / steps) ** 5.0)) / 2) for t in rows.timestep.tolist()]
+    np.testing.assert_array_equal(rows.guidance, np.float32(expected))
+    np.testing.assert_array_equal(tableau(config(), "ddim", steps, scale, False).guidance, np.full(steps, scale, np.float32))
+
+
+def accepts(steps: int) -> bool:
+    try:
+        return len(trailing_timesteps(config(), steps)) == steps
+    except ValueError:
+        return False
+
+
+def named_in(error: Exception) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", str(error).split("nearest is")[1])]
+
+
+def test_all_step_counts_walk_as_the_reference_but_62_which_are_refused_naming_valid_neighbours() -> None:
+    reference, refused = CogVideoXDDIMScheduler(**twins.SCHEDULER), []
+    for steps in range(1, 1001):
+        reference.set_timesteps(steps)
+        if len(reference.timesteps) == steps:
+            np.testing.assert_array_equal(trailing_timesteps(config(), steps), reference.timesteps)
+            continue
+        refused.append(steps)
+        with pytest.raises(ValueError, match=f"num_inference_steps must be .*: got {steps}; nearest is") as caught:
+            trailing_timesteps(config(), steps)
+        below, above = named_in(caught.value)
+        assert below < steps < above
+        assert [count for count in range(below, above + 1) if accepts(count)] == [below, above]
+    assert len(refused) == 62
+    assert refused[:5] == [61, 103, 121, 122, 201]
+
+
+@pytest.mark.parametrize(("steps", "nearest"), [(-3, 1), (0, 1), (1001, 1000), (5000, 1000)])
+def test_step_counts_out_of_range_are_refused_naming_the_range_and_its_end(steps: int, nearest: int) -> None:
+    with pytest.raises(ValueError, match=f"num_inference_steps must be from 1 to 1000: got {steps}; nearest is {nearest}$"):
+        trailing_timesteps(config(), steps)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_every_table_is_finite_and_32_bits_wide(scheduler: str) -> None:
+    for steps in filter(accepts, range(1, 1001)):
+        rows = tableau(config(), scheduler, steps, 6.0, False)
+        assert {column.shape for column in rows} == {(steps,)}
+        assert [column.dtype for column in rows] == [np.int32] + 7 * [np.float32]
+        assert np.isfinite(rows[1:]).all(), steps
+
+
+def test_an_unknown_scheduler_is_refused_naming_the_known() -> None:
+    with pytest.raises(ValueError, match="scheduler must be one of ddim, dpm: got 'euler'"):
+        tableau(config(), "euler", 50, 6.0, False)

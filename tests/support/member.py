@@ -1,0 +1,59 @@
+"""One of several processes, for the tests of hosts: `python member.py STEPS FAULT WHO`. Its loop of collectives stands in for sampling."""
+
+import sys
+import time
+
+import numpy as np
+
+from cogi2v_jax.devices import hosts
+
+SILENCE = 6.0
+EVERYONE = 99
+
+
+def loop(steps: int, fault: str, who: int) -> None:
+    import jax
+
+    from cogi2v_jax.devices.sharding import Sizes, fetch, make_mesh, put, split
+
+    sharding = split(make_mesh(Sizes(data=jax.device_count()), jax.devices()), "video")
+    values = np.arange(8.0 * jax.device_count(), dtype=np.float32).reshape(-1, 4)
+    turn = jax.jit(lambda x: jax.numpy.roll(x, 1, axis=0) - x.mean(0), out_shardings=sharding, donate_argnums=0)
+    x, expected = put(values, sharding), values
+    for step in range(steps):
+        x, expected = turn(x), np.roll(expected, 1, axis=0) - expected.mean(0)
+        jax.block_until_ready(x)
+        print(f"step {step}")
+        if step == 3 and who in (jax.process_index(), EVERYONE):
+            time.sleep(0.5 * (who == EVERYONE and hosts.leads()))  # not quite at once
+            match fault:
+                case "raise":
+                    raise ValueError("image must be an image")
+                case "exit":
+                    sys.exit(3)
+                case "return":
+                    raise InterruptedError
+    np.testing.assert_allclose(fetch(x), expected, atol=1e-4)
+    hosts.meet("sampled")
+    time.sleep(0.5 * hosts.leads())  # as if it wrote a file
+    print(f"process 0 of {jax.process_count()} with {jax.device_count()} devices")
+
+
+@hosts.together
+def main(steps: str, fault: str = "", who: str = "-1") -> int:
+    try:
+        hosts.join(SILENCE)
+    except (ValueError, OSError) as error:
+        print(f"cogi2v: {error}", file=sys.stderr)
+        return 1
+    try:
+        loop(int(steps), fault, int(who))
+    except InterruptedError:
+        return 4
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(*sys.argv[1:])
+    time.sleep(1.5 * hosts.leads())  # a slow end
+    sys.exit(code)

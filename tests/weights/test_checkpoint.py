@@ -1,0 +1,321 @@
+"""Converted folders: what was written is what is restored, a part at a time, and what is broken is refused by name."""
+
+import json
+import shutil
+import threading
+import weakref
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import twins
+from cogi2v_convert.conversion import homes, to_flax
+
+from cogi2v_jax.weights import checkpoint
+from cogi2v_jax.weights.checkpoint import (
+    MANIFEST,
+    NETWORKS,
+    PIECES,
+    Models,
+    abstract,
+    bytes_per_device,
+    is_stacked,
+    layer_count,
+    leaf_names,
+    open_folder,
+    piece,
+    read_unit,
+    unit_path,
+    write_unit,
+)
+
+FLOAT32 = jnp.dtype(jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return twins.pipeline("1.0")
+
+
+@pytest.fixture(scope="module")
+def converted(pipeline, tmp_path_factory):
+    """To be copied, not changed."""
+    folder = tmp_path_factory.mktemp("converted")
+    return to_flax(twins.save(pipeline, folder / "source"), folder / "flax")
+
+
+@pytest.fixture
+def folder(converted, tmp_path):
+    return Path(shutil.copytree(converted, tmp_path / "flax"))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Every unit that is read, in order."""
+    seen = []
+    read = checkpoint.read_shards
+
+    def watch(folder, part, layer, *arguments):
+        seen.append((part, layer))
+        return read(folder, part, layer, *arguments)
+
+    monkeypatch.setattr(checkpoint, "read_shards", watch)
+    return seen
+
+
+def refused(call, *arguments) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    assert " must " in str(caught.value)
+    return str(caught.value)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("part", NETWORKS)
+def test_restoring_gives_what_was_written_in_the_dtype_asked_for(part, dtype, converted, pipeline):
+    models = open_folder(converted, jnp.dtype(dtype))
+    pieces = {prefix: models.piece(name) for name, (owner, prefix) in PIECES.items() if owner == part}
+    leaves = {prefix + name: np.asarray(leaf) for prefix, network in pieces.items() for name, leaf in leaf_names(network).items()}
+    tensors = getattr(pipeline, part).state_dict()
+    places = homes(models.config, part)
+    assert {leaf.dtype.name for leaf in leaves.values()} == {dtype}
+    for name, (rule, layer) in places.items():
+        leaf = leaves[rule.flax] if layer is None else leaves[rule.flax][layer]
+        assert np.ascontiguousarray(rule.to_torch(leaf)).tobytes() == bits(tensors[name].to(getattr(torch, dtype)))
+    assert {rule.flax for rule, _ in places.values()} == leaves.keys()
+
+
+def test_a_network_that_was_restored_computes(converted):
+    text = open_folder(converted, FLOAT32).piece("text_encoder")(jnp.zeros((1, 12), jnp.int32))
+    assert text.shape == (1, 12, 20)
+    assert bool(jnp.isfinite(text).all())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_a_unit_is_read_as_it_was_written_in_every_dtype(dtype, tmp_path, rng):
+    kind = jnp.dtype(dtype)
+    drawn = rng.integers(0, 256, (5, 7, kind.itemsize), dtype=np.uint8).view(kind)[..., 0]  # NaNs with payloads among them
+    leaves = {
+        "any.bits": drawn,
+        "negative.zero": np.full((3,), -0.0).astype(kind),
+        "zero": np.zeros((2, 2), kind),
+        "one": np.ones((1,), kind),
+    }
+    write_unit(tmp_path, "vae", None, leaves)
+    write_unit(tmp_path, "vae", 7, {"other": np.zeros((1,), kind)})
+    read = read_unit(tmp_path, "vae", None)
+    assert read.keys() == leaves.keys()
+    for name, leaf in leaves.items():
+        assert (read[name].dtype, read[name].shape, read[name].tobytes()) == (leaf.dtype, leaf.shape, leaf.tobytes())
+    assert unit_path(tmp_path, "vae", 7) == tmp_path / "vae" / "weights" / "007"
+
+
+def test_threads_may_write_and_read_units_at_once(tmp_path):
+    leaves = {f"leaf.{number}": np.full((20, 20), number, np.float32) for number in range(20)}
+    write_unit(tmp_path, "shared", 0, leaves)
+    faults = []
+
+    def work(number):
+        try:
+            for layer in range(4):
+                write_unit(tmp_path, f"part{number}", layer, leaves)
+                for part, written in (("shared", 0), (f"part{number}", layer)):
+                    read = read_unit(tmp_path, part, written)
+                    assert all(np.array_equal(read[name], leaf) for name, leaf in leaves.items())
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+
+
+def test_shapes_are_known_without_memory(converted):
+    config = open_folder(converted, FLOAT32).config
+    network = abstract(config, "transformer", FLOAT32)
+    leaves = leaf_names(network)
+    assert not any(hasattr(leaf, "addressable_shards") for leaf in leaves.values())
+    assert leaves["blocks.attn.q.kernel"].shape == (3, 96, 96)
+    assert is_stacked("blocks.attn.q.kernel")
+    assert not is_stacked("table")
+    assert [layer_count(config, part) for part in NETWORKS] == [3, 0, 3]
+
+
+# parts, one at a time
+
+
+def test_a_part_is_not_read_before_it_is_asked_for(converted, reads):
+    models = open_folder(converted, FLOAT32)
+    assert reads == []
+    models.piece("vae")
+    assert reads == [("vae", None)]
+    models.piece("text_encoder")
+    assert reads == [("vae", None), *(("text_encoder", layer) for layer in (None, 0, 1, 2))]
+
+
+def size(models, *names) -> int:
+    return sum(bytes_per_device(piece(models.config, name, FLOAT32)) for name in names)
+
+
+def test_pieces_stay_loaded_where_they_fit_together(converted, reads, monkeypatch):
+    models = open_folder(converted, FLOAT32)
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, *PIECES) + 1000)
+    first = [models.piece(name, workspace=1000) for name in PIECES]
+    count = len(reads)
+    assert [models.piece(name, workspace=1000) for name in PIECES] == first
+    assert len(reads) == count
+
+
+def test_what_was_used_longest_ago_leaves_first_and_only_for_want_of_room(converted, monkeypatch):
+    models = open_folder(converted, FLOAT32)
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, *PIECES) + 1000)
+    for name in ("text_encoder", "vae", "modulation", "transformer", "text_encoder"):
+        models.piece(name)
+    assert list(models._resident) == ["vae", "modulation", "transformer", "text_encoder"]
+    models.piece("transformer", workspace=1001)
+    assert list(models._resident) == ["modulation", "text_encoder", "transformer"]
+    models.piece("transformer", workspace=2**40)  # alone, and the device will say if even that is too much
+    assert list(models._resident) == ["transformer"]
+
+
+def test_a_piece_that_leaves_is_not_kept_alive(converted, monkeypatch):
+    models = open_folder(converted, FLOAT32)
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, "transformer"))
+    gone = weakref.ref(models.piece("text_encoder").norm.scale.get_value())
+    models.piece("transformer")
+    assert gone() is None
+
+
+def test_ahead_of_its_phase_a_piece_is_loaded_only_beside_the_others(converted, monkeypatch):
+    models = open_folder(converted, FLOAT32)
+    models.piece("text_encoder")
+    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, "text_encoder", "transformer"))
+    assert models.piece("transformer", workspace=1, ahead=True) is None
+    assert list(models._resident) == ["text_encoder"]
+    ahead = models.piece("transformer", ahead=True)
+    assert models.piece("transformer") is ahead
+
+
+def test_the_transformers_pieces_are_all_of_it(converted):
+    config = open_folder(converted, FLOAT32).config
+    whole = leaf_names(abstract(config, "transformer", FLOAT32))
+    pieces = {
+        prefix + name
+        for piece_, (part, prefix) in PIECES.items()
+        if part == "transformer"
+        for name in leaf_names(piece(config, piece_, FLOAT32))
+    }
+    assert pieces == whole.keys()
+    assert not any(name.startswith("modulation") for name in leaf_names(piece(config, "transformer", FLOAT32)))
+
+
+def test_the_memory_limit_is_the_machine_s():
+    assert 2**28 < checkpoint.memory_limit() < 2**50
+
+
+def test_a_converted_folder_loads_wherever_it_is_moved(folder, converted, tmp_path):
+    moved = folder.rename(tmp_path / "elsewhere, with a space")
+    ours, theirs = (leaf_names(open_folder(path, FLOAT32).piece("vae")) for path in (moved, converted))
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_relative_path_does(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert isinstance(open_folder(Path("flax"), FLOAT32), Models)
+    open_folder(Path("flax"), FLOAT32).piece("vae")
+
+
+# broken folders
+
+
+def test_what_is_no_converted_folder_is_refused(tmp_path):
+    assert f"{tmp_path} must hold checkpoint.json" in refused(open_folder, tmp_path, FLOAT32)
+    assert "checkpoint.json" in refused(open_folder, tmp_path / "nothing", FLOAT32)
+    (tmp_path / MANIFEST).write_text("{")
+    assert f"{MANIFEST} must be a JSON file" in refused(open_folder, tmp_path, FLOAT32)
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+def test_another_format_version_is_refused(version, folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"format": version}))
+    assert f"{folder} must have format 2: got {version!r}; convert its source again" in refused(open_folder, folder, FLOAT32)
+
+
+@pytest.mark.parametrize("files", [None, ["transformer/weights/rest"], 3])
+def test_a_manifest_without_sizes_of_files_is_refused(files, folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
+    assert f"{folder / MANIFEST} must have the sizes of its files" in refused(open_folder, folder, FLOAT32)
+
+
+def test_a_missing_configuration_is_refused(folder):
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    assert "scheduler must hold scheduler_config.json" in refused(open_folder, folder, FLOAT32)
+
+
+def largest(unit: Path) -> Path:
+    return max((path for path in unit.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+HALF_COPIED = {
+    "no unit": shutil.rmtree,
+    "an empty unit": lambda unit: [shutil.rmtree(unit), unit.mkdir()],
+    "a file less": lambda unit: largest(unit).unlink(),
+    "a file cut short": lambda unit: largest(unit).write_bytes(largest(unit).read_bytes()[:-1]),
+    "an empty file": lambda unit: largest(unit).write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", HALF_COPIED)
+@pytest.mark.parametrize(("part", "layer"), [("vae", None), ("transformer", 1)])
+def test_a_folder_copied_by_halves_is_refused_before_anything_is_loaded(part, layer, damage, folder, reads):
+    unit = unit_path(folder, part, layer)
+    HALF_COPIED[damage](unit)
+    line = refused(open_folder, folder, FLOAT32)
+    assert f"{folder} must be whole" in line
+    assert unit.relative_to(folder).as_posix() in line
+    assert reads == []
+
+
+@pytest.mark.parametrize("damage", ["garbage", "gone", "not a folder"])
+@pytest.mark.parametrize(("part", "layer"), [("vae", None), ("transformer", 1)])
+def test_a_unit_that_breaks_later_is_refused_by_name(part, layer, damage, folder):
+    models = open_folder(folder, FLOAT32)
+    unit = unit_path(folder, part, layer)
+    if damage == "garbage":
+        (unit / "_METADATA").write_bytes(b"garbage")
+    else:
+        shutil.rmtree(unit)
+        if damage == "not a folder":
+            unit.write_text("x")
+    assert f"{unit} must be a whole orbax checkpoint" in refused(models.piece, part)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda leaves: leaves.pop("norm.scale"), "norm.scale missing"),
+        (lambda leaves: leaves.update(new=np.zeros(2)), "new not of this network"),
+        (lambda leaves: leaves.update({"norm.scale": np.zeros((3,), np.float32)}), "norm.scale [3]"),
+        (lambda leaves: [leaves.pop("embedding"), leaves.pop("norm.scale")], "embedding missing, norm.scale missing"),
+    ],
+)
+def test_a_unit_of_another_network_is_refused_by_its_leaves(change, expected, folder):
+    models = open_folder(folder, FLOAT32)
+    unit = unit_path(folder, "text_encoder", None)
+    leaves = read_unit(folder, "text_encoder", None)
+    change(leaves)
+    shutil.rmtree(unit)
+    write_unit(folder, "text_encoder", None, leaves)
+    assert f"{unit} must hold the network's leaves: got {expected}" in refused(models.piece, "text_encoder")
