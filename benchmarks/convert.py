@@ -31,7 +31,7 @@ from full_networks import cut
 from vs_reference import aligned, machine
 
 from cogi2v_jax import config
-from cogi2v_jax.weights.checkpoint import abstract, leaf_names
+from cogi2v_jax.weights.pieces import abstract, leaf_names
 
 SHARD = 5e9  # bytes of a source file, as the released ones have
 

@@ -17,7 +17,7 @@ from flax import nnx
 from cogi2v_jax import config
 from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.sampling.programs import Place
-from cogi2v_jax.weights.checkpoint import NETWORKS, PIECES, is_stacked
+from cogi2v_jax.weights.pieces import NETWORKS, PIECES, is_stacked
 
 BLOCKS = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
 # What a released checkpoint is cut down to, and the request that goes with it.

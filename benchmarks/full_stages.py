@@ -21,8 +21,9 @@ from cogi2v_jax.devices.compiler_options import compile_with
 from cogi2v_jax.devices.sharding import put, split
 from cogi2v_jax.request import Request
 from cogi2v_jax.sampling.noise import seed_words
-from cogi2v_jax.sampling.programs import OFS, Phases, mesh_for
-from cogi2v_jax.weights.checkpoint import memory_limit
+from cogi2v_jax.sampling.programs import Phases, mesh_for
+from cogi2v_jax.sampling.stages import OFS
+from cogi2v_jax.weights.pieces import memory_limit
 
 GUIDANCE = 6.0
 # How the reference can be run: through torch.compile with one of its modes, and with the attention kernel that torch is held to.

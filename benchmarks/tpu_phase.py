@@ -17,7 +17,7 @@ import tpu_kernel
 from jax.experimental import topologies
 
 from cogi2v_jax import config
-from cogi2v_jax.devices.sharding import make_mesh, sizes_of
+from cogi2v_jax.devices.mesh import make_mesh, sizes_of
 from cogi2v_jax.models.attention import resolved
 from cogi2v_jax.request import Request
 from cogi2v_jax.sampling.programs import Phases

@@ -31,7 +31,7 @@ from PIL import Image
 import cogi2v_jax
 from cogi2v_jax.devices.compiling import Stopwatch
 from cogi2v_jax.devices.sharding import put, split
-from cogi2v_jax.media.videos import fit_image, read_image
+from cogi2v_jax.media.images import fit_image, read_image
 from cogi2v_jax.models.tokenizer import tokenize
 from cogi2v_jax.pipeline import decode, phases_of, run
 from cogi2v_jax.sampling.noise import seed_words

@@ -18,14 +18,15 @@ from jaxtyping import Float, Int, UInt8, UInt32
 from .config import CheckpointConfig
 from .devices.compiling import Stopwatch, workspace
 from .devices.sharding import fetch, put, split
-from .media.videos import fit_image, read_image
+from .media.images import fit_image, read_image
 from .models.tokenizer import tokenize
 from .models.vae_tiles import decode_tiled, encode_tiled, sides
 from .request import Noise, Request, Resolved
 from .sampling import noise as streams
 from .sampling.programs import Call, Phases, Place, mesh_for
 from .sampling.schedule import draws
-from .weights.checkpoint import Models, memory_limit
+from .weights.checkpoint import Models
+from .weights.pieces import memory_limit
 
 OnStep = Callable[[int, int, Any], None]  # (step, steps, latents), on the host, after every step
 OnLatents = Callable[[Any, Resolved], None]  # (latents, resolved request), before they are decoded

@@ -17,9 +17,10 @@ from . import __version__
 from .arguments import add_settings, weighted
 from .config import names
 from .devices import hosts, plan
+from .media.images import read_image
 from .media.recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
 from .media.rows import Job, read_manifest
-from .media.videos import check_output, read_image, write_video
+from .media.videos import check_output, write_video
 from .request import Request, Video
 
 EMBEDDED = "cogi2v-tiny"

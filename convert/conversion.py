@@ -13,18 +13,8 @@ import numpy as np
 from cogi2v_jax import __version__
 from cogi2v_jax.config import CheckpointConfig, read_json
 from cogi2v_jax.weights import bucket
-from cogi2v_jax.weights.checkpoint import (
-    CONFIG_FILES,
-    FORMAT,
-    MANIFEST,
-    NETWORKS,
-    abstract,
-    layer_count,
-    leaf_names,
-    open_folder,
-    read_leaves,
-    unit_shapes,
-)
+from cogi2v_jax.weights.checkpoint import CONFIG_FILES, FORMAT, MANIFEST, open_folder, read_leaves
+from cogi2v_jax.weights.pieces import NETWORKS, abstract, layer_count, leaf_names, unit_shapes
 
 from .sources import lookalikes
 from .sources.diffusers import CODES, write_index, write_safetensors

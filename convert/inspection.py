@@ -7,9 +7,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from cogi2v_jax.config import CheckpointConfig, named, names, one_line, toml
-from cogi2v_jax.weights.checkpoint import MANIFEST, NETWORKS, abstract, check_loras, int8_errors, leaf_names, open_folder, read_config
+from cogi2v_jax.weights.checkpoint import MANIFEST, check_loras, int8_errors, open_folder, read_config
 from cogi2v_jax.weights.hub import locate
 from cogi2v_jax.weights.hub import report as say
+from cogi2v_jax.weights.pieces import NETWORKS, abstract, leaf_names
 
 from . import lora_match
 from .conversion import homes, match, tensors_recorded

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cogi2v_jax.config import CheckpointConfig
-from cogi2v_jax.weights.checkpoint import abstract, leaf_names
 from cogi2v_jax.weights.lora import Factors, Lora
+from cogi2v_jax.weights.pieces import abstract, leaf_names
 
 from .sources.lora_file import LoraFile
 from .tables.lora_keys import KINDS, kind, meaning

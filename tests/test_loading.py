@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 from cogi2v_jax import loading
 from cogi2v_jax.loading import load
-from cogi2v_jax.weights.checkpoint import FORMAT, leaf_names
+from cogi2v_jax.weights.checkpoint import FORMAT
 from cogi2v_jax.weights.hub import EMBEDDED
+from cogi2v_jax.weights.pieces import leaf_names
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

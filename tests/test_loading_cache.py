@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save
 
 from cogi2v_jax import loading
 from cogi2v_jax.loading import load
-from cogi2v_jax.weights.checkpoint import leaf_names
+from cogi2v_jax.weights.pieces import leaf_names
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -157,7 +157,7 @@ def transformer_gib(model: str) -> float:
     import jax.numpy as jnp
     from flax import nnx
 
-    from ..weights.checkpoint import abstract
+    from ..weights.pieces import abstract
 
     network = abstract(config.named(model), "transformer", jnp.dtype(jnp.bfloat16))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(network))) / 2**30

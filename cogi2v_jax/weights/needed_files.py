@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from .checkpoint import CONFIG_FILES, NETWORKS
+from .checkpoint import CONFIG_FILES
+from .pieces import NETWORKS
 
 SUFFIXES = (".safetensors", ".bin")
 # stem, variant ("fp16"), number of a shard; or an index, whose variant stands behind.

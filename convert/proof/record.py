@@ -17,8 +17,8 @@ from unittest import mock
 import numpy as np
 
 from cogi2v_jax.config import CheckpointConfig
+from cogi2v_jax.media.images import read_image
 from cogi2v_jax.media.recipe import SETTINGS
-from cogi2v_jax.media.videos import read_image
 from cogi2v_jax.pipeline import tokens
 from cogi2v_jax.request import Request, Resolved
 from cogi2v_jax.sampling.schedule import tableau

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from cogi2v_jax.config import PARTS, CheckpointConfig, read_json
-from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST, NETWORKS
+from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST
 from cogi2v_jax.weights.hub import locate, report
+from cogi2v_jax.weights.pieces import NETWORKS
 
 from . import lookalikes
 from .diffusers import STEMS, weight_files

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from cogi2v_jax.config import BLOCKS, CheckpointConfig
-from cogi2v_jax.weights.checkpoint import abstract, int8_errors, leaf_names
+from cogi2v_jax.weights.checkpoint import int8_errors
+from cogi2v_jax.weights.pieces import abstract, leaf_names
 
 from ..tables.rules import Home
 from .folder import Sums

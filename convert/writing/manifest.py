@@ -14,17 +14,8 @@ from platformdirs import user_cache_path
 
 from cogi2v_jax import __version__
 from cogi2v_jax.config import read_json
-from cogi2v_jax.weights.checkpoint import (
-    CONFIG_FILES,
-    FORMAT,
-    MANIFEST,
-    NETWORKS,
-    layer_count,
-    read_config,
-    read_unit,
-    unit_name,
-    weight_files,
-)
+from cogi2v_jax.weights.checkpoint import CONFIG_FILES, FORMAT, MANIFEST, read_config, read_unit, unit_name, weight_files
+from cogi2v_jax.weights.pieces import NETWORKS, layer_count
 
 from .checksums import crc32, digest
 from .folder import Journal, Sums, sync

@@ -14,21 +14,9 @@ from tolerances import assert_close
 import cogi2v_jax
 from cogi2v_jax import Models, Request, config, pipeline
 from cogi2v_jax.devices.compiling import Stopwatch
-from cogi2v_jax.devices.sharding import (
-    Sizes,
-    Work,
-    by_squares,
-    choose_sizes,
-    fetch,
-    make_mesh,
-    misfits,
-    put,
-    sizes_of,
-    spatial,
-    split,
-    work_of,
-)
-from cogi2v_jax.weights.checkpoint import bytes_per_device, piece, placed
+from cogi2v_jax.devices.mesh import Sizes, Work, by_squares, choose_sizes, make_mesh, misfits, sizes_of, spatial, work_of
+from cogi2v_jax.devices.sharding import fetch, put, split
+from cogi2v_jax.weights.pieces import bytes_per_device, piece, placed
 
 FLOAT32 = jnp.dtype(jnp.float32)
 EIGHT = [Sizes(data, pair, context) for data in (1, 2, 4, 8) for pair in (1, 2) for context in (1, 2, 4, 8) if data * pair * context == 8]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from cogi2v_jax import config
-from cogi2v_jax.devices.sharding import misfits, sizes_of, work_of
+from cogi2v_jax.devices.mesh import misfits, sizes_of, work_of
 from cogi2v_jax.request import Request
-from cogi2v_jax.sampling import programs
-from cogi2v_jax.weights.checkpoint import piece
+from cogi2v_jax.sampling import programs, stages
+from cogi2v_jax.weights.pieces import piece
 
 NATIVE = {
     "cogvideox-5b-i2v": ((13, 60, 90, 16), (49, 480, 720, 3), 17776),
@@ -28,14 +28,14 @@ def traced(call: programs.Call, place: programs.Phases) -> object:
 
 
 PROGRAMS = {
-    "TEXT": programs.encode_text,
-    "MOMENTS": programs.encode_image,
-    "IMAGE": programs.draw_image,
-    "SHIFTS": programs.modulate,
-    "START": programs.draw_start,
-    "DENOISE": programs.denoise,
-    "DECODE": programs.decode_latents,
-    "BYTES": programs.to_bytes,
+    "TEXT": stages.encode_text,
+    "MOMENTS": stages.encode_image,
+    "IMAGE": stages.draw_image,
+    "SHIFTS": stages.modulate,
+    "START": stages.draw_start,
+    "DENOISE": stages.denoise,
+    "DECODE": stages.decode_latents,
+    "BYTES": stages.to_bytes,
 }
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from cogi2v_jax import config
-from cogi2v_jax.weights.checkpoint import NETWORKS
+from cogi2v_jax.weights.pieces import NETWORKS
 
 # A fixed number of the same cases every time, and no minimising of what is found: a case is a file's worth of work.
 CASES = settings(

@@ -11,7 +11,7 @@ import pytest
 from pictures import close, one_line, picture
 from PIL import Image
 
-from cogi2v_jax.media.videos import fit_image, read_image
+from cogi2v_jax.media.images import fit_image, read_image
 from cogi2v_jax.request import FITS
 
 

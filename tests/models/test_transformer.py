@@ -13,7 +13,7 @@ from tolerances import TOLERANCE, assert_close, relative_error
 
 from cogi2v_jax.models.positions import sinusoid
 from cogi2v_jax.models.transformer import Transformer
-from cogi2v_jax.sampling.programs import OFS
+from cogi2v_jax.sampling.stages import OFS
 
 TIMESTEP = 999
 

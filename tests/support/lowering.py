@@ -11,9 +11,9 @@ import numpy as np
 from topologies import chip
 
 from cogi2v_jax import config
-from cogi2v_jax.devices.sharding import Sizes, make_mesh
+from cogi2v_jax.devices.mesh import Sizes, make_mesh
 from cogi2v_jax.request import Request
-from cogi2v_jax.sampling import programs
+from cogi2v_jax.sampling import programs, stages
 from cogi2v_jax.sampling.programs import Phases
 
 STEPS = 4
@@ -74,7 +74,7 @@ def operations(text: str, names: str) -> Iterator[tuple[str, str, str]]:
             yield found[1], found[2], line.strip()
 
 
-PROGRAMS = {"text": programs.encode_text, "denoise": programs.denoise, "decode": programs.decode_latents}
+PROGRAMS = {"text": stages.encode_text, "denoise": stages.denoise, "decode": stages.decode_latents}
 
 
 def handed_to_nvidia(phase: str, dtype: str) -> str:

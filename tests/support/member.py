@@ -14,7 +14,8 @@ EVERYONE = 99
 def loop(steps: int, fault: str, who: int) -> None:
     import jax
 
-    from cogi2v_jax.devices.sharding import Sizes, fetch, make_mesh, put, split
+    from cogi2v_jax.devices.mesh import Sizes, make_mesh
+    from cogi2v_jax.devices.sharding import fetch, put, split
 
     sharding = split(make_mesh(Sizes(data=jax.device_count()), jax.devices()), "video")
     values = np.arange(8.0 * jax.device_count(), dtype=np.float32).reshape(-1, 4)

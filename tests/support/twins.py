@@ -16,9 +16,10 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 import cogi2v_jax
 from cogi2v_jax.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from cogi2v_jax.devices.sharding import Layout, Sizes, make_mesh
+from cogi2v_jax.devices.mesh import Sizes, make_mesh
+from cogi2v_jax.devices.sharding import Layout
 from cogi2v_jax.models.attention import BACKENDS
-from cogi2v_jax.weights.checkpoint import NETWORKS, is_stacked, leaf_names
+from cogi2v_jax.weights.pieces import NETWORKS, is_stacked, leaf_names
 
 TINY = Path(cogi2v_jax.__file__).parent / "assets" / "cogi2v-tiny"
 VAE_BLOCKS = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}

@@ -14,22 +14,8 @@ import twins
 from cogi2v_convert.conversion import homes, to_flax
 
 from cogi2v_jax.weights import checkpoint
-from cogi2v_jax.weights.checkpoint import (
-    MANIFEST,
-    NETWORKS,
-    PIECES,
-    Models,
-    abstract,
-    bytes_per_device,
-    is_stacked,
-    layer_count,
-    leaf_names,
-    open_folder,
-    piece,
-    read_unit,
-    unit_path,
-    write_unit,
-)
+from cogi2v_jax.weights.checkpoint import MANIFEST, Models, open_folder, read_unit, unit_path, write_unit
+from cogi2v_jax.weights.pieces import NETWORKS, PIECES, abstract, bytes_per_device, is_stacked, layer_count, leaf_names, piece
 
 FLOAT32 = jnp.dtype(jnp.float32)
 

@@ -30,21 +30,8 @@ from cogi2v_jax import Models, Request, config, pipeline
 from cogi2v_jax.models import layers
 from cogi2v_jax.models.layers import Linear
 from cogi2v_jax.weights import checkpoint
-from cogi2v_jax.weights.checkpoint import (
-    MANIFEST,
-    NETWORKS,
-    bytes_per_device,
-    int8_errors,
-    layer_count,
-    leaf_names,
-    open_folder,
-    piece,
-    placed,
-    read_unit,
-    unit_path,
-    weight_files,
-    write_unit,
-)
+from cogi2v_jax.weights.checkpoint import MANIFEST, int8_errors, open_folder, read_unit, unit_path, weight_files, write_unit
+from cogi2v_jax.weights.pieces import NETWORKS, bytes_per_device, layer_count, leaf_names, piece, placed
 
 FLOAT32, HALF = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 KERNELS = {

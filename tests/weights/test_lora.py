@@ -21,14 +21,15 @@ from tolerances import TOLERANCE, assert_close, relative_error
 
 import cogi2v_jax
 from cogi2v_jax import Models, Request
-from cogi2v_jax.devices.sharding import Sizes, make_mesh
+from cogi2v_jax.devices.mesh import Sizes, make_mesh
 from cogi2v_jax.media.recipe import recipe_of
 from cogi2v_jax.media.videos import read_frames, read_recipe
 from cogi2v_jax.sample import main
 from cogi2v_jax.sampling import programs
 from cogi2v_jax.weights import checkpoint
-from cogi2v_jax.weights.checkpoint import PIECES, check_loras, leaf_names, placed, restore
+from cogi2v_jax.weights.checkpoint import check_loras, restore
 from cogi2v_jax.weights.lora import RANK, Factors, Lora, check_leaves
+from cogi2v_jax.weights.pieces import PIECES, leaf_names, placed
 
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
 ALL = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "linear", "linear_1", "linear_2", "proj_out")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from cogi2v_jax import Request, pipeline
 from cogi2v_jax.devices.compiling import Program
-from cogi2v_jax.sampling import programs, schedule
+from cogi2v_jax.sampling import programs, schedule, stages
 
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
 STEPS = 4
@@ -157,14 +157,14 @@ def test_a_swapped_pair_is_placed_at_the_prompts(case: Case, monkeypatch: pytest
 def test_swapped_predictions_are_placed_at_the_predictions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(*args: Any, **static: Any) -> Any:
         network, carry, index, rows, shifts, noise, words, image, text, where = args
-        return programs.denoise(network, carry, index, rows, shifts, noise, words, image, jnp.roll(text, 1, axis=0), where, **static)
+        return stages.denoise(network, carry, index, rows, shifts, noise, words, image, jnp.roll(text, 1, axis=0), where, **static)
 
     monkeypatch.setattr(programs, "DENOISE", Program(swapped, static=("slab", "layout")))
     assert fed(verify.verify(str(case.source), case.single)) == {"unconditional", "conditional"}
 
 
 def test_a_shifted_frame_is_placed_at_the_images_latents(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    shifted = Program(lambda *args, **static: jnp.roll(programs.draw_image(*args, **static), 1, axis=1), static=("frames", "mesh"))
+    shifted = Program(lambda *args, **static: jnp.roll(stages.draw_image(*args, **static), 1, axis=1), static=("frames", "mesh"))
     monkeypatch.setattr(programs, "IMAGE", shifted)
     report = verify.verify(str(case.source), case.single)
     assert first(report) == "posterior"  # of which it shows the first frame
@@ -172,7 +172,7 @@ def test_a_shifted_frame_is_placed_at_the_images_latents(case: Case, monkeypatch
 
 
 def test_a_shifted_frame_of_the_video_is_placed_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    shifted = Program(lambda *args, **static: jnp.roll(programs.decode_latents(*args, **static), 1, axis=1), static=("strips", "mesh"))
+    shifted = Program(lambda *args, **static: jnp.roll(stages.decode_latents(*args, **static), 1, axis=1), static=("strips", "mesh"))
     monkeypatch.setattr(programs, "DECODE", shifted)
     assert {row.stage for row in verify.verify(str(case.source), case.single).faults} == {"video"}
 
@@ -188,7 +188,7 @@ def test_a_timestep_off_by_one_is_placed_at_the_schedule(case: Case, monkeypatch
 
 def test_what_is_not_a_number_fails_and_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **static: Any) -> Any:
-        return programs.decode_latents(*args, **static).at[0, 2, 3, 4, 1].set(jnp.nan)
+        return stages.decode_latents(*args, **static).at[0, 2, 3, 4, 1].set(jnp.nan)
 
     monkeypatch.setattr(programs, "DECODE", Program(broken, static=("strips", "mesh")))
     report = verify.verify(str(case.source), case.single)

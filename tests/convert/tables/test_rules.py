@@ -15,7 +15,7 @@ from transformers import T5Config, T5EncoderModel
 from twins import VAE_BLOCKS
 
 from cogi2v_jax.config import TransformerConfig, named
-from cogi2v_jax.weights.checkpoint import NETWORKS, abstract, is_stacked, layer_count, leaf_names
+from cogi2v_jax.weights.pieces import NETWORKS, abstract, is_stacked, layer_count, leaf_names
 
 FULL_SIZE = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
 # Tensors and numbers in the released files.
