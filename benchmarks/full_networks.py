@@ -1,5 +1,6 @@
-"""The released networks with random weights, the same ones for both frameworks: torch draws them where it computes, and ours are laid out
-from its memory by the convert tables. Nothing goes through the host, where 22 GB of numbers would take minutes."""
+"""The released networks with random weights, the same ones for both frameworks: torch draws them
+where it computes, and ours are laid out from its memory by the convert tables. Nothing goes through
+the host, where 22 GB of numbers would take minutes."""
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 import dataclasses
@@ -19,18 +20,28 @@ from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.sampling.programs import Place
 from cogi2v_jax.weights.pieces import NETWORKS, PIECES, is_stacked
 
-BLOCKS = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+BLOCKS = {
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+}
 # What a released checkpoint is cut down to, and the request that goes with it.
 Size = dict[str, dict[str, Any]]
 FULL: Size = {"transformer": {}, "vae": {}, "text_encoder": {}, "request": {}}
-WIDE: Size = {  # everything as wide as it is, but few layers and a small picture: what a machine without a GPU can hold
+# Everything as wide as it is, but few layers and a small picture: what a machine without a GPU can
+# hold.
+WIDE: Size = {
     "transformer": {"num_layers": 2, "sample_height": 12, "sample_width": 18, "sample_frames": 17},
     "vae": {},
     "text_encoder": {"num_layers": 2},
     "request": {"height": 96, "width": 144, "num_frames": 17},
 }
 SMALL: Size = {
-    "transformer": {**WIDE["transformer"], "num_attention_heads": 2, "time_embed_dim": 64, "text_embed_dim": 64},
+    "transformer": {
+        **WIDE["transformer"],
+        "num_attention_heads": 2,
+        "time_embed_dim": 64,
+        "text_embed_dim": 64,
+    },
     "vae": {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
     "text_encoder": {"num_layers": 2, "d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16},
     "request": WIDE["request"],
@@ -43,15 +54,24 @@ def cut(name: str, size: str) -> tuple[CheckpointConfig, dict[str, Any]]:
     whole = config.named(name)
     less = SIZES[size]
     parts: dict[str, Any] = {
-        part: dataclasses.replace(getattr(whole, part), **changed) for part, changed in less.items() if part in NETWORKS
+        part: dataclasses.replace(getattr(whole, part), **changed)
+        for part, changed in less.items()
+        if part in NETWORKS
     }
     if whole.transformer.ofs_embed_dim:  # it is added to the time's embedding
-        parts["transformer"] = dataclasses.replace(parts["transformer"], ofs_embed_dim=parts["transformer"].time_embed_dim)
-    return dataclasses.replace(whole, **parts, name=name if size == "full" else None), less["request"]
+        parts["transformer"] = dataclasses.replace(
+            parts["transformer"], ofs_embed_dim=parts["transformer"].time_embed_dim
+        )
+    return dataclasses.replace(whole, **parts, name=name if size == "full" else None), less[
+        "request"
+    ]
 
 
-def reference(part: str, config: CheckpointConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.nn.Module:
-    """The reference's network with seeded weights, which are bfloat16 values whatever the dtype: both dtypes compute with the same ones."""
+def reference(
+    part: str, config: CheckpointConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> torch.nn.Module:
+    """The reference's network with seeded weights, which are bfloat16 values whatever the dtype:
+    both dtypes compute with the same ones."""
     own = dataclasses.asdict(getattr(config, part))
     with torch.device("meta"):
         if part == "transformer":
@@ -59,7 +79,9 @@ def reference(part: str, config: CheckpointConfig, dtype: torch.dtype, device: t
         elif part == "vae":
             module = diffusers.AutoencoderKLCogVideoX(**own, **BLOCKS)
         else:
-            module = transformers.T5EncoderModel(transformers.T5Config(**own, **config.text_encoder.REQUIRED, dropout_rate=0.0))
+            module = transformers.T5EncoderModel(
+                transformers.T5Config(**own, **config.text_encoder.REQUIRED, dropout_rate=0.0)
+            )
     module = module.to(dtype).to_empty(device=device).requires_grad_(False).eval()
     if part == "text_encoder":
         module.tie_weights()
@@ -72,8 +94,9 @@ def reference(part: str, config: CheckpointConfig, dtype: torch.dtype, device: t
 
 
 def _scale(name: str, shape: tuple[int, ...], config: CheckpointConfig) -> tuple[float, float]:
-    """(mean, standard deviation) with which activations stay about one through a trained network's depth: sums of as many inputs as there
-    are, norms near the identity, T5's unscaled logits kept small by its queries."""
+    """(mean, standard deviation) with which activations stay about one through a trained network's
+    depth: sums of as many inputs as there are, norms near the identity, T5's unscaled logits kept
+    small by its queries."""
     if len(shape) == 1:
         return (1.0 if name.endswith("weight") else 0.0), 0.1
     if name.endswith(("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")):
@@ -83,11 +106,14 @@ def _scale(name: str, shape: tuple[int, ...], config: CheckpointConfig) -> tuple
     inputs = 1
     for count in shape[1:]:
         inputs *= count
-    return 0.0, (inputs * (config.text_encoder.d_kv if name.endswith("SelfAttention.q.weight") else 1)) ** -0.5
+    return 0.0, (
+        inputs * (config.text_encoder.d_kv if name.endswith("SelfAttention.q.weight") else 1)
+    ) ** -0.5
 
 
 def ours(name: str, module: torch.nn.Module, place: Place) -> nnx.Module:
-    """One of checkpoint.PIECES with a reference network's weights, on the device that they are on."""
+    """One of checkpoint.PIECES with a reference network's weights, on the device that they are
+    on."""
     part, prefix = PIECES[name]
     tensors = module.state_dict()
     found: dict[str, list[Any]] = {}
@@ -97,7 +123,11 @@ def ours(name: str, module: torch.nn.Module, place: Place) -> nnx.Module:
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         leaf_name = prefix + ".".join(map(str, path))
-        layers = [rule.to_flax(jax.dlpack.from_dlpack(tensors[torch_name].contiguous())) for rule, torch_name in found[leaf_name]]
-        value = jnp.stack(layers) if is_stacked(leaf_name) else jnp.array(layers[0])  # a copy: torch's own may be freed
+        layers = [
+            rule.to_flax(jax.dlpack.from_dlpack(tensors[torch_name].contiguous()))
+            for rule, torch_name in found[leaf_name]
+        ]
+        # A copy: torch's own may be freed.
+        value = jnp.stack(layers) if is_stacked(leaf_name) else jnp.array(layers[0])
         filled.append((path, leaf.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -1,4 +1,5 @@
-"""The stages of a request at full size, each as two callables on one device: ours and the reference's, on the same weights and inputs."""
+"""The stages of a request at full size, each as two callables on one device: ours and the
+reference's, on the same weights and inputs."""
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 import warnings
@@ -26,7 +27,8 @@ from cogi2v_jax.sampling.stages import OFS
 from cogi2v_jax.weights.pieces import memory_limit
 
 GUIDANCE = 6.0
-# How the reference can be run: through torch.compile with one of its modes, and with the attention kernel that torch is held to.
+# How the reference can be run: through torch.compile with one of its modes, and with the attention
+# kernel that torch is held to.
 VARIANTS: dict[str, tuple[str | None, SDPBackend | None]] = {
     "eager": (None, None),
     "eager, cuDNN attention": (None, SDPBackend.CUDNN_ATTENTION),
@@ -34,13 +36,17 @@ VARIANTS: dict[str, tuple[str | None, SDPBackend | None]] = {
     "compile, cuDNN attention": ("default", SDPBackend.CUDNN_ATTENTION),
     "compile, flash attention": ("default", SDPBackend.FLASH_ATTENTION),
     "compile max-autotune": ("max-autotune-no-cudagraphs", None),
-    "compile max-autotune, cuDNN attention": ("max-autotune-no-cudagraphs", SDPBackend.CUDNN_ATTENTION),
+    "compile max-autotune, cuDNN attention": (
+        "max-autotune-no-cudagraphs",
+        SDPBackend.CUDNN_ATTENTION,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a checkpoint's architecture at a size, in a dtype, on the one device of both frameworks."""
+    """What is measured: a checkpoint's architecture at a size, in a dtype, on the one device of
+    both frameworks."""
 
     model: str
     size: str
@@ -63,7 +69,12 @@ class Case:
     @cached_property
     def phases(self) -> Phases:
         config, asked = cut(self.model, self.size)
-        settings = {"num_inference_steps": self.steps, "guidance_scale": GUIDANCE, "use_dynamic_cfg": False, "scheduler": "ddim"}
+        settings = {
+            "num_inference_steps": self.steps,
+            "guidance_scale": GUIDANCE,
+            "use_dynamic_cfg": False,
+            "scheduler": "ddim",
+        }
         with warnings.catch_warnings(action="ignore"):  # sizes outside of the published range
             request = Request("none.png", "none", **settings, **asked).resolve(config)
         dtype, memory = jnp.dtype(self.dtype), memory_limit()
@@ -72,11 +83,18 @@ class Case:
 
     def normal(self, seed: int, *shape: int) -> torch.Tensor:
         """Float32 values that bfloat16 holds, so that every dtype starts from the same ones."""
-        return torch.randn(shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device).bfloat16().float()
+        return (
+            torch.randn(
+                shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device
+            )
+            .bfloat16()
+            .float()
+        )
 
 
 class Program(NamedTuple):
-    """Ours, compiled: a call, and the bytes that its executables take at most, weights and arguments included."""
+    """Ours, compiled: a call, and the bytes that its executables take at most, weights and
+    arguments included."""
 
     call: Callable[[], Any]
     peak: int
@@ -84,8 +102,8 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One result, of the reference's and of ours. `inner` is the module of theirs that torch.compile gets; `parts` is what times are
-    divided by."""
+    """One result, of the reference's and of ours. `inner` is the module of theirs that
+    torch.compile gets; `parts` is what times are divided by."""
 
     inner: torch.nn.Module
     theirs: Callable[[], torch.Tensor]  # already in our layout
@@ -93,7 +111,8 @@ class Stage:
     parts: int = 1
 
     def variant(self, name: str) -> Callable[[], torch.Tensor]:
-        """The reference run in one of VARIANTS. What torch.compile makes is kept between the calls."""
+        """The reference run in one of VARIANTS. What torch.compile makes is kept between the
+        calls."""
         mode, kernel = VARIANTS[name]
         plain = type(self.inner).forward
 
@@ -131,7 +150,13 @@ def given(tensor: torch.Tensor) -> jax.Array:
 def peak(*executables: Any) -> int:
     """Bytes of arguments, results and what lies between, by the compiler's own plan."""
     sizes = [executable.memory_analysis() for executable in executables]
-    return max(m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes for m in sizes)
+    return max(
+        m.argument_size_in_bytes
+        + m.output_size_in_bytes
+        + m.temp_size_in_bytes
+        - m.alias_size_in_bytes
+        for m in sizes
+    )
 
 
 def text_encoder(case: Case) -> dict[str, Stage]:
@@ -139,7 +164,9 @@ def text_encoder(case: Case) -> dict[str, Stage]:
     module = reference("text_encoder", case.config, case.torch_dtype, case.device)
     network, place = ours("text_encoder", module, case.phases), case.phases
     sizes = (2, case.config.transformer.max_text_seq_length)
-    ids = torch.randint(2, case.config.text_encoder.vocab_size, sizes, generator=torch.manual_seed(1)).to(case.device)
+    ids = torch.randint(
+        2, case.config.text_encoder.vocab_size, sizes, generator=torch.manual_seed(1)
+    ).to(case.device)
 
     def program() -> Program:
         call = place.text(given(ids.int()))
@@ -169,23 +196,33 @@ def vae(case: Case) -> dict[str, Stage]:
         return frames_first(module.decode(unscaled, return_dict=False)[0])
 
     return {
-        "image encode": Stage(module.encoder, moments, lambda: program(place.moments(given(pixels)))),
+        "image encode": Stage(
+            module.encoder, moments, lambda: program(place.moments(given(pixels)))
+        ),
         "VAE decode": Stage(module.decoder, video, lambda: program(place.decode(given(latents)))),
     }
 
 
 def transformer(case: Case) -> dict[str, Stage]:
-    """A prediction, and steps of the loop with guidance, the evaluation of their modulation included."""
+    """A prediction, and steps of the loop with guidance, the evaluation of their modulation
+    included."""
     module = reference("transformer", case.config, case.torch_dtype, case.device)
     place, request, config = case.phases, case.phases.request, case.config.transformer
     modulation, network = (ours(name, module, place) for name in ("modulation", "transformer"))
     frames, rows, columns, channels, _ = place.shape
     start = case.normal(3, 1, frames, channels, rows, columns)
-    image = torch.cat([case.normal(4, 1, 1, channels, rows, columns), torch.zeros_like(start[:, 1:])], dim=1)
+    image = torch.cat(
+        [case.normal(4, 1, 1, channels, rows, columns), torch.zeros_like(start[:, 1:])], dim=1
+    )
     text = case.normal(5, 2, config.max_text_seq_length, config.text_embed_dim).to(case.torch_dtype)
-    scheduler = diffusers.CogVideoXDDIMScheduler(**vars(case.config.scheduler), **case.config.scheduler.REQUIRED)
-    pipe = diffusers.CogVideoXImageToVideoPipeline(None, None, None, module, scheduler)  # for its rotary tables
-    rotary = pipe._prepare_rotary_positional_embeddings(request.height, request.width, frames, case.device)
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        **vars(case.config.scheduler), **case.config.scheduler.REQUIRED
+    )
+    # For its rotary tables.
+    pipe = diffusers.CogVideoXImageToVideoPipeline(None, None, None, module, scheduler)
+    rotary = pipe._prepare_rotary_positional_embeddings(
+        request.height, request.width, frames, case.device
+    )
     more = {"image_rotary_emb": rotary, "return_dict": False}
     if config.ofs_embed_dim:
         more["ofs"] = torch.full((1,), OFS, dtype=case.torch_dtype, device=case.device)
@@ -208,12 +245,22 @@ def transformer(case: Case) -> dict[str, Stage]:
         scheduler.set_timesteps(case.steps, device=case.device)
         return channels_last(predict(start, text[1:], scheduler.timesteps[0]))
 
-    def program(schedule: Any, text: torch.Tensor, slab: int, options: Mapping[str, str] | None = None) -> Program:
+    def program(
+        schedule: Any, text: torch.Tensor, slab: int, options: Mapping[str, str] | None = None
+    ) -> Program:
         shifts = place.shifts()
         carry = (given(channels_last(start)), jnp.zeros_like(given(channels_last(start))))
-        constant = (None, put(seed_words([0]), split(place.mesh)), given(channels_last(image)), given(text), place.positions())
+        constant = (
+            None,
+            put(seed_words([0]), split(place.mesh)),
+            given(channels_last(image)),
+            given(text),
+            place.positions(),
+        )
         before = shifts.compile(place)
-        call = place.denoise(carry, 0, schedule, before(modulation, *shifts.args), *constant, slab=slab)
+        call = place.denoise(
+            carry, 0, schedule, before(modulation, *shifts.args), *constant, slab=slab
+        )
         loop = call.compile(place) if options is None else compile_with(options, call.lower(place))
 
         def run() -> jax.Array:
@@ -224,10 +271,18 @@ def transformer(case: Case) -> dict[str, Stage]:
 
     flat = {name: np.zeros_like(column) for name, column in place.rows._asdict().items()}
     ones = np.ones_like(place.rows.x0)
-    lands = place.rows._replace(**{**flat, "timestep": place.rows.timestep, "sigma": -ones, "x0": ones})  # on v: a schedule is data
+    # On v: a schedule is data.
+    lands = place.rows._replace(
+        **{**flat, "timestep": place.rows.timestep, "sigma": -ones, "x0": ones}
+    )
     return {
         "DiT forward": Stage(module, one, lambda: program(lands, text[1:], 1)),
-        "denoising step": Stage(module, theirs, lambda **options: program(place.rows, text, case.steps, **options), parts=case.steps),
+        "denoising step": Stage(
+            module,
+            theirs,
+            lambda **options: program(place.rows, text, case.steps, **options),
+            parts=case.steps,
+        ),
     }
 
 

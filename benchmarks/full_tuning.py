@@ -1,4 +1,5 @@
-"""Where a denoising step's time goes on a GPU, and what it takes with other attention kernels and compiler options."""
+"""Where a denoising step's time goes on a GPU, and what it takes with other attention kernels and
+compiler options."""
 
 # pyright: reportPrivateImportUsage=false, reportMissingImports=false
 import argparse
@@ -16,7 +17,8 @@ from full_stages import Case, Stage, transformer
 from cogi2v_jax.devices.compiler_options import compiler_options
 
 STEP = "denoising step"
-# What is tried: a backend with the options that flags.py has for the device, and with these instead.
+# What is tried: a backend with the options that flags.py has for the device, and with these
+# instead.
 TRIALS: tuple[tuple[str, dict[str, str] | None], ...] = (
     ("auto", None),
     ("tokamax", None),
@@ -36,12 +38,18 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     for backend, options in TRIALS:
         row: dict[str, Any] = {
             "attention": backend,
-            "options": " ".join(f"{name}={value}" for name, value in (options or {}).items()) or "ours",
+            "options": " ".join(f"{name}={value}" for name, value in (options or {}).items())
+            or "ours",
         }
         try:
             stage = _step(args, dtype, backend)
             begin = time.perf_counter()
-            program = stage.ours(options={**compiler_options(jax.devices()[0].device_kind, loop=True), **(options or {})})
+            program = stage.ours(
+                options={
+                    **compiler_options(jax.devices()[0].device_kind, loop=True),
+                    **(options or {}),
+                }
+            )
             jax.block_until_ready(program.call())
             row["compiled"] = time.perf_counter() - begin
             row["seconds"] = [_timed(program.call) / stage.parts for _ in range(args.repeats)]
@@ -61,13 +69,19 @@ def tune_table(rows: list[dict[str, Any]]) -> list[list[str]]:
             continue
         middle = statistics.median(row["seconds"])
         assert first is not None
-        numbers = [f"{middle:.4g}", f"{first / middle:.2f}", f"{row['peak'] / 2**30:.2f}", f"{row['compiled']:.0f}"]
+        numbers = [
+            f"{middle:.4g}",
+            f"{first / middle:.2f}",
+            f"{row['peak'] / 2**30:.2f}",
+            f"{row['compiled']:.0f}",
+        ]
         cells.append([row["attention"], row["options"], *numbers])
     return cells
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """The kernels of a step, ours and those of the reference's first variant, by the time they take."""
+    """The kernels of a step, ours and those of the reference's first variant, by the time they
+    take."""
     (dtype,) = args.dtypes
     stage = _step(args, dtype, args.attention)
     call = stage.ours().call
@@ -78,7 +92,11 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     for variant in args.variants[:1]:
         theirs = stage.variant(variant)
         theirs()
-        activities = [torch.profiler.ProfilerActivity.CUDA if torch.cuda.is_available() else torch.profiler.ProfilerActivity.CPU]
+        activities = [
+            torch.profiler.ProfilerActivity.CUDA
+            if torch.cuda.is_available()
+            else torch.profiler.ProfilerActivity.CPU
+        ]
         with torch.profiler.profile(activities=activities) as profiler:
             theirs()
             if torch.cuda.is_available():
@@ -89,24 +107,32 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
         total = sum(kernels.values()) or 1.0
         shown = kernels.most_common(SHOWN)
         shown += [("all others", total - sum(seconds for _, seconds in shown))]
-        rows += [{"side": side, "kernel": name, "seconds": spent / stage.parts, "share": spent / total} for name, spent in shown]
+        rows += [
+            {"side": side, "kernel": name, "seconds": spent / stage.parts, "share": spent / total}
+            for name, spent in shown
+        ]
     return {"rows": rows}
 
 
 def profile_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     cells = [["side", "kernel", "ms a step", "share"]]
-    return cells + [[row["side"], row["kernel"], f"{1e3 * row['seconds']:.3f}", f"{row['share']:.1%}"] for row in rows]
+    return cells + [
+        [row["side"], row["kernel"], f"{1e3 * row['seconds']:.3f}", f"{row['share']:.1%}"]
+        for row in rows
+    ]
 
 
 def _of_jax(folder: Path) -> Counter[str]:
-    """Seconds by kernel, numbers at names' ends taken off: of the GPU's streams, or else of the CPU's threads."""
+    """Seconds by kernel, numbers at names' ends taken off: of the GPU's streams, or else of the
+    CPU's threads."""
     (file,) = folder.rglob("*.xplane.pb")
     planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     spent: Counter[str] = Counter()
     for plane in devices or planes:
         for line in plane.lines:
-            if devices and not line.name.startswith("Stream"):  # the other lines tell the same time again, by module and by step
+            # The other lines tell the same time again, by module and by step.
+            if devices and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
                 if devices or any(key == "hlo_op" for key, _ in event.stats):
@@ -117,7 +143,9 @@ def _of_jax(folder: Path) -> Counter[str]:
 def _of_torch(profiler: torch.profiler.profile) -> Counter[str]:
     spent: Counter[str] = Counter()
     for event in profiler.key_averages():
-        own = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        own = (
+            event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
+        )
         spent[event.key[:80]] += own * 1e-6
     return spent
 

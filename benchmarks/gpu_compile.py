@@ -1,13 +1,16 @@
-"""What XLA makes of the full-size programs for an H100 where there is none: memory, and the bytes that their kernels move.
+"""What XLA makes of the full-size programs for an H100 where there is none: memory, and the bytes
+that their kernels move.
 
     pip install 'jax[cuda12]'                                  # the compiler; no driver and no device are needed
     python benchmarks/gpu_compile.py [--model M] [--phase denoise] [--attention cudnn] [--hlo DIR] [--markdown]
 
-Static: nothing is timed. Kernels are those that XLA takes without tuning, so a tuned program may differ in tiles, not in what it moves. The
-H100's bandwidth alone takes at least the seconds before the last column; products and attention take theirs by operations besides.
+Static: nothing is timed. Kernels are those that XLA takes without tuning, so a tuned program may
+differ in tiles, not in what it moves. The H100's bandwidth alone takes at least the seconds before
+the last column; products and attention take theirs by operations besides.
 """
 
-# pyright: reportPrivateImportUsage=false, reportMissingImports=false, reportAttributeAccessIssue=false
+# pyright: reportPrivateImportUsage=false, reportMissingImports=false,
+# reportAttributeAccessIssue=false
 import argparse
 import os
 import re
@@ -44,8 +47,19 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-MEMORY, BANDWIDTH = int(0.75 * 84978434048), 3.35e12  # bytes that jax takes of the device unless told; bytes a second
-SILENT = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "while", "conditional", "call"}  # no bytes of their own
+# Bytes that jax takes of the device unless told; bytes a second.
+MEMORY, BANDWIDTH = int(0.75 * 84978434048), 3.35e12
+# No bytes of their own.
+SILENT = {
+    "parameter",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "constant",
+    "while",
+    "conditional",
+    "call",
+}
 
 
 def device() -> Any:
@@ -54,7 +68,9 @@ def device() -> Any:
     fused.check_cudnn_version = lambda: 90800
     fused.check_compute_capability = lambda _: True
     fused.is_cuda_compute_capability_equal = lambda version: version == "9.0"
-    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1").devices[0]
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1"
+    ).devices[0]
 
 
 def moved(text: str) -> Counter[str]:
@@ -72,10 +88,19 @@ def moved(text: str) -> Counter[str]:
             elif instruction.opcode == "call":
                 found += walk(instruction.attribute("to_apply"))
             elif instruction.opcode not in SILENT:
-                slices = "dynamic_slice" in instruction.name or "dynamic_update_slice" in instruction.name
-                # A slice is read of a stack, or written into it, not the whole of it: the smaller sides count, twice.
-                sizes = [_bytes(instruction.shape), *(_bytes(instructions[operand].shape) for operand in instruction.operands)]
-                found[_kind(instruction)] += 2 * sorted(sizes)[-2] if slices and len(sizes) > 1 else sum(sizes)
+                slices = (
+                    "dynamic_slice" in instruction.name
+                    or "dynamic_update_slice" in instruction.name
+                )
+                # A slice is read of a stack, or written into it, not the whole of it: the smaller
+                # sides count, twice.
+                sizes = [
+                    _bytes(instruction.shape),
+                    *(_bytes(instructions[operand].shape) for operand in instruction.operands),
+                ]
+                found[_kind(instruction)] += (
+                    2 * sorted(sizes)[-2] if slices and len(sizes) > 1 else sum(sizes)
+                )
         return found
 
     return walk(entry)
@@ -101,21 +126,48 @@ def _bytes(shape: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The full-size programs through XLA's compiler for an H100 that is not there.")
+    parser = argparse.ArgumentParser(
+        description="The full-size programs through XLA's compiler for an H100 that is not there."
+    )
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--attention", default="cudnn")
     parser.add_argument("--hlo", type=Path, help="write the optimised programs there")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    cells = [["model", "phase", "GiB", "GB moved: products", "attention", "convolutions", "the rest", "s at least", "compiled in s"]]
+    cells = [
+        [
+            "model",
+            "phase",
+            "GiB",
+            "GB moved: products",
+            "attention",
+            "convolutions",
+            "the rest",
+            "s at least",
+            "compiled in s",
+        ]
+    ]
     gpu, half = device(), jnp.dtype(jnp.bfloat16)
     for name in args.model:
         checkpoint = config.named(name)
         request = Request("none.png", "none", num_inference_steps=1).resolve(checkpoint)
-        place = Phases(checkpoint, half, mesh_for(checkpoint, half, "data=1", 1, True, [gpu], MEMORY), MEMORY, request, args.attention)
+        place = Phases(
+            checkpoint,
+            half,
+            mesh_for(checkpoint, half, "data=1", 1, True, [gpu], MEMORY),
+            MEMORY,
+            request,
+            args.attention,
+        )
         for phase in args.phase:
-            cells.append([name, phase + (", one step" if phase == "denoise" else ""), *_row(place, phase, place.calls(phase), args.hlo)])
+            cells.append(
+                [
+                    name,
+                    phase + (", one step" if phase == "denoise" else ""),
+                    *_row(place, phase, place.calls(phase), args.hlo),
+                ]
+            )
             print("  ".join(cells[-1]), file=sys.stderr, flush=True)
     mark = " | " if args.markdown else "  "
     for line in [cells[0], *([["-"] * len(cells[0])] if args.markdown else []), *cells[1:]]:
@@ -128,13 +180,24 @@ def _row(place: Phases, phase: str, calls: list[Call], hlo: Path | None) -> list
         options = compiler_options(place.mesh.devices.flat[0].device_kind, call.program.loop)
         executable = compile_with(options, call.lower(place))
         sizes = executable.memory_analysis()
-        memory = max(memory, sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes)
+        memory = max(
+            memory,
+            sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes,
+        )
         bytes_moved += moved(text := executable.as_text())
         if hlo is not None:
             (hlo / f"{place.config.name}-{phase}-{number}.txt").write_text(text)
     seconds = time.perf_counter() - begin
-    kinds = [f"{bytes_moved[kind] / 1e9:.1f}" for kind in ("products", "attention", "convolutions", "the rest")]
-    return [f"{memory / 2**30:.2f}", *kinds, f"{sum(bytes_moved.values()) / BANDWIDTH:.3f}", f"{seconds:.0f}"]
+    kinds = [
+        f"{bytes_moved[kind] / 1e9:.1f}"
+        for kind in ("products", "attention", "convolutions", "the rest")
+    ]
+    return [
+        f"{memory / 2**30:.2f}",
+        *kinds,
+        f"{sum(bytes_moved.values()) / BANDWIDTH:.3f}",
+        f"{seconds:.0f}",
+    ]
 
 
 if __name__ == "__main__":

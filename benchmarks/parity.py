@@ -1,9 +1,11 @@
-"""Random checkpoints of both families recorded by the reference and verified by us; the table of docs/same_model.md.
+"""Random checkpoints of both families recorded by the reference and verified by us; the table of
+docs/same_model.md.
 
     python benchmarks/parity.py [--steps N] [--write]
 
-Small networks with everything that the released ones have (heads of 64, 16 latent channels, learned table or `ofs`, both rotary grids):
-what is compared is the mathematics. The released weights go through the same two commands: `cogi2v-convert record` and `verify`.
+Small networks with everything that the released ones have (heads of 64, 16 latent channels, learned
+table or `ofs`, both rotary grids): what is compared is the mathematics. The released weights go
+through the same two commands: `cogi2v-convert record` and `verify`.
 """
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
@@ -23,7 +25,9 @@ try:
     import torch
     import transformers
 except ImportError as missing:
-    sys.exit(f"benchmarks/parity.py must have the reference installed: {missing}; pip install 'cogi2v-jax[reference]'")
+    sys.exit(
+        f"benchmarks/parity.py must have the reference installed: {missing}; pip install 'cogi2v-jax[reference]'"
+    )
 
 from cogi2v_convert.proof.record import record  # pyright: ignore[reportMissingImports]
 from cogi2v_convert.proof.verify import FED, Report, verify  # pyright: ignore[reportMissingImports]
@@ -34,27 +38,60 @@ from cogi2v_jax.weights.hub import EMBEDDED
 PAGE = Path(__file__).parent.parent / "docs" / "same_model.md"
 BEGIN, END = "<!-- benchmarks/parity.py -->", "<!-- end -->"
 FAMILIES: dict[str, dict[str, Any]] = {
-    "5B-I2V": {"sample_height": 12, "sample_width": 18, "sample_frames": 17, "use_learned_positional_embeddings": True},
-    "1.5-5B-I2V": {"patch_size_t": 2, "ofs_embed_dim": 512, "patch_bias": False, "sample_height": 300, "sample_width": 300},
+    "5B-I2V": {
+        "sample_height": 12,
+        "sample_width": 18,
+        "sample_frames": 17,
+        "use_learned_positional_embeddings": True,
+    },
+    "1.5-5B-I2V": {
+        "patch_size_t": 2,
+        "ofs_embed_dim": 512,
+        "patch_bias": False,
+        "sample_height": 300,
+        "sample_width": 300,
+    },
 }
 
 
 def make(folder: Path, family: str) -> Path:
     """A diffusers folder of seeded random weights."""
     torch.manual_seed(0)
-    t5 = {"vocab_size": 39, "d_model": 256, "d_kv": 32, "d_ff": 1024, "num_layers": 4, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
-    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 6, "in_channels": 32, "text_embed_dim": 256}
-    blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+    t5 = {
+        "vocab_size": 39,
+        "d_model": 256,
+        "d_kv": 32,
+        "d_ff": 1024,
+        "num_layers": 4,
+        "num_heads": 8,
+        "feed_forward_proj": "gated-gelu",
+    }
+    sizes = {
+        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "num_layers": 6,
+        "in_channels": 32,
+        "text_embed_dim": 256,
+    }
+    blocks = {
+        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+    }
     latents = {"scaling_factor": 0.7, "invert_scale_latents": family.startswith("1.5")}
     tiny = EMBEDDED / "cogi2v-tiny"
     diffusers.CogVideoXImageToVideoPipeline(
         tokenizer=transformers.T5Tokenizer.from_pretrained(tiny / "tokenizer"),
         text_encoder=transformers.T5EncoderModel(transformers.T5Config(**t5)),
-        vae=diffusers.AutoencoderKLCogVideoX(block_out_channels=(32, 64, 64, 128), **blocks, **latents),
-        transformer=diffusers.CogVideoXTransformer3DModel(**sizes, **FAMILIES[family], use_rotary_positional_embeddings=True),
+        vae=diffusers.AutoencoderKLCogVideoX(
+            block_out_channels=(32, 64, 64, 128), **blocks, **latents
+        ),
+        transformer=diffusers.CogVideoXTransformer3DModel(
+            **sizes, **FAMILIES[family], use_rotary_positional_embeddings=True
+        ),
         scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(tiny / "scheduler"),
     ).save_pretrained(folder)
-    shutil.copyfile(tiny / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")  # newer transformers leave it out
+    # Newer transformers leave it out.
+    shutil.copyfile(tiny / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")
     return folder
 
 
@@ -81,14 +118,18 @@ def verified(scratch: Path, family: str, steps: int) -> tuple[Report, Report]:
 
 
 def table(reports: dict[str, tuple[Report, Report]]) -> list[str]:
-    """The worst step of every stage: in float32 the relative error (of the video its PSNR), in bfloat16 our error over the reference's."""
+    """The worst step of every stage: in float32 the relative error (of the video its PSNR), in
+    bfloat16 our error over the reference's."""
     heads = [f"{family}, {what}" for family in reports for what in ("float32", "bfloat16")]
     lines = [f"| {' | '.join(['stage', 'input', *heads])} |", f"|{'---|' * (2 + len(heads))}"]
     rows = next(iter(reports.values()))[0].rows
     for stage, mode in dict.fromkeys((row.stage, row.mode) for row in rows):
         cells = [stage, "the reference's" if mode == FED else "our own"]
         for single, half in reports.values():
-            ours, theirs = ([row for row in report.rows if (row.stage, row.mode) == (stage, mode)] for report in (single, half))
+            ours, theirs = (
+                [row for row in report.rows if (row.stage, row.mode) == (stage, mode)]
+                for report in (single, half)
+            )
             psnr = [row.psnr for row in ours if row.psnr is not None]
             error = max(row.error for row in ours)
             cells.append(f"{min(psnr):.0f} dB" if psnr else f"{error:.1e}" if error else "equal")
@@ -99,20 +140,29 @@ def table(reports: dict[str, tuple[Report, Report]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Both families against the reference, stage by stage.")
+    parser = argparse.ArgumentParser(
+        description="Both families against the reference, stage by stage."
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         reports = {family: verified(Path(scratch), family, args.steps) for family in FAMILIES}
-    packages = ", ".join(f"{package} {version(package)}" for package in ("jax", "torch", "diffusers", "transformers"))
+    packages = ", ".join(
+        f"{package} {version(package)}" for package in ("jax", "torch", "diffusers", "transformers")
+    )
     about = f"Random weights, 96x144, 17 frames, {args.steps} DPM steps with dynamic guidance, on a CPU: {packages}."
     text = "\n".join([*table(reports), "", about])
     print(text)
     if args.write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    faults = [f"{family}: {report.verdict()}" for family, both in reports.items() for report in both if report.faults]
+    faults = [
+        f"{family}: {report.verdict()}"
+        for family, both in reports.items()
+        for report in both
+        if report.faults
+    ]
     sys.exit("\n".join(faults) or 0)
 
 

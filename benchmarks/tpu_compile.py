@@ -4,13 +4,16 @@
     python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--phase NAME]     # all that is left open, into configs/plans.toml
     python benchmarks/tpu_compile.py --markdown                                      # configs/plans.toml as a table
 
-Nothing here is a measured time. `peak_gib` is the compiler's sum of arguments, outputs and temporaries of a chip; a program that it refuses
-for its memory does not fit. Static seconds are the cycles that the compiler schedules, over the chip's clock, and the bytes on the wire, at
-100 GB/s: a floor, for a kernel's schedule knows nothing of waiting for memory. The second figure counts kernels 1.27 times, which brought
-three published step times of another port on v4 within 5 %: one constant, fitted on one generation and one kernel.
+Nothing here is a measured time. `peak_gib` is the compiler's sum of arguments, outputs and
+temporaries of a chip; a program that it refuses for its memory does not fit. Static seconds are the
+cycles that the compiler schedules, over the chip's clock, and the bytes on the wire, at 100 GB/s: a
+floor, for a kernel's schedule knows nothing of waiting for memory. The second figure counts kernels
+1.27 times, which brought three published step times of another port on v4 within 5 %: one constant,
+fitted on one generation and one kernel.
 
-Every row is compiled in a process of its own, because libtpu reads its flags once. Rows that configs/plans.toml already holds are kept, if
-they were made with the same jax and libtpu: after a change to the programs, remove the file first.
+Every row is compiled in a process of its own, because libtpu reads its flags once. Rows that
+configs/plans.toml already holds are kept, if they were made with the same jax and libtpu: after a
+change to the programs, remove the file first.
 """
 
 import argparse
@@ -34,8 +37,8 @@ Row = dict[str, Any]
 
 
 def environment(schedules: Path | None) -> dict[str, str]:
-    """What makes libtpu compile for chips that are not there, and dump the last schedule of every kernel that still shows its delays. The
-    caller's own libtpu flags stay."""
+    """What makes libtpu compile for chips that are not there, and dump the last schedule of every
+    kernel that still shows its delays. The caller's own libtpu flags stay."""
     dump = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -44,28 +47,56 @@ def environment(schedules: Path | None) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump if schedules else ''}",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # an executable from a cache is not compiled, and dumps nothing
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # An executable from a cache is not compiled, and dumps nothing.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
 
 
 def compiled(model: str, mesh: str, phase: str, attention: str, hlo: Path | None = None) -> Row:
-    """One row. Where kernels are in it, it is compiled once more for their schedules: to dump them takes half as long as to compile, which
-    no user waits for. Raises RuntimeError with the compiler's last words where it fails for anything but memory."""
-    words = ["--model", model, "--mesh", mesh, "--phase", phase, "--attention", attention, *(["--hlo", str(hlo)] if hlo else [])]
+    """One row. Where kernels are in it, it is compiled once more for their schedules: to dump them
+    takes half as long as to compile, which no user waits for. Raises RuntimeError with the
+    compiler's last words where it fails for anything but memory."""
+    words = [
+        "--model",
+        model,
+        "--mesh",
+        mesh,
+        "--phase",
+        phase,
+        "--attention",
+        attention,
+        *(["--hlo", str(hlo)] if hlo else []),
+    ]
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
         row = compiler(words, Path(scratch, "row.json"))
         if "static_seconds" in row or not row["fits"]:
             return row
-        return compiler(words, Path(scratch, "scheduled.json"), Path(scratch)) | {"compile_seconds": row["compile_seconds"]}
+        return compiler(words, Path(scratch, "scheduled.json"), Path(scratch)) | {
+            "compile_seconds": row["compile_seconds"]
+        }
 
 
 def compiler(words: list[str], row: Path, schedules: Path | None = None) -> Row:
-    """A row without figures that need schedules, unless there is a folder for these; from a process of its own."""
-    command = [sys.executable, "-m", "tpu_phase", *words, "--json", row, *(["--schedules", schedules] if schedules else [])]
+    """A row without figures that need schedules, unless there is a folder for these; from a process
+    of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "tpu_phase",
+        *words,
+        "--json",
+        row,
+        *(["--schedules", schedules] if schedules else []),
+    ]
     done = subprocess.run(command, env=environment(schedules), stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError("\n".join(done.stderr.splitlines()[-15:]) or f"the compiler's process ended with {done.returncode}")
+        raise RuntimeError(
+            "\n".join(done.stderr.splitlines()[-15:])
+            or f"the compiler's process ended with {done.returncode}"
+        )
     return json.loads(row.read_text())
 
 
@@ -78,7 +109,11 @@ def kept() -> list[Row]:
     if not PLANS.exists():
         return []
     plans, now = tomllib.loads(PLANS.read_text()), made()
-    return plans["row"] if all(plans["made"][package] == now[package] for package in ("jax", "libtpu")) else []
+    return (
+        plans["row"]
+        if all(plans["made"][package] == now[package] for package in ("jax", "libtpu"))
+        else []
+    )
 
 
 def write(rows: list[Row], path: Path = PLANS) -> None:
@@ -90,7 +125,10 @@ def write(rows: list[Row], path: Path = PLANS) -> None:
 
     head = "# What the TPU compiler says of every phase on every mesh; nothing here was measured. Written by benchmarks/tpu_compile.py."
     beside = path.with_suffix(".part")
-    beside.write_text("\n\n".join([head, table("[made]", made()), *(table("[[row]]", row) for row in rows)]) + "\n")
+    beside.write_text(
+        "\n\n".join([head, table("[made]", made()), *(table("[[row]]", row) for row in rows)])
+        + "\n"
+    )
     beside.replace(path)
 
 
@@ -100,12 +138,38 @@ def cells(row: Row) -> list[str]:
     def figure(key: str, form: str, scale: float = 1.0) -> str:
         return format(row[key] * scale, form) if key in row else "-"
 
-    seconds = f"{figure('static_seconds_floor', '.1f')} - {figure('static_seconds', '.1f')}" if row["fits"] else "-"
-    names = [row["model"], row["mesh"], row["phase"], "yes" if row["fits"] else "no", figure("peak_gib", ".2f")]
-    return [*names, figure("flops", ".1f", 1e-12), figure("collective_mib_per_layer", ".1f"), seconds, figure("compile_seconds", ".0f")]
+    seconds = (
+        f"{figure('static_seconds_floor', '.1f')} - {figure('static_seconds', '.1f')}"
+        if row["fits"]
+        else "-"
+    )
+    names = [
+        row["model"],
+        row["mesh"],
+        row["phase"],
+        "yes" if row["fits"] else "no",
+        figure("peak_gib", ".2f"),
+    ]
+    return [
+        *names,
+        figure("flops", ".1f", 1e-12),
+        figure("collective_mib_per_layer", ".1f"),
+        seconds,
+        figure("compile_seconds", ".0f"),
+    ]
 
 
-HEAD = ["model", "mesh", "phase", "fits", "GiB a chip", "TFLOP a chip", "MiB sent a layer", "static s", "compiled in s"]
+HEAD = [
+    "model",
+    "mesh",
+    "phase",
+    "fits",
+    "GiB a chip",
+    "TFLOP a chip",
+    "MiB sent a layer",
+    "static s",
+    "compiled in s",
+]
 WIDTHS = [19, 6, 7, 4, 10, 12, 16, 15, 13]
 
 
@@ -116,37 +180,62 @@ def line(parts: list[str]) -> str:
 def markdown(plans: dict[str, Any]) -> str:
     lines = [HEAD, ["-" * len(name) for name in HEAD], *map(cells, plans["row"])]
     versions = "jax {jax}, libtpu {libtpu}, {date}".format(**plans["made"])
-    return "\n".join([*(f"| {' | '.join(parts)} |" for parts in lines), "", f"Compiled with {versions}."])
+    return "\n".join(
+        [*(f"| {' | '.join(parts)} |" for parts in lines), "", f"Compiled with {versions}."]
+    )
 
 
 def main() -> None:
     known = tomllib.loads((ROOT / "configs" / "meshes.toml").read_text())["meshes"]
     tpus = [name for name, mesh in known.items() if "topology" in mesh]
-    parser = argparse.ArgumentParser(description="What the TPU compiler says of our programs, without a TPU.")
+    parser = argparse.ArgumentParser(
+        description="What the TPU compiler says of our programs, without a TPU."
+    )
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--mesh", choices=tpus)
     parser.add_argument("--phase", choices=PHASES)
     parser.add_argument("--attention", default="auto", help="as of cogi2v-sample")
-    parser.add_argument("--json", type=Path, help="write the rows there and leave configs/plans.toml alone")
-    parser.add_argument("--hlo", type=Path, help="write the optimised programs there; for a single row")
-    parser.add_argument("--markdown", action="store_true", help="print configs/plans.toml as a table and compile nothing")
+    parser.add_argument(
+        "--json", type=Path, help="write the rows there and leave configs/plans.toml alone"
+    )
+    parser.add_argument(
+        "--hlo", type=Path, help="write the optimised programs there; for a single row"
+    )
+    parser.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print configs/plans.toml as a table and compile nothing",
+    )
     args = parser.parse_args()
     if args.markdown:
         print(markdown(tomllib.loads(PLANS.read_text())))
         return
     open_ends = ([args.model], MODELS), ([args.mesh], tpus), ([args.phase], PHASES)
-    wanted = list(itertools.product(*(given if given != [None] else every for given, every in open_ends)))
+    wanted = list(
+        itertools.product(*(given if given != [None] else every for given, every in open_ends))
+    )
     if args.hlo and len(wanted) > 1:
-        parser.error(f"--hlo must go with one --model, one --mesh and one --phase: got {len(wanted)} rows")
+        parser.error(
+            f"--hlo must go with one --model, one --mesh and one --phase: got {len(wanted)} rows"
+        )
     try:
         made()
     except PackageNotFoundError as missing:
-        sys.exit(f"benchmarks/tpu_compile.py must have libtpu (Linux on x86-64): {missing}; pip install libtpu")
+        sys.exit(
+            f"benchmarks/tpu_compile.py must have libtpu (Linux on x86-64): {missing}; pip install libtpu"
+        )
     rows = [] if args.json else kept()
     print(line(HEAD), flush=True)
     failures = []
     for model, mesh, phase in wanted:
-        row = next((row for row in rows if (row["model"], row["mesh"], row["phase"]) == (model, mesh, phase)), None)
+        row = next(
+            (
+                row
+                for row in rows
+                if (row["model"], row["mesh"], row["phase"]) == (model, mesh, phase)
+            ),
+            None,
+        )
         if row is None:
             try:
                 row = compiled(model, mesh, phase, args.attention, args.hlo)

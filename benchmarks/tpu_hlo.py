@@ -1,5 +1,6 @@
-"""What an optimised TPU program costs, read from its HLO text: the operations of its products, the cycles that the compiler expects of each
-fusion and the bytes that one chip sends, multiplied by the trip counts of the loops around them."""
+"""What an optimised TPU program costs, read from its HLO text: the operations of its products, the
+cycles that the compiler expects of each fusion and the bytes that one chip sends, multiplied by the
+trip counts of the loops around them."""
 
 import dataclasses
 import json
@@ -9,8 +10,23 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-# What one of n chips sends for each byte of its operand, by the algorithms that need the least of it.
+BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
+# What one of n chips sends for each byte of its operand, by the algorithms that need the least of
+# it.
 COLLECTIVES = {
     "all-to-all": lambda n: (n - 1) / n,
     "all-gather": lambda n: n - 1,  # its operand is the chip's own part
@@ -18,7 +34,8 @@ COLLECTIVES = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-# The integer operations that loops count with. Whatever else makes a value, it is not known beforehand.
+# The integer operations that loops count with. Whatever else makes a value, it is not known
+# beforehand.
 SCALAR = {
     "add": lambda a, b: a + b,
     "subtract": lambda a, b: a - b,
@@ -29,7 +46,14 @@ SCALAR = {
     "bitcast": lambda a: a,
     "convert": lambda a: a,
 }
-COMPARE = {"LT": int.__lt__, "LE": int.__le__, "GT": int.__gt__, "GE": int.__ge__, "EQ": int.__eq__, "NE": int.__ne__}
+COMPARE = {
+    "LT": int.__lt__,
+    "LE": int.__le__,
+    "GT": int.__gt__,
+    "GE": int.__ge__,
+    "EQ": int.__eq__,
+    "NE": int.__ne__,
+}
 MOST_TRIPS = 100_000
 
 Known = Any  # an int, a tuple of these, or None
@@ -64,8 +88,10 @@ class Cost:
     flops: float = 0.0  # of convolutions and dots outside kernels
     cycles: float = 0.0  # the compiler's estimate for everything but kernels and wires
     sent: float = 0.0  # bytes
-    kernels: Counter[str] = dataclasses.field(default_factory=Counter)  # how often each Mosaic kernel is called
-    bodies: dict[str, str] = dataclasses.field(default_factory=dict)  # each kernel's program, base64 as in the HLO
+    # How often each Mosaic kernel is called.
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    # Each kernel's program, base64 as in the HLO.
+    bodies: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Cost", times: int) -> None:
         self.flops += times * other.flops
@@ -85,7 +111,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """All computations by name, and the entry's name."""
     computations, entry = {}, ""
     for start in re.finditer(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", text, re.MULTILINE):
-        body = text[start.end() :].partition("\n}\n")[0]  # attributes span lines too, but none of those is a lone brace
+        # Attributes span lines too, but none of those is a lone brace.
+        body = text[start.end() :].partition("\n}\n")[0]
         instructions, root = {}, ""
         for line in re.split(r"\n  (?=(?:ROOT )?%?[\w.\-]+ = )", body)[1:]:
             instruction = _instruction(line.removeprefix("ROOT "))
@@ -104,7 +131,9 @@ def _instruction(line: str) -> Instruction:
     end = _closing(line, start)
     inside, after = line[start + 1 : end - 1], line[end:]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    return Instruction(name.removeprefix("%"), shape, line[:start], operands, after if operands else inside + after)
+    return Instruction(
+        name.removeprefix("%"), shape, line[:start], operands, after if operands else inside + after
+    )
 
 
 def _closing(text: str, start: int) -> int:
@@ -118,8 +147,8 @@ def _closing(text: str, start: int) -> int:
 
 
 class Reader:
-    """Walks a program from a computation to those it calls. `given` are a computation's parameters as far as they are integers known before
-    the program runs: what its loops count with."""
+    """Walks a program from a computation to those it calls. `given` are a computation's parameters
+    as far as they are integers known before the program runs: what its loops count with."""
 
     def __init__(self, computations: dict[str, Computation]):
         self._computations = computations
@@ -133,15 +162,25 @@ class Reader:
             self._costs[name, given] = total
         return self._costs[name, given]
 
-    def _charge(self, total: Cost, instruction: Instruction, around: Computation, given: Known) -> None:
+    def _charge(
+        self, total: Cost, instruction: Instruction, around: Computation, given: Known
+    ) -> None:
         opcode, kind = instruction.opcode, instruction.opcode.removesuffix("-start")
-        total.cycles += float(instruction.backend.get("window_config", {}).get("estimated_cycles", 0))
+        total.cycles += float(
+            instruction.backend.get("window_config", {}).get("estimated_cycles", 0)
+        )
         if opcode == "while":
             state = self.known(around, instruction.operands[0], given)
-            total.add(self.cost(instruction.attribute("body"), (state,)), self.trips(instruction, state))
+            total.add(
+                self.cost(instruction.attribute("body"), (state,)), self.trips(instruction, state)
+            )
         elif opcode == "conditional":
-            listed = re.findall(r"%([\w.\-]+)", instruction.attribute("branch_computations", r"\{([^}]*)\}"))
-            branches = listed or [instruction.attribute(f"{side}_computation") for side in ("true", "false")]
+            listed = re.findall(
+                r"%([\w.\-]+)", instruction.attribute("branch_computations", r"\{([^}]*)\}")
+            )
+            branches = listed or [
+                instruction.attribute(f"{side}_computation") for side in ("true", "false")
+            ]
             total.add(max(map(self.cost, branches), key=lambda cost: (cost.cycles, cost.flops)), 1)
         elif kind in COLLECTIVES:
             moved = sum(size(around.instructions[name].shape) for name in instruction.operands)
@@ -158,17 +197,24 @@ class Reader:
             )  # a fusion's own estimate covers all of it
 
     def trips(self, loop: Instruction, state: Known) -> int:
-        """How often a loop's body runs: as the compiler notes, else as the loop's own counter says."""
+        """How often a loop's body runs: as the compiler notes, else as the loop's own counter
+        says."""
         noted = loop.backend.get("known_trip_count", {}).get("n")
         if noted is not None:
             return int(noted)
-        condition, body = (self._computations[loop.attribute(part)] for part in ("condition", "body"))
+        condition, body = (
+            self._computations[loop.attribute(part)] for part in ("condition", "body")
+        )
         trips = 0
-        while (going := self.known(condition, condition.root, (state,))) is True and trips < MOST_TRIPS:
+        while (
+            going := self.known(condition, condition.root, (state,))
+        ) is True and trips < MOST_TRIPS:
             state = self.known(body, body.root, (state,))
             trips += 1
         if going is not False:
-            raise ValueError(f"a loop must count to a constant of at most {MOST_TRIPS}: got {loop.name}, {loop.shape[:80]}")
+            raise ValueError(
+                f"a loop must count to a constant of at most {MOST_TRIPS}: got {loop.name}, {loop.shape[:80]}"
+            )
         return trips
 
     def known(self, inside: Computation, name: str, given: Known) -> Known:
@@ -193,7 +239,9 @@ class Reader:
             return self.known(called, called.root, values)
         if not all(isinstance(value, int) for value in values):
             return None
-        return (COMPARE[instruction.attribute("direction")] if opcode == "compare" else SCALAR[opcode])(*values)
+        return (
+            COMPARE[instruction.attribute("direction")] if opcode == "compare" else SCALAR[opcode]
+        )(*values)
 
 
 def arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
@@ -208,7 +256,8 @@ def size(shape: str) -> int:
 
 
 def group_size(attributes: str) -> int:
-    """How many chips take part in a collective, from any of the ways to write its replica groups."""
+    """How many chips take part in a collective, from any of the ways to write its replica
+    groups."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -222,12 +271,17 @@ def group_size(attributes: str) -> int:
 
 
 def flops(product: Instruction, around: Computation) -> float:
-    """Multiplications and additions of a dot or a convolution. Taps on padding, or between a dilated input's entries, don't count."""
+    """Multiplications and additions of a dot or a convolution. Taps on padding, or between a
+    dilated input's entries, don't count."""
     left, right = (_sizes(around.instructions[name]) for name in product.operands)
     out = _sizes(product)
     if product.opcode == "dot":
         contracted = product.attribute("lhs_contracting_dims", r"\{([\d,]*)\}")
-        return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        return (
+            2.0
+            * math.prod(out)
+            * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        )
     lhs, rhs, result = re.split(r"_|->", product.attribute("dim_labels", r"([\w\->]+)"))
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", product.attribute("window", r"\{([^}]*)\}")))
 
@@ -236,10 +290,16 @@ def flops(product: Instruction, around: Computation) -> float:
 
     taps = 1
     for axis, label in enumerate(label for label in rhs if label.isdigit()):
-        stride, spread, reach = (int(stated(name, axis, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        stride, spread, reach = (
+            int(stated(name, axis, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
+        )
         before = int(stated("pad", axis, "0_0").split("_")[0])
         last = (left[lhs.index(label)] - 1) * spread
-        places = (o * stride + r * reach - before for o in range(out[result.index(label)]) for r in range(right[rhs.index(label)]))
+        places = (
+            o * stride + r * reach - before
+            for o in range(out[result.index(label)])
+            for r in range(right[rhs.index(label)])
+        )
         taps *= sum(0 <= place <= last and place % spread == 0 for place in places)
     return 2.0 * out[result.index("b")] * out[result.index("f")] * right[rhs.index("i")] * taps
 

@@ -1,5 +1,6 @@
-"""What a Mosaic kernel costs: operations of its products from its own program, cycles from the compiler's schedule of it. A bundle of
-the schedule is a cycle; it knows nothing of waiting for memory."""
+"""What a Mosaic kernel costs: operations of its products from its own program, cycles from the
+compiler's schedule of it. A bundle of the schedule is a cycle; it knows nothing of waiting for
+memory."""
 
 import base64
 import math
@@ -14,7 +15,13 @@ from jaxlib.mlir import ir
 # Comparisons as the kernel's program numbers them, under the schedule's names.
 PREDICATES = ("eq", "ne", "lt", "le", "gt", "ge")
 OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
-COMPARE = dict(zip(PREDICATES, (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal), strict=True))
+COMPARE = dict(
+    zip(
+        PREDICATES,
+        (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal),
+        strict=True,
+    )
+)
 ARITHMETIC = {
     "addi": np.add,
     "subi": np.subtract,
@@ -50,7 +57,8 @@ def read(body: str) -> Kernel:
     context.allow_unregistered_dialects = True
     with context, ir.Location.unknown():
         module = ir.Module.parse(base64.b64decode(body))
-        function = next(op for op in module.body.operations if _short(op) == "func")  # the others map blocks
+        # The others map blocks.
+        function = next(op for op in module.body.operations if _short(op) == "func")
         grid = tuple(int(bound) for bound in function.attributes.get("iteration_bounds", ()))
         block = function.regions[0].blocks[0]
         # Values that are known at each of the grid's points, and nothing else.
@@ -69,7 +77,8 @@ class _Walk:
         self.branches: list[Branch] = []
 
     def run(self, block: Any, reached: np.ndarray, share: float) -> float:
-        """Operations of a block's products at the average point; `reached` says by which points, as far as that is known."""
+        """Operations of a block's products at the average point; `reached` says by which points, as
+        far as that is known."""
         flops = 0.0
         for op in block.operations:
             name, operands = _short(op), list(op.operands)
@@ -78,7 +87,9 @@ class _Walk:
             elif name == "for":
                 first, last, stride = (self._known.get(operand) for operand in operands[:3])
                 unknown = first is None or last is None or stride is None
-                flops += self.run(op.regions[0].blocks[0], reached, share) * (1 if unknown else -(-int(last - first) // int(stride)))
+                flops += self.run(op.regions[0].blocks[0], reached, share) * (
+                    1 if unknown else -(-int(last - first) // int(stride))
+                )
             elif name == "matmul":
                 flops += share * _product(op)
             elif len(op.results) == 1:
@@ -92,9 +103,15 @@ class _Walk:
             if not len(region.blocks):
                 continue
             taken = reached if condition is None else reached & (condition == (side == 0))
-            part = share if condition is None else share * float(taken.mean()) / max(float(reached.mean()), 1e-30)
+            part = (
+                share
+                if condition is None
+                else share * float(taken.mean()) / max(float(reached.mean()), 1e-30)
+            )
             if side == 0:
-                self.branches.append(Branch(test and (OPPOSITE[test[0]], test[1]), part / share if share else 1.0))
+                self.branches.append(
+                    Branch(test and (OPPOSITE[test[0]], test[1]), part / share if share else 1.0)
+                )
             flops += self.run(region.blocks[0], taken, part)
         return flops
 
@@ -108,7 +125,9 @@ class _Walk:
             if predicate < len(PREDICATES) and values[1] is not None and values[1].size == 1:
                 # `if` asks whether a widened comparison is not 0: what counts is the comparison.
                 inner = self._tests.get(operands[0])
-                self._tests[result] = inner if inner and predicate == 1 else (PREDICATES[predicate], int(values[1]))
+                self._tests[result] = (
+                    inner if inner and predicate == 1 else (PREDICATES[predicate], int(values[1]))
+                )
             if predicate < len(PREDICATES) and complete:
                 self._known[result] = COMPARE[PREDICATES[predicate]](*values)
         elif name in ARITHMETIC:
@@ -124,21 +143,29 @@ def _short(op: Any) -> str:
 
 
 def _product(op: Any) -> float:
-    left, result = ([int(n) for n in re.findall(r"\d+(?=x)", str(value.type))] for value in (op.operands[0], op.results[0]))
-    contracted = re.search(r"dot_dimension_numbers<\[([\d, ]*)\]", str(op.attributes["dimension_numbers"]))
+    left, result = (
+        [int(n) for n in re.findall(r"\d+(?=x)", str(value.type))]
+        for value in (op.operands[0], op.results[0])
+    )
+    contracted = re.search(
+        r"dot_dimension_numbers<\[([\d, ]*)\]", str(op.attributes["dimension_numbers"])
+    )
     axes = [int(axis) for axis in contracted[1].split(",")] if contracted else [1]
     return 2.0 * math.prod(result) * math.prod(left[axis] for axis in axes)
 
 
 def cycles(schedule: str, kernel: Kernel) -> float:
-    """Bundles of a run of the kernel on one core, each as often as the branches and loops around it let it run. Of the schedules that the
-    compiler dumps, `packed-bundles-post-ra` is the last in which a cycle of delay still is a bundle."""
+    """Bundles of a run of the kernel on one core, each as often as the branches and loops around it
+    let it run. Of the schedules that the compiler dumps, `packed-bundles-post-ra` is the last in
+    which a cycle of delay still is a bundle."""
     address, count, comparisons, jumps = 0, 0, {}, []
     for line in schedule.splitlines():
         if found := re.match(r" *(0x[0-9a-f]+|0) ", line):
             address = int(found[1], 16)
             count = address + 1
-        for name, predicate, constant in re.findall(r"(%p\w+) = scmp\.(\w+)\.s32\.totalorder %s\w+, (-?\d+)", line):
+        for name, predicate, constant in re.findall(
+            r"(%p\w+) = scmp\.(\w+)\.s32\.totalorder %s\w+, (-?\d+)", line
+        ):
             comparisons[name] = predicate, int(constant)
         if found := re.search(r"sbr\.rel \((!?)(%p\w+)\) target bundleno = (\d+)", line):
             predicate, constant = comparisons.get(found[2], (None, 0))
@@ -149,14 +176,21 @@ def cycles(schedule: str, kernel: Kernel) -> float:
     branches = list(kernel.branches)
     for after, target, predicate, constant in jumps:
         if target >= after:
-            same = [i for i, branch in enumerate(branches) if branch.skipped == (predicate, constant)]
+            same = [
+                i for i, branch in enumerate(branches) if branch.skipped == (predicate, constant)
+            ]
             if same:  # else it is one of the branches around the copies in and out
                 weight[after:target] *= branches[same[0]].share
                 branches = branches[same[0] + 1 :]
         else:
-            # The loop jumps back while its counter is less; the grid's runs twice more, to begin and to finish its copies.
+            # The loop jumps back while its counter is less; the grid's runs twice more, to begin
+            # and to finish its copies.
             if predicate != "lt":
-                raise ValueError(f"a kernel's loop must count to a constant: got {predicate} {constant}")
+                raise ValueError(
+                    f"a kernel's loop must count to a constant: got {predicate} {constant}"
+                )
             steps = math.prod(kernel.grid)
-            weight[target:after] *= constant - 2 if constant - 2 in (steps, -(-steps // 2)) else constant
+            weight[target:after] *= (
+                constant - 2 if constant - 2 in (steps, -(-steps // 2)) else constant
+            )
     return float(weight.sum())

@@ -1,5 +1,5 @@
-"""Compiles one phase for a mesh that is not there and adds up what the compiler says: the child process of `tpu_compile.py`, which sets the
-environment that libtpu reads when jax is imported."""
+"""Compiles one phase for a mesh that is not there and adds up what the compiler says: the child
+process of `tpu_compile.py`, which sets the environment that libtpu reads when jax is imported."""
 
 import argparse
 import json
@@ -32,24 +32,42 @@ def devices_of(mesh: str) -> Sequence[Any]:
     """The chips of a mesh of `configs/meshes.toml`, described by libtpu alone."""
     stated = config.meshes()["meshes"][mesh]
     generation = config.meshes()["generations"][stated["generation"]]
-    options: dict[str, Any] = {"chip_config_name": generation["chip"]} if "chip" in generation else {}
+    options: dict[str, Any] = (
+        {"chip_config_name": generation["chip"]} if "chip" in generation else {}
+    )
     if math.prod(map(int, stated["topology"].split("x"))) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu takes a host for a bigger one unless told
+        # Libtpu takes a host for a bigger one unless told.
+        options["chips_per_host_bounds"] = (1, 1, 1)
     name = f"{stated['generation']}:{stated['topology']}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
-def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path | None) -> tuple[dict[str, Any], str]:
-    """The row of a phase, and its programs' HLO. Keys that the compiler gives no figure for are left out; those that need its schedules of
-    kernels, where there is no folder of these."""
+def phase_row(
+    model: str, mesh: str, phase: str, attention: str, schedules: Path | None
+) -> tuple[dict[str, Any], str]:
+    """The row of a phase, and its programs' HLO. Keys that the compiler gives no figure for are
+    left out; those that need its schedules of kernels, where there is no folder of these."""
     checkpoint = config.named(model)
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
     memory = int(chip["hbm_gib"] * GIB)
-    phases = Phases(checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention)
+    phases = Phases(
+        checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention
+    )
     steps = request.num_inference_steps
-    row: dict[str, Any] = {"model": model, "mesh": mesh, "phase": phase, "height": request.height, "width": request.width}
-    row |= {"num_frames": request.num_frames, "steps": steps, "guided": request.guided, "dtype": DTYPE.name}
+    row: dict[str, Any] = {
+        "model": model,
+        "mesh": mesh,
+        "phase": phase,
+        "height": request.height,
+        "width": request.width,
+    }
+    row |= {
+        "num_frames": request.num_frames,
+        "steps": steps,
+        "guided": request.guided,
+        "dtype": DTYPE.name,
+    }
     row["attention"] = resolved(attention, DTYPE, phases.mesh.devices.flat[0])
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
@@ -64,7 +82,11 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
     seconds = time.perf_counter() - begin
     for executable in executables:
         memory_of = executable.memory_analysis()
-        held = memory_of.argument_size_in_bytes + memory_of.output_size_in_bytes + memory_of.temp_size_in_bytes
+        held = (
+            memory_of.argument_size_in_bytes
+            + memory_of.output_size_in_bytes
+            + memory_of.temp_size_in_bytes
+        )
         peak = max(peak, (held - memory_of.alias_size_in_bytes) / GIB)
         texts.append(executable.as_text())
         cost = tpu_hlo.read(texts[-1])
@@ -72,8 +94,15 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
         for name, times in cost.kernels.items():
             kernel = tpu_kernel.read(cost.bodies[name])
             kernel_flops += times * kernel.flops
-            kernel_cycles += times * tpu_kernel.cycles(schedule_of(name, schedules), kernel) if schedules else 0.0
-    layers = {"text": checkpoint.text_encoder.num_layers, "denoise": checkpoint.transformer.num_layers * steps}.get(phase, 1)
+            kernel_cycles += (
+                times * tpu_kernel.cycles(schedule_of(name, schedules), kernel)
+                if schedules
+                else 0.0
+            )
+    layers = {
+        "text": checkpoint.text_encoder.num_layers,
+        "denoise": checkpoint.transformer.num_layers * steps,
+    }.get(phase, 1)
     row |= {
         "fits": peak <= chip["hbm_gib"],
         "peak_gib": round(peak, 3),
@@ -90,9 +119,12 @@ def phase_row(model: str, mesh: str, phase: str, attention: str, schedules: Path
 
 
 def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
-    """What a program refused for its memory says it needs of a chip: all of it, or its temporaries where these are too much already. Raises
-    any other error again."""
-    used = re.search(r"Used ([\d.]+)([MGT]) of \S+ hbm|memory required for .* \(([\d.]+)([MGT])\) exceeds available HBM", str(error))
+    """What a program refused for its memory says it needs of a chip: all of it, or its temporaries
+    where these are too much already. Raises any other error again."""
+    used = re.search(
+        r"Used ([\d.]+)([MGT]) of \S+ hbm|memory required for .* \(([\d.]+)([MGT])\) exceeds available HBM",
+        str(error),
+    )
     if not used:
         raise error
     figure, unit = (part for part in used.groups() if part)
@@ -100,9 +132,12 @@ def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
 
 
 def schedule_of(kernel: str, schedules: Path) -> str:
-    """A kernel's dumped schedule, by the name of its instruction. libtpu may have compiled it more than once: the last is what runs."""
+    """A kernel's dumped schedule, by the name of its instruction. libtpu may have compiled it more
+    than once: the last is what runs."""
     name = re.compile(rf"(\d+)-{re.escape(kernel)}-\d+-packed-bundles-post-ra\.txt")
-    found = {int(match[1]): path for path in schedules.iterdir() if (match := name.fullmatch(path.name))}
+    found = {
+        int(match[1]): path for path in schedules.iterdir() if (match := name.fullmatch(path.name))
+    }
     if not found:
         raise ValueError(f"libtpu must have dumped a schedule of {kernel}: got none in {schedules}")
     return found[max(found)].read_text()

@@ -3,8 +3,9 @@
     models = cogi2v_jax.load("cogi2v-tiny")
     result = cogi2v_jax.generate(models, cogi2v_jax.Request(image="photo.jpg", prompt="the red circle moves left"))
 
-Shape letters, the same everywhere: `b` batch, `t` latent frames, `f` pixel frames, `h w` grid, `c` channels, `s` joint sequence (text, then
-video), `p` prompt tokens, `d` width, `n` heads, `k` head width, `m` mlp width, `e` time-embedding width, `l` layers, `i` diffusion steps.
+Shape letters, the same everywhere: `b` batch, `t` latent frames, `f` pixel frames, `h w` grid, `c`
+channels, `s` joint sequence (text, then video), `p` prompt tokens, `d` width, `n` heads, `k` head
+width, `m` mlp width, `e` time-embedding width, `l` layers, `i` diffusion steps.
 """
 
 from importlib import import_module
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
 
 __version__ = version("cogi2v-jax")
 
-__all__ = ["Models", "Noise", "Request", "Result", "__version__", "adapt", "decode", "generate", "load"]
+__all__ = [
+    "Models",
+    "Noise",
+    "Request",
+    "Result",
+    "__version__",
+    "adapt",
+    "decode",
+    "generate",
+    "load",
+]
 
 _HOMES = {
     "Models": "weights.checkpoint",
@@ -34,7 +45,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names resolve on first use, so that `import cogi2v_jax` and every argument error come without waiting for jax."""
+    """Names resolve on first use, so that `import cogi2v_jax` and every argument error come without
+    waiting for jax."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -9,31 +9,47 @@ from .request import FITS, IMAGE_LATENT_SCALES, NOISES
 
 
 def add_settings(parser: argparse.ArgumentParser, ours: bool = True) -> None:
-    """The flags of `Request`'s settings, named as the official script names them; those that only we have, if they are asked for."""
+    """The flags of `Request`'s settings, named as the official script names them; those that only
+    we have, if they are asked for."""
     how = parser.add_argument_group("how to sample (default: what the checkpoint was made for)")
     how.add_argument("--height", metavar="PX", type=int, help="multiple of 16")
     how.add_argument("--width", metavar="PX", type=int, help="multiple of 16")
     how.add_argument("--num_frames", metavar="N", type=int, help="8k+1")
     how.add_argument("--fps", metavar="N", type=float)
     how.add_argument("--num_inference_steps", metavar="N", type=int)
-    how.add_argument("--guidance_scale", metavar="X", type=float, help="1 or less samples without guidance, in half the time")
-    how.add_argument("--use_dynamic_cfg", action=argparse.BooleanOptionalAction, help="guidance that varies over the steps")
+    how.add_argument(
+        "--guidance_scale",
+        metavar="X",
+        type=float,
+        help="1 or less samples without guidance, in half the time",
+    )
+    how.add_argument(
+        "--use_dynamic_cfg",
+        action=argparse.BooleanOptionalAction,
+        help="guidance that varies over the steps",
+    )
     how.add_argument("--scheduler", choices=["dpm", "ddim"])
     if not ours:
         return
-    how.add_argument("--fit", choices=FITS, help="how the image meets the size; stretch is the reference's way")
+    how.add_argument(
+        "--fit", choices=FITS, help="how the image meets the size; stretch is the reference's way"
+    )
     how.add_argument(
         "--image_latent_scale",
         metavar="X",
         type=_scale,
         help=f"{', '.join(IMAGE_LATENT_SCALES)} or a number; sat helps 1.5 videos that start too bright",
     )
-    how.add_argument("--noise", choices=NOISES, help="whose random numbers a seed means; torch draws those of the official script")
+    how.add_argument(
+        "--noise",
+        choices=NOISES,
+        help="whose random numbers a seed means; torch draws those of the official script",
+    )
 
 
 def weighted(loras: Iterable[object]) -> list[tuple[Path, float]]:
-    """Files, as FILE or FILE:WEIGHT or pairs of both, and their weights. Raises FileNotFoundError for no file or folder, ValueError for a
-    weight that is none."""
+    """Files, as FILE or FILE:WEIGHT or pairs of both, and their weights. Raises FileNotFoundError
+    for no file or folder, ValueError for a weight that is none."""
     return [_weighted(*lora) if isinstance(lora, tuple) else _weighted(str(lora)) for lora in loras]
 
 
@@ -56,4 +72,6 @@ def _scale(text: str) -> str | float:
     try:
         return text if text in IMAGE_LATENT_SCALES else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {', '.join(IMAGE_LATENT_SCALES)} or a number: got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"must be {', '.join(IMAGE_LATENT_SCALES)} or a number: got {text!r}"
+        ) from None

@@ -1,5 +1,6 @@
-"""What a checkpoint is: its four networks' settings as frozen dataclasses, read strictly from the JSON files of a diffusers folder,
-and the TOML files of `configs/`, which add what those files don't say (defaults, published ranges, where the weights live)."""
+"""What a checkpoint is: its four networks' settings as frozen dataclasses, read strictly from the
+JSON files of a diffusers folder, and the TOML files of `configs/`, which add what those files don't
+say (defaults, published ranges, where the weights live)."""
 
 import dataclasses
 import functools
@@ -18,7 +19,10 @@ BLOCKS = ("transformer", "text_encoder")  # parts that are stacks of equal block
 
 # Either beside the package (an installed wheel) or one folder up (a checkout, an editable install).
 _HERE = Path(__file__).parent
-CONFIGS = next((folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE / "configs")
+CONFIGS = next(
+    (folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()),
+    _HERE / "configs",
+)
 
 
 Part = TypeVar("Part", bound="_Part")
@@ -32,34 +36,47 @@ def _measures(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-# What the value of a field must be, by the field's type. Files are JSON: its numbers are ours, but so are its strings and booleans.
+# What the value of a field must be, by the field's type. Files are JSON: its numbers are ours, but
+# so are its strings and booleans.
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     int: ("a positive integer", _counts),
     int | None: ("a positive integer or null", lambda value: value is None or _counts(value)),
     float: ("a positive number", _measures),
     bool: ("true or false", lambda value: isinstance(value, bool)),
-    tuple[int, ...]: ("a list of positive integers", lambda value: isinstance(value, tuple) and all(map(_counts, value))),
+    tuple[int, ...]: (
+        "a list of positive integers",
+        lambda value: isinstance(value, tuple) and all(map(_counts, value)),
+    ),
 }
 
 
 class _Part:
-    """Strict reading of one config.json: a key is a field, a value that only one setting computes, inert, or an error by name."""
+    """Strict reading of one config.json: a key is a field, a value that only one setting computes,
+    inert, or an error by name."""
 
-    REQUIRED: ClassVar[Mapping[str, Any]] = {}  # mathematics that has one implementation here: any other value is refused
-    STATED: ClassVar[frozenset[str]] = frozenset()  # those of them that a file may not leave to the reference's default
+    # Mathematics that has one implementation here: any other value is refused.
+    REQUIRED: ClassVar[Mapping[str, Any]] = {}
+    # Those of them that a file may not leave to the reference's default.
+    STATED: ClassVar[frozenset[str]] = frozenset()
     INERT: ClassVar[frozenset[str]] = frozenset()  # keys that change nothing at inference
-    CLASS: ClassVar[str | None] = None  # of the reference, where a file names another than which it is another network's
+    # Of the reference, where a file names another than which it is another network's.
+    CLASS: ClassVar[str | None] = None
 
     @classmethod
     def from_json(cls: type[Part], values: Mapping[str, Any], where: str) -> Part:
         fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         known = {}
-        faults = [f"{key} must be stated: the reference takes another value for its absence" for key in sorted(cls.STATED - values.keys())]
+        faults = [
+            f"{key} must be stated: the reference takes another value for its absence"
+            for key in sorted(cls.STATED - values.keys())
+        ]
         if cls.CLASS and values.get("_class_name", cls.CLASS) != cls.CLASS:
             faults.append(f"_class_name must be {cls.CLASS}: got {values['_class_name']!r}")
         # Whatever their values: these keys are known for another network.
         if whose := lookalikes.whose((*values, str(values.get("_class_name")))):
-            raise ValueError(f"{where} must be of image-to-video from a prompt and a first image alone: got {whose}")
+            raise ValueError(
+                f"{where} must be of image-to-video from a prompt and a first image alone: got {whose}"
+            )
         for key, value in values.items():
             if key.startswith("_") or key in cls.INERT:
                 continue
@@ -87,12 +104,17 @@ class _Part:
 def _misfits(cls: type, values: Mapping[str, Any]) -> list[str]:
     """Fields whose values are not of their kind."""
     kinds = [(f.name, *_KINDS[f.type]) for f in dataclasses.fields(cls) if f.name in values]
-    return [f"{name} must be {what}: got {values[name]!r}" for name, what, fits in kinds if not fits(values[name])]
+    return [
+        f"{name} must be {what}: got {values[name]!r}"
+        for name, what, fits in kinds
+        if not fits(values[name])
+    ]
 
 
 @dataclass(frozen=True)
 class TransformerConfig(_Part):
-    """transformer/config.json. Field names are the file's; what a file leaves out has the reference class's default."""
+    """transformer/config.json. Field names are the file's; what a file leaves out has the reference
+    class's default."""
 
     num_attention_heads: int = 30
     attention_head_dim: int = 64
@@ -130,9 +152,13 @@ class TransformerConfig(_Part):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_rotary_positional_embeddings and self.attention_head_dim % 16:
-            raise ValueError(f"attention_head_dim must be a multiple of 16: got {self.attention_head_dim}")
+            raise ValueError(
+                f"attention_head_dim must be a multiple of 16: got {self.attention_head_dim}"
+            )
         if self.use_learned_positional_embeddings and self.patch_size_t:
-            raise ValueError("use_learned_positional_embeddings must be false where patch_size_t is set: the reference has no such network")
+            raise ValueError(
+                "use_learned_positional_embeddings must be false where patch_size_t is set: the reference has no such network"
+            )
 
     @property
     def width(self) -> int:
@@ -169,7 +195,8 @@ class VAEConfig(_Part):
     temporal_compression_ratio: int = 4
     scaling_factor: float = 1.15258426
     invert_scale_latents: bool = False
-    sample_height: int = 480  # pixels, as is the width: a tile is half of each, and nothing else depends on them
+    # Pixels, as is the width: a tile is half of each, and nothing else depends on them.
+    sample_height: int = 480
     sample_width: int = 720
 
     REQUIRED = {  # noqa: RUF012
@@ -180,7 +207,8 @@ class VAEConfig(_Part):
         "latents_std": None,
         "shift_factor": None,
     }
-    INERT = frozenset({"force_upcast", "down_block_types", "up_block_types"})  # the reference's pipelines never read force_upcast
+    # The reference's pipelines never read force_upcast.
+    INERT = frozenset({"force_upcast", "down_block_types", "up_block_types"})
     CLASS = "AutoencoderKLCogVideoX"
 
     def __post_init__(self) -> None:
@@ -191,10 +219,13 @@ class VAEConfig(_Part):
                 f"got {self.temporal_compression_ratio} and {self.block_out_channels}"
             )
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
-            raise ValueError(f"block_out_channels must divide by norm_num_groups {self.norm_num_groups}: got {self.block_out_channels}")
+            raise ValueError(
+                f"block_out_channels must divide by norm_num_groups {self.norm_num_groups}: got {self.block_out_channels}"
+            )
 
     def decoded_frames(self, latent_frames: int) -> int:
-        """Frames of a video of so many latent ones: only an odd number has a first frame that stands for itself."""
+        """Frames of a video of so many latent ones: only an odd number has a first frame that
+        stands for itself."""
         ratio = self.temporal_compression_ratio
         return ratio * (latent_frames - 1) + 1 if latent_frames % 2 else ratio * latent_frames
 
@@ -217,9 +248,15 @@ class TextEncoderConfig(_Part):
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
 
-    REQUIRED = {"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_gated_act": True, "model_type": "t5"}  # noqa: RUF012
+    REQUIRED = {  # noqa: RUF012
+        "feed_forward_proj": "gated-gelu",
+        "dense_act_fn": "gelu_new",
+        "is_gated_act": True,
+        "model_type": "t5",
+    }
     STATED = frozenset({"feed_forward_proj"})
-    # What transformers writes of any model, about decoding, training, labels and itself; and of T5's about its decoder.
+    # What transformers writes of any model, about decoding, training, labels and itself; and of
+    # T5's about its decoder.
     INERT = frozenset(
         """architectures attn_implementation begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
         cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout_rate dtype early_stopping
@@ -241,7 +278,8 @@ class TextEncoderConfig(_Part):
 
 @dataclass(frozen=True)
 class SchedulerConfig(_Part):
-    """scheduler/scheduler_config.json: the noise levels. Which sampler walks them is the request's choice."""
+    """scheduler/scheduler_config.json: the noise levels. Which sampler walks them is the request's
+    choice."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -257,7 +295,8 @@ class SchedulerConfig(_Part):
         "trained_betas": None,
     }
     STATED = frozenset({"prediction_type", "timestep_spacing"})
-    INERT = frozenset({"clip_sample", "clip_sample_range", "sample_max_value", "steps_offset"})  # never read by the reference's step
+    # Never read by the reference's step.
+    INERT = frozenset({"clip_sample", "clip_sample_range", "sample_max_value", "steps_offset"})
 
 
 @dataclass(frozen=True)
@@ -289,8 +328,8 @@ class Published:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """One checkpoint: its parts, the name of the TOML that fits it (None for weights of its own), its defaults, and in which parts the
-    kernels of the blocks are int8."""
+    """One checkpoint: its parts, the name of the TOML that fits it (None for weights of its own),
+    its defaults, and in which parts the kernels of the blocks are int8."""
 
     transformer: TransformerConfig
     vae: VAEConfig
@@ -302,47 +341,89 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         t, v, e = self.transformer, self.vae, self.text_encoder
-        faults = [f"int8 must be of {' and '.join(BLOCKS)}: got {part!r}" for part in self.int8 if part not in BLOCKS]
+        faults = [
+            f"int8 must be of {' and '.join(BLOCKS)}: got {part!r}"
+            for part in self.int8
+            if part not in BLOCKS
+        ]
         if t.in_channels != 2 * v.latent_channels:
             what = f"{t.in_channels}, which is {lookalikes.kind(t.in_channels, v.latent_channels)}"
-            faults.append(f"transformer in_channels must be twice the VAE's latent_channels {v.latent_channels}: got {what}")
+            faults.append(
+                f"transformer in_channels must be twice the VAE's latent_channels {v.latent_channels}: got {what}"
+            )
         if t.out_channels != v.latent_channels:
-            faults.append(f"transformer out_channels must be the VAE's latent_channels {v.latent_channels}: got {t.out_channels}")
+            faults.append(
+                f"transformer out_channels must be the VAE's latent_channels {v.latent_channels}: got {t.out_channels}"
+            )
         if t.text_embed_dim != e.d_model:
-            faults.append(f"transformer text_embed_dim must be the text encoder's d_model {e.d_model}: got {t.text_embed_dim}")
-        if not t.use_rotary_positional_embeddings and not t.use_learned_positional_embeddings and t.patch_size_t:
-            faults.append("transformer must have rotary positions where patch_size_t is set: got neither rotary nor learned ones")
+            faults.append(
+                f"transformer text_embed_dim must be the text encoder's d_model {e.d_model}: got {t.text_embed_dim}"
+            )
+        if (
+            not t.use_rotary_positional_embeddings
+            and not t.use_learned_positional_embeddings
+            and t.patch_size_t
+        ):
+            faults.append(
+                "transformer must have rotary positions where patch_size_t is set: got neither rotary nor learned ones"
+            )
         if faults:
             raise ValueError("; ".join(faults))
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Mapping[str, Any]], where: str) -> "CheckpointConfig":
-        """From the four JSON files' contents, keyed as in `PARTS`; the fitting TOML is looked up by architecture, never by name."""
+        """From the four JSON files' contents, keyed as in `PARTS`; the fitting TOML is looked up by
+        architecture, never by name."""
         types = (TransformerConfig, VAEConfig, TextEncoderConfig, SchedulerConfig)
-        read: dict[str, Any] = {part: kind.from_json(parts[part], f"{where}: {part}") for part, kind in zip(PARTS, types, strict=True)}
+        read: dict[str, Any] = {
+            part: kind.from_json(parts[part], f"{where}: {part}")
+            for part, kind in zip(PARTS, types, strict=True)
+        }
         try:
             config = cls(**read)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         for name in names():
             if config.agrees_with(name):
-                return dataclasses.replace(config, name=name, published=Published(**_tuples(toml(name).get("published", {}))))
+                return dataclasses.replace(
+                    config,
+                    name=name,
+                    published=Published(**_tuples(toml(name).get("published", {}))),
+                )
         return config
 
     def agrees_with(self, name: str) -> bool:
         """Whether the networks are those of a named checkpoint."""
         mine, its = self.transformer, TransformerConfig.from_json(toml(name)["transformer"], name)
         if self.family == "cogvideox1.5-i2v":
-            # The 1.5 files have stated several sample sizes over time, and no number there depends on them.
-            mine = dataclasses.replace(mine, **{size: getattr(its, size) for size in ("sample_height", "sample_width", "sample_frames")})
-        vae, text_encoder = VAEConfig.from_json(toml(name)["vae"], name), TextEncoderConfig.from_json(toml(name)["text_encoder"], name)
-        vae = dataclasses.replace(vae, sample_height=self.vae.sample_height, sample_width=self.vae.sample_width)  # tiles are no network
+            # The 1.5 files have stated several sample sizes over time, and no number there depends
+            # on them.
+            mine = dataclasses.replace(
+                mine,
+                **{
+                    size: getattr(its, size)
+                    for size in ("sample_height", "sample_width", "sample_frames")
+                },
+            )
+        vae, text_encoder = (
+            VAEConfig.from_json(toml(name)["vae"], name),
+            TextEncoderConfig.from_json(toml(name)["text_encoder"], name),
+        )
+        # Tiles are no network.
+        vae = dataclasses.replace(
+            vae, sample_height=self.vae.sample_height, sample_width=self.vae.sample_width
+        )
         return (mine, self.vae, self.text_encoder) == (its, vae, text_encoder)
 
     @property
     def family(self) -> str:
-        """`cogvideox1.5-i2v` where the network patches over time or takes `ofs`, else `cogvideox-i2v`."""
-        return "cogvideox1.5-i2v" if self.transformer.patch_size_t or self.transformer.ofs_embed_dim else "cogvideox-i2v"
+        """`cogvideox1.5-i2v` where the network patches over time or takes `ofs`, else
+        `cogvideox-i2v`."""
+        return (
+            "cogvideox1.5-i2v"
+            if self.transformer.patch_size_t or self.transformer.ofs_embed_dim
+            else "cogvideox-i2v"
+        )
 
     @property
     def title(self) -> str:
@@ -369,7 +450,8 @@ def names() -> list[str]:
 
 @functools.cache
 def toml(name: str) -> dict[str, Any]:
-    """The TOML of a named checkpoint: tables `transformer`, `vae`, `text_encoder`, `defaults`, `published`, `source`."""
+    """The TOML of a named checkpoint: tables `transformer`, `vae`, `text_encoder`, `defaults`,
+    `published`, `source`."""
     if name not in names():
         raise ValueError(f"checkpoint name must be one of {', '.join(names())}: got {name!r}")
     return _read(CONFIGS / "checkpoints" / f"{name}.toml")
@@ -382,16 +464,20 @@ def meshes() -> dict[str, dict[str, Any]]:
 
 
 def named(name: str) -> CheckpointConfig:
-    """The architecture of a named checkpoint, from its TOML alone: what full-size checks without weights build on."""
+    """The architecture of a named checkpoint, from its TOML alone: what full-size checks without
+    weights build on."""
     stated = toml(name)
     missing = [part for part in PARTS if not isinstance(stated.get(part), dict)]
     if missing:
-        raise ValueError(f"{CONFIGS / 'checkpoints' / name}.toml must have a table for {', '.join(PARTS)}: got none for {missing[0]}")
+        raise ValueError(
+            f"{CONFIGS / 'checkpoints' / name}.toml must have a table for {', '.join(PARTS)}: got none for {missing[0]}"
+        )
     return CheckpointConfig.from_parts({part: stated[part] for part in PARTS}, name)
 
 
 def one_line(text: str) -> str:
-    """With whatever could end the line, or move a terminal's cursor, spelled out: names in a file are anyone's."""
+    """With whatever could end the line, or move a terminal's cursor, spelled out: names in a file
+    are anyone's."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
@@ -416,4 +502,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }

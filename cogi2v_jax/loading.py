@@ -1,4 +1,5 @@
-"""Finds a checkpoint by whatever a user calls it, converting it into the cache first where that is needed."""
+"""Finds a checkpoint by whatever a user calls it, converting it into the cache first where that is
+needed."""
 
 import atexit
 import contextlib
@@ -47,10 +48,12 @@ def load(
     loras: Iterable[Any] = (),
     say: Say = _say,
 ) -> Models:
-    """A checkpoint, ready to sample: a converted or a diffusers folder, here or at gs://, a hub id, or one of `config.names()`. Weights are
-    read when a phase first needs them. `mesh` says how devices share the work, `vae_tiling` has the VAE work in the reference's blended
-    tiles, and `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. `loras` are added to the weights, as
-    in `adapt`. Raises ValueError, FileNotFoundError or OSError in one line."""
+    """A checkpoint, ready to sample: a converted or a diffusers folder, here or at gs://, a hub id,
+    or one of `config.names()`. Weights are read when a phase first needs them. `mesh` says how
+    devices share the work, `vae_tiling` has the VAE work in the reference's blended tiles, and
+    `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. `loras`
+    are added to the weights, as in `adapt`. Raises ValueError, FileNotFoundError or OSError in one
+    line."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with contextlib.suppress(TypeError):  # what numpy doesn't know is refused by its own name
@@ -68,9 +71,10 @@ def load(
 
 
 def adapt(models: Models, loras: Iterable[Any] = (), say: Say = _say) -> None:
-    """Gives `models` these LoRAs in place of any others: files or folders, as "FILE", "FILE:WEIGHT" or (FILE, WEIGHT); they add up.
-    Weights that another set is in are read again when they are needed; no program is compiled. Says a line of each file, and one of
-    each tensor that has no place. Raises ValueError or FileNotFoundError in one line, and changes nothing then."""
+    """Gives `models` these LoRAs in place of any others: files or folders, as "FILE", "FILE:WEIGHT"
+    or (FILE, WEIGHT); they add up. Weights that another set is in are read again when they are
+    needed; no program is compiled. Says a line of each file, and one of each tensor that has no
+    place. Raises ValueError or FileNotFoundError in one line, and changes nothing then."""
     models.loras = _match(_open(loras), models.config, models.dtype, say)
 
 
@@ -81,7 +85,9 @@ def _open(loras: Iterable[Any]) -> list[tuple[Any, float]]:
     return [(open_lora(path), weight) for path, weight in weighted(loras)]
 
 
-def _match(files: list[tuple[Any, float]], of: CheckpointConfig, dtype: jnp.dtype, say: Say) -> list[Lora]:
+def _match(
+    files: list[tuple[Any, float]], of: CheckpointConfig, dtype: jnp.dtype, say: Say
+) -> list[Lora]:
     from cogi2v_convert.lora_match import match  # pyright: ignore[reportMissingImports]
 
     found = [match(file, of, weight) for file, weight in files]
@@ -93,10 +99,13 @@ def _match(files: list[tuple[Any, float]], of: CheckpointConfig, dtype: jnp.dtyp
 
 
 def _converted(folder: Path, say: Say) -> Path:
-    """The folder itself if it is a converted one, else its conversion in the cache, made now if need be."""
+    """The folder itself if it is a converted one, else its conversion in the cache, made now if
+    need be."""
     if folder.is_file():
         way = f"cogi2v-convert to-flax FOLDER {folder.name} DST puts it in the place of a folder's part"
-        raise ValueError(f"model must be a folder, a hub id or a name: got the file {folder}; {way}")
+        raise ValueError(
+            f"model must be a folder, a hub id or a name: got the file {folder}; {way}"
+        )
     if (folder / MANIFEST).is_file():
         return folder
     from cogi2v_convert.conversion import to_flax  # pyright: ignore[reportMissingImports]
@@ -105,7 +114,9 @@ def _converted(folder: Path, say: Say) -> Path:
     source = Source(folder)
     cache = _cache(say)
     digests = {file: _digest(file, cache) for file in sorted(source.files)}
-    lines = "".join(f"{file.parent.name}/{file.name} {digest}\n" for file, digest in digests.items())
+    lines = "".join(
+        f"{file.parent.name}/{file.name} {digest}\n" for file, digest in digests.items()
+    )
     destination = cache / f"{hashlib.sha256(lines.encode()).hexdigest()[:32]}-{FORMAT}"
     if destination.is_dir():
         try:
@@ -114,13 +125,15 @@ def _converted(folder: Path, say: Say) -> Path:
             shutil.rmtree(destination)
     if not destination.is_dir():
         say(f"converting {folder} into {destination}, once")
-        with contextlib.suppress(FileExistsError):  # another process was faster, and its folder is complete
+        # Another process was faster, and its folder is complete.
+        with contextlib.suppress(FileExistsError):
             to_flax(folder, destination, wait=True, known=digests)
     return destination
 
 
 def _cache(say: Say) -> Path:
-    """The user's cache of conversions; where it can't be written, one that lasts as long as the process."""
+    """The user's cache of conversions; where it can't be written, one that lasts as long as the
+    process."""
     cache = user_cache_path("cogi2v-jax") / "converted"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -128,15 +141,18 @@ def _cache(say: Say) -> Path:
     except OSError:
         writable = False
     if not writable:
-        say(f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place")
+        say(
+            f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place"
+        )
         cache = Path(tempfile.mkdtemp(prefix="cogi2v-"))
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
     return cache
 
 
 def _digest(file: Path, cache: Path) -> str:
-    """A file's SHA-256. Those of large files are remembered under what the file system says of them, change time included, which no
-    program can set back; but not while that time is so young that its clock might not tell the next change."""
+    """A file's SHA-256. Those of large files are remembered under what the file system says of
+    them, change time included, which no program can set back; but not while that time is so young
+    that its clock might not tell the next change."""
     memory, stat = cache / "sha256", file.stat()
     identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()

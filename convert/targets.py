@@ -13,16 +13,23 @@ def check_target(what: str, path: Path, inputs: tuple[Path, ...], suffix: str = 
         ending = f" that ends in {suffix}" if suffix else ""
         raise ValueError(f"{what} must be a name of at most 200 bytes{ending}: got {path}")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{what} must lie in an existing, writable folder: got {path}; make {path.parent} or choose another")
+        raise ValueError(
+            f"{what} must lie in an existing, writable folder: got {path}; make {path.parent} or choose another"
+        )
     if path.exists() and not path.is_file():
-        raise ValueError(f"{what} must be a file or a new name: got {path}, which is a folder or a device")
+        raise ValueError(
+            f"{what} must be a file or a new name: got {path}, which is a folder or a device"
+        )
     if {source.resolve() for source in inputs} & {path.resolve(), path.parent.resolve()}:
-        raise ValueError(f"{what} must lie outside of what is read: got {path}")  # a file would be replaced, a folder get one more
+        # A file would be replaced, a folder get one more.
+        raise ValueError(f"{what} must lie outside of what is read: got {path}")
 
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """A path to write to, which becomes the target if all goes well."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True
+    ) as folder:
         yield (part := Path(folder, "new"))
         os.replace(part, target)

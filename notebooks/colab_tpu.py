@@ -42,7 +42,9 @@ from pathlib import Path
 
 from cogi2v_jax.apps import preflight
 
-model = preflight.check(wanted)  # stops here, and says why, if the machine can't hold the model you chose
+model = preflight.check(
+    wanted
+)  # stops here, and says why, if the machine can't hold the model you chose
 if keep_on_drive:
     from google.colab import drive
 
@@ -81,7 +83,9 @@ request = Request(
     guidance_scale=guidance_scale,
     num_frames=num_frames,
 ).resolve(config.named(model))  # what the model can't compute is refused now, before anything slow
-print(f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps")
+print(
+    f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps"
+)
 
 # %%
 # @title 4. Load the model
@@ -90,7 +94,9 @@ print(f"{request.num_frames} frames of {request.height}x{request.width}, {reques
 import contextlib
 import os
 
-with contextlib.suppress(Exception):  # there is no such secret, or no leave to read it, or this is not Colab
+with contextlib.suppress(
+    Exception
+):  # there is no such secret, or no leave to read it, or this is not Colab
     from google.colab import userdata
 
     os.environ.setdefault("HF_TOKEN", userdata.get("HF_TOKEN"))
@@ -123,7 +129,9 @@ else:
             on_latents=lambda latents, _: write_latents(latents_file, latents, recipe),
         )
     write_video(video_file, result.video[0], request.fps, recipe)
-    print("seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+    print(
+        "seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())
+    )
 
 # %%
 # @title 6. Watch

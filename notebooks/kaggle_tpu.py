@@ -47,7 +47,9 @@ from pathlib import Path
 
 from cogi2v_jax.apps import preflight
 
-model = preflight.check(wanted)  # stops here, and says why, if the machine can't hold the model you chose
+model = preflight.check(
+    wanted
+)  # stops here, and says why, if the machine can't hold the model you chose
 results = (Path("/kaggle/working") if Path("/kaggle/working").is_dir() else Path.home()) / "cogi2v"
 results.mkdir(exist_ok=True)
 print(f"{model}; results go to {results}")
@@ -77,7 +79,9 @@ request = Request(
     guidance_scale=guidance_scale,
     num_frames=num_frames,
 ).resolve(config.named(model))  # what the model can't compute is refused now, before anything slow
-print(f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps")
+print(
+    f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps"
+)
 
 # %% [markdown]
 # ## 4. Load the model
@@ -88,7 +92,9 @@ print(f"{request.num_frames} frames of {request.height}x{request.width}, {reques
 import contextlib
 import os
 
-with contextlib.suppress(Exception):  # there is no such secret, or no leave to read it, or this is not Kaggle
+with contextlib.suppress(
+    Exception
+):  # there is no such secret, or no leave to read it, or this is not Kaggle
     from kaggle_secrets import UserSecretsClient
 
     os.environ.setdefault("HF_TOKEN", UserSecretsClient().get_secret("HF_TOKEN"))
@@ -123,7 +129,9 @@ else:
             on_latents=lambda latents, _: write_latents(latents_file, latents, recipe),
         )
     write_video(video_file, result.video[0], request.fps, recipe)
-    print("seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items()))
+    print(
+        "seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())
+    )
 
 # %% [markdown]
 # ## 6. Watch

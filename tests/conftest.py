@@ -1,4 +1,5 @@
-"""One world for all tests: eight CPU devices, full float32 products, no network, a cache of their own, and warnings as errors."""
+"""One world for all tests: eight CPU devices, full float32 products, no network, a cache of their
+own, and warnings as errors."""
 
 import os
 import tempfile
@@ -6,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("COGI2V_TEST_PLATFORM", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Each worker caches for itself: what one test converted or compiled must not decide what another one sees.
+# Each worker caches for itself: what one test converted or compiled must not decide what another
+# one sees.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cogi2v-tests-")
 
 import jax
@@ -20,11 +24,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
-    # Raised inside other libraries while they are imported or used; nothing of ours can answer them.
+    # Raised inside other libraries while they are imported or used; nothing of ours can answer
+    # them.
     libraries = "(torch|diffusers|transformers|huggingface_hub|orbax|flax|sentencepiece).*"
     config.addinivalue_line("filterwarnings", f"ignore::DeprecationWarning:{libraries}")
     config.addinivalue_line("filterwarnings", "ignore:builtin type [sS]wig:DeprecationWarning")
-    config.addinivalue_line("filterwarnings", "ignore::FutureWarning:(torch|diffusers|transformers).*")
+    config.addinivalue_line(
+        "filterwarnings", "ignore::FutureWarning:(torch|diffusers|transformers).*"
+    )
 
 
 @pytest.fixture
@@ -32,7 +39,8 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-# Random twins of the reference, of both families. (Imported where they are asked for: torch takes seconds.)
+# Random twins of the reference, of both families. (Imported where they are asked for: torch takes
+# seconds.)
 
 
 @pytest.fixture(scope="module", params=["1.0", "1.5"])
@@ -55,12 +63,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One diffusers folder a family; to be copied, not changed."""
     import twins
 
-    return {family: twins.save(twins.pipeline(family), tmp_path_factory.mktemp(family)) for family in twins.FAMILIES}
+    return {
+        family: twins.save(twins.pipeline(family), tmp_path_factory.mktemp(family))
+        for family in twins.FAMILIES
+    }
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Another checkpoint of each family, whose weights differ everywhere: what is not replaced shows."""
+    """Another checkpoint of each family, whose weights differ everywhere: what is not replaced
+    shows."""
     import twins
 
-    return {family: twins.save(twins.pipeline(family, seed=9), tmp_path_factory.mktemp(f"base{family}")) for family in twins.FAMILIES}
+    return {
+        family: twins.save(twins.pipeline(family, seed=9), tmp_path_factory.mktemp(f"base{family}"))
+        for family in twins.FAMILIES
+    }

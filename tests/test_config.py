@@ -28,7 +28,9 @@ from cogi2v_jax.config import (
     toml,
 )
 
-KINDS = dict(zip(PARTS, (TransformerConfig, VAEConfig, TextEncoderConfig, SchedulerConfig), strict=True))
+KINDS = dict(
+    zip(PARTS, (TransformerConfig, VAEConfig, TextEncoderConfig, SchedulerConfig), strict=True)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,9 @@ TRANSFORMER = json.loads("""{
     "activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "attention_bias": true, "flip_sin_to_cos": true,
     "freq_shift": 0, "norm_elementwise_affine": true, "norm_eps": 1e-05
 }""")
-FIRST = json.loads('{"sample_height": 60, "sample_width": 90, "sample_frames": 49, "use_learned_positional_embeddings": true}')
+FIRST = json.loads(
+    '{"sample_height": 60, "sample_width": 90, "sample_frames": 49, "use_learned_positional_embeddings": true}'
+)
 SECOND = json.loads("""{
     "sample_height": 300, "sample_width": 300, "sample_frames": 81, "use_learned_positional_embeddings": false,
     "patch_size_t": 2, "ofs_embed_dim": 512, "patch_bias": false
@@ -73,8 +77,14 @@ SCHEDULER = json.loads("""{
 SHARED = {"vae": VAE, "text_encoder": TEXT_ENCODER, "scheduler": SCHEDULER}
 RELEASED = {
     "cogvideox-5b-i2v": {**SHARED, "transformer": {**TRANSFORMER, **FIRST}},
-    "cogvideox1.5-5b-i2v": {**SHARED, "transformer": {**TRANSFORMER, **SECOND}, "vae": {**VAE, "invert_scale_latents": True}},
-    "cogi2v-tiny": {part: read_json(next((twins.TINY / part).glob("*config.json"))) for part in PARTS},
+    "cogvideox1.5-5b-i2v": {
+        **SHARED,
+        "transformer": {**TRANSFORMER, **SECOND},
+        "vae": {**VAE, "invert_scale_latents": True},
+    },
+    "cogi2v-tiny": {
+        part: read_json(next((twins.TINY / part).glob("*config.json"))) for part in PARTS
+    },
 }
 
 
@@ -111,7 +121,9 @@ def test_every_toml_is_a_checkpoint_or_a_family_of_one() -> None:
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_a_released_checkpoint_is_recognised_by_its_architecture_and_has_the_published_facts(name: str) -> None:
+def test_a_released_checkpoint_is_recognised_by_its_architecture_and_has_the_published_facts(
+    name: str,
+) -> None:
     for known in (named(name), CheckpointConfig.from_parts(RELEASED[name], "some/folder")):
         assert (known.family, known.defaults, known.published) == FACTS[name]
         assert (known.name, known.title) == (name, name)
@@ -119,9 +131,13 @@ def test_a_released_checkpoint_is_recognised_by_its_architecture_and_has_the_pub
 
 
 @pytest.mark.parametrize("sizes", [(96, 170, 81), (60, 90, 49)])
-def test_the_second_generation_is_recognised_whatever_sample_size_its_file_states(sizes: tuple[int, int, int]) -> None:
+def test_the_second_generation_is_recognised_whatever_sample_size_its_file_states(
+    sizes: tuple[int, int, int],
+) -> None:
     stated = dict(zip(("sample_height", "sample_width", "sample_frames"), sizes, strict=True))
-    known = CheckpointConfig.from_parts(changed("cogvideox1.5-5b-i2v", "transformer", **stated), "folder")
+    known = CheckpointConfig.from_parts(
+        changed("cogvideox1.5-5b-i2v", "transformer", **stated), "folder"
+    )
     assert (known.name, known.defaults) == ("cogvideox1.5-5b-i2v", FACTS["cogvideox1.5-5b-i2v"][1])
 
 
@@ -135,18 +151,33 @@ def test_the_second_generation_is_recognised_whatever_sample_size_its_file_state
         ("text_encoder", {"d_ff": 8}),
     ],
 )
-def test_weights_of_their_own_have_no_name_and_the_defaults_of_family_and_folder(part: str, values: dict[str, Any]) -> None:
+def test_weights_of_their_own_have_no_name_and_the_defaults_of_family_and_folder(
+    part: str, values: dict[str, Any]
+) -> None:
     known = CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", part, **values), "folder")
-    assert (known.name, known.title, known.published) == (None, "this cogvideox-i2v checkpoint", Published())
-    frames = {25: 25, 13: 16}.get(known.transformer.sample_frames, 49)  # four latent frames decode to 16
+    assert (known.name, known.title, known.published) == (
+        None,
+        "this cogvideox-i2v checkpoint",
+        Published(),
+    )
+    # Four latent frames decode to 16.
+    frames = {25: 25, 13: 16}.get(known.transformer.sample_frames, 49)
     assert known.defaults == dataclasses.replace(FACTS["cogvideox-5b-i2v"][1], num_frames=frames)
 
 
 def test_derived_sizes_are_those_of_the_released_networks() -> None:
     first, second = named("cogvideox-5b-i2v"), named("cogvideox1.5-5b-i2v")
-    assert (first.transformer.width, first.transformer.patch, second.transformer.patch) == (3072, (1, 2, 2), (2, 2, 2))
+    assert (first.transformer.width, first.transformer.patch, second.transformer.patch) == (
+        3072,
+        (1, 2, 2),
+        (2, 2, 2),
+    )
     assert [first.vae.decoded_frames(count) for count in (1, 2, 3, 13, 22)] == [1, 8, 9, 49, 88]
-    assert (first.transformer.table_grid, first.transformer.table_rows, first.vae.spatial_ratio) == ((13, 30, 45), 17776, 8)
+    assert (
+        first.transformer.table_grid,
+        first.transformer.table_rows,
+        first.vae.spatial_ratio,
+    ) == ((13, 30, 45), 17776, 8)
 
 
 @pytest.mark.parametrize(
@@ -158,11 +189,19 @@ def test_derived_sizes_are_those_of_the_released_networks() -> None:
         (SchedulerConfig, CogVideoXDDIMScheduler),
     ],
 )
-def test_what_a_file_leaves_out_has_the_default_of_the_reference_class_or_must_be_stated(kind: type, reference: type) -> None:
+def test_what_a_file_leaves_out_has_the_default_of_the_reference_class_or_must_be_stated(
+    kind: type, reference: type
+) -> None:
     ours = {**dataclasses.asdict(kind()), **kind.REQUIRED}
-    theirs = {name: parameter.default for name, parameter in inspect.signature(reference).parameters.items()}
+    theirs = {
+        name: parameter.default
+        for name, parameter in inspect.signature(reference).parameters.items()
+    }
     if reference is T5Config:  # derives these from another key, and names its own kind
-        theirs |= {name: getattr(T5Config(feed_forward_proj="gated-gelu"), name) for name in ("dense_act_fn", "is_gated_act", "model_type")}
+        theirs |= {
+            name: getattr(T5Config(feed_forward_proj="gated-gelu"), name)
+            for name in ("dense_act_fn", "is_gated_act", "model_type")
+        }
     assert {name for name, value in ours.items() if theirs[name] != value} == kind.STATED
     for name in kind.STATED:
         with pytest.raises(ValueError, match=f"^f: {name} must be stated"):
@@ -173,7 +212,10 @@ def test_what_a_file_leaves_out_has_the_default_of_the_reference_class_or_must_b
 def test_an_unknown_key_is_refused_by_name_unless_switched_off(kind: type) -> None:
     off = {"_new": 1, "use_new": False, "new_ratio": None, **dict.fromkeys(kind.INERT, "any")}
     assert kind.from_json({**kind.REQUIRED, **off}, "f") == kind()
-    with pytest.raises(ValueError, match=r"^folder/file: use_new is not known here: got True; new_ratio is not known here: got 2$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^folder/file: use_new is not known here: got True; new_ratio is not known here: got 2$",
+    ):
         kind.from_json({**kind.REQUIRED, "use_new": True, "new_ratio": 2}, "folder/file")
 
 
@@ -193,8 +235,12 @@ FOUR = json.loads("""{
 }""")
 
 
-@pytest.mark.parametrize("values", [T5Config(feed_forward_proj="gated-gelu").to_dict(), T5_XXL, {**T5_XXL, **FOUR}])
-def test_what_transformers_writes_beside_an_encoder_s_mathematics_is_passed_over(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "values", [T5Config(feed_forward_proj="gated-gelu").to_dict(), T5_XXL, {**T5_XXL, **FOUR}]
+)
+def test_what_transformers_writes_beside_an_encoder_s_mathematics_is_passed_over(
+    values: dict[str, Any],
+) -> None:
     own = {field.name: values[field.name] for field in dataclasses.fields(TextEncoderConfig)}
     assert TextEncoderConfig.from_json(values, "f") == TextEncoderConfig(**own)
 
@@ -217,54 +263,116 @@ def test_what_may_change_an_encoder_s_mathematics_is_refused_by_name(key: str, v
 @pytest.mark.parametrize(
     ("part", "values", "whose"),
     [
-        ("transformer", {"in_channels": 33, "add_noise_in_inpaint_model": True}, "CogVideoX-Fun, which takes a mask or a control video"),
-        ("transformer", {"add_noise_in_inpaint_model": False}, "CogVideoX-Fun, which takes a mask or a control video"),
-        ("transformer", {"_class_name": "ConsisIDTransformer3DModel"}, "ConsisID, which takes a face"),
-        ("transformer", {"is_train_face": True, "is_kps": False, "cross_attn_interval": 2}, "ConsisID, which takes a face"),
-        ("transformer", {"num_tracking_blocks": 18}, "Diffusion as Shader, which takes a tracking video"),
+        (
+            "transformer",
+            {"in_channels": 33, "add_noise_in_inpaint_model": True},
+            "CogVideoX-Fun, which takes a mask or a control video",
+        ),
+        (
+            "transformer",
+            {"add_noise_in_inpaint_model": False},
+            "CogVideoX-Fun, which takes a mask or a control video",
+        ),
+        (
+            "transformer",
+            {"_class_name": "ConsisIDTransformer3DModel"},
+            "ConsisID, which takes a face",
+        ),
+        (
+            "transformer",
+            {"is_train_face": True, "is_kps": False, "cross_attn_interval": 2},
+            "ConsisID, which takes a face",
+        ),
+        (
+            "transformer",
+            {"num_tracking_blocks": 18},
+            "Diffusion as Shader, which takes a tracking video",
+        ),
     ],
 )
-def test_a_relative_of_the_family_is_refused_for_what_it_is(part: str, values: dict[str, Any], whose: str) -> None:
+def test_a_relative_of_the_family_is_refused_for_what_it_is(
+    part: str, values: dict[str, Any], whose: str
+) -> None:
     line = rf"^folder: {part} must be of image-to-video from a prompt and a first image alone: got {whose}"
     with pytest.raises(ValueError, match=line):
         CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", part, **values), "folder")
 
 
-@pytest.mark.parametrize(("part", "name"), [("transformer", "MyTransformer"), ("vae", "AutoencoderKL")])
+@pytest.mark.parametrize(
+    ("part", "name"), [("transformer", "MyTransformer"), ("vae", "AutoencoderKL")]
+)
 def test_another_class_is_another_network(part: str, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^folder: {part}: _class_name must be \w+: got '{name}'$"):
+    with pytest.raises(
+        ValueError, match=rf"^folder: {part}: _class_name must be \w+: got '{name}'$"
+    ):
         CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", part, _class_name=name), "folder")
 
 
 @pytest.mark.parametrize(
     ("channels", "what"),
-    [(16, "a text-to-video checkpoint"), (33, "an inpainting checkpoint"), (48, "a checkpoint that takes a further video"), (24, "no ch")],
+    [
+        (16, "a text-to-video checkpoint"),
+        (33, "an inpainting checkpoint"),
+        (48, "a checkpoint that takes a further video"),
+        (24, "no ch"),
+    ],
 )
 def test_other_channels_are_told_by_their_number(channels: int, what: str) -> None:
     with pytest.raises(ValueError, match=rf"16: got {channels}, which is {what}"):
-        CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", in_channels=channels), "folder")
+        CheckpointConfig.from_parts(
+            changed("cogvideox-5b-i2v", "transformer", in_channels=channels), "folder"
+        )
 
 
 def test_the_2b_checkpoint_is_refused_as_text_to_video() -> None:
-    values = {"num_attention_heads": 30, "num_layers": 30, "in_channels": 16, "use_rotary_positional_embeddings": False}
+    values = {
+        "num_attention_heads": 30,
+        "num_layers": 30,
+        "in_channels": 16,
+        "use_rotary_positional_embeddings": False,
+    }
     with pytest.raises(ValueError, match=r"got 16, which is a text-to-video checkpoint$"):
-        CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", **values, use_learned_positional_embeddings=False), "folder")
+        CheckpointConfig.from_parts(
+            changed(
+                "cogvideox-5b-i2v", "transformer", **values, use_learned_positional_embeddings=False
+            ),
+            "folder",
+        )
 
 
 def test_anisora_is_weights_of_its_own() -> None:
     """The first generation without a learned table, for 720x1280 and 97 frames."""
-    values = {"sample_height": 90, "sample_width": 160, "sample_frames": 97, "use_learned_positional_embeddings": False}
-    known = CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", **values), "folder")
+    values = {
+        "sample_height": 90,
+        "sample_width": 160,
+        "sample_frames": 97,
+        "use_learned_positional_embeddings": False,
+    }
+    known = CheckpointConfig.from_parts(
+        changed("cogvideox-5b-i2v", "transformer", **values), "folder"
+    )
     assert (known.name, known.family) == (None, "cogvideox-i2v")
-    assert (known.defaults.height, known.defaults.width, known.defaults.num_frames, known.defaults.fps) == (720, 1280, 97, 8)
+    assert (
+        known.defaults.height,
+        known.defaults.width,
+        known.defaults.num_frames,
+        known.defaults.fps,
+    ) == (720, 1280, 97, 8)
 
 
 def test_an_interpolation_fine_tune_is_the_checkpoint_it_was_made_of() -> None:
     """Another picture in the same channels is no other network."""
-    assert CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", _name_or_path="x"), "folder").name == "cogvideox-5b-i2v"
+    assert (
+        CheckpointConfig.from_parts(
+            changed("cogvideox-5b-i2v", "transformer", _name_or_path="x"), "folder"
+        ).name
+        == "cogvideox-5b-i2v"
+    )
 
 
-@pytest.mark.parametrize(("part", "key"), [(part, key) for part, kind in KINDS.items() for key in kind.REQUIRED])
+@pytest.mark.parametrize(
+    ("part", "key"), [(part, key) for part, kind in KINDS.items() for key in kind.REQUIRED]
+)
 def test_other_mathematics_is_refused_by_name(part: str, key: str) -> None:
     kind = KINDS[part]
     assert kind.from_json(dict(kind.REQUIRED), "f") == kind()
@@ -274,7 +382,9 @@ def test_other_mathematics_is_refused_by_name(part: str, key: str) -> None:
 
 @pytest.mark.parametrize("value", [True, "8", 0, -2, 8.0, None, [8]])
 def test_a_size_must_be_a_positive_integer(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"^f: num_layers must be a positive integer: got ") as caught:
+    with pytest.raises(
+        ValueError, match=r"^f: num_layers must be a positive integer: got "
+    ) as caught:
         TransformerConfig.from_json({"num_layers": value}, "f")
     assert str(caught.value).endswith(repr(tuple(value) if isinstance(value, list) else value))
 
@@ -282,8 +392,16 @@ def test_a_size_must_be_a_positive_integer(value: Any) -> None:
 @pytest.mark.parametrize(
     ("part", "values", "rule"),
     [
-        ("transformer", {"patch_size_t": 0}, "patch_size_t must be a positive integer or null: got 0"),
-        ("transformer", {"ofs_embed_dim": True}, "ofs_embed_dim must be a positive integer or null: got True"),
+        (
+            "transformer",
+            {"patch_size_t": 0},
+            "patch_size_t must be a positive integer or null: got 0",
+        ),
+        (
+            "transformer",
+            {"ofs_embed_dim": True},
+            "ofs_embed_dim must be a positive integer or null: got True",
+        ),
         ("transformer", {"patch_bias": "false"}, "patch_bias must be true or false: got 'false'"),
         ("transformer", {"norm_eps": True}, "norm_eps must be a positive number: got True"),
         ("transformer", {"norm_eps": "1e-5"}, "norm_eps must be a positive number: got '1e-5'"),
@@ -292,18 +410,48 @@ def test_a_size_must_be_a_positive_integer(value: Any) -> None:
             {"use_rotary_positional_embeddings": True, "attention_head_dim": 40},
             "attention_head_dim must be a multiple of 16: got 40",
         ),
-        ("transformer", {"use_learned_positional_embeddings": True, "patch_size_t": 2}, "use_learned_positional_embeddings must be false"),
-        ("vae", {"scaling_factor": float("inf")}, "scaling_factor must be a positive number: got inf"),
-        ("vae", {"scaling_factor": float("nan")}, "scaling_factor must be a positive number: got nan"),
-        ("vae", {"block_out_channels": [32, 0, 32, 32]}, "block_out_channels must be a list of positive integers: got (32, 0, 32, 32)"),
-        ("vae", {"block_out_channels": 32}, "block_out_channels must be a list of positive integers: got 32"),
+        (
+            "transformer",
+            {"use_learned_positional_embeddings": True, "patch_size_t": 2},
+            "use_learned_positional_embeddings must be false",
+        ),
+        (
+            "vae",
+            {"scaling_factor": float("inf")},
+            "scaling_factor must be a positive number: got inf",
+        ),
+        (
+            "vae",
+            {"scaling_factor": float("nan")},
+            "scaling_factor must be a positive number: got nan",
+        ),
+        (
+            "vae",
+            {"block_out_channels": [32, 0, 32, 32]},
+            "block_out_channels must be a list of positive integers: got (32, 0, 32, 32)",
+        ),
+        (
+            "vae",
+            {"block_out_channels": 32},
+            "block_out_channels must be a list of positive integers: got 32",
+        ),
         ("vae", {"block_out_channels": [32, 32, 32]}, "four entries"),
         ("vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio must be 4"),
-        ("vae", {"block_out_channels": [32, 32, 48, 64]}, "block_out_channels must divide by norm_num_groups 32"),
-        ("text_encoder", {"relative_attention_num_buckets": 16}, "must be 32 and 128: got 16 and 128"),
+        (
+            "vae",
+            {"block_out_channels": [32, 32, 48, 64]},
+            "block_out_channels must divide by norm_num_groups 32",
+        ),
+        (
+            "text_encoder",
+            {"relative_attention_num_buckets": 16},
+            "must be 32 and 128: got 16 and 128",
+        ),
     ],
 )
-def test_what_no_network_here_computes_is_refused(part: str, values: dict[str, Any], rule: str) -> None:
+def test_what_no_network_here_computes_is_refused(
+    part: str, values: dict[str, Any], rule: str
+) -> None:
     with pytest.raises(ValueError, match=r"^f: ") as caught:
         KINDS[part].from_json({**KINDS[part].REQUIRED, **values}, "f")
     assert rule in str(caught.value)
@@ -315,26 +463,53 @@ def test_a_head_of_any_width_is_taken_where_nothing_turns_it() -> None:
 
 def test_several_faults_of_a_file_come_in_one_error() -> None:
     with pytest.raises(ValueError, match=r"^f: ") as caught:
-        TransformerConfig.from_json({"activation_fn": "relu", "use_new": True, "num_layers": 0, "patch_size": -1}, "f")
+        TransformerConfig.from_json(
+            {"activation_fn": "relu", "use_new": True, "num_layers": 0, "patch_size": -1}, "f"
+        )
     faults = str(caught.value).removeprefix("f: ").split("; ")
-    assert [fault.split()[0] for fault in faults] == ["activation_fn", "use_new", "num_layers", "patch_size"]
+    assert [fault.split()[0] for fault in faults] == [
+        "activation_fn",
+        "use_new",
+        "num_layers",
+        "patch_size",
+    ]
 
 
 def test_a_text_to_video_checkpoint_is_refused_for_what_it_is() -> None:
-    with pytest.raises(ValueError, match=r"^folder: transformer in_channels must be .* 16: got 16, which is a text-to-video checkpoint$"):
-        CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", "transformer", in_channels=16), "folder")
+    with pytest.raises(
+        ValueError,
+        match=r"^folder: transformer in_channels must be .* 16: got 16, which is a text-to-video checkpoint$",
+    ):
+        CheckpointConfig.from_parts(
+            changed("cogvideox-5b-i2v", "transformer", in_channels=16), "folder"
+        )
 
 
 def test_parts_that_do_not_fit_each_other_are_refused_all_at_once() -> None:
-    values = {"in_channels": 24, "out_channels": 8, "text_embed_dim": 20, "use_rotary_positional_embeddings": False}
+    values = {
+        "in_channels": 24,
+        "out_channels": 8,
+        "text_embed_dim": 20,
+        "use_rotary_positional_embeddings": False,
+    }
     with pytest.raises(ValueError, match=r"^folder: ") as caught:
-        CheckpointConfig.from_parts(changed("cogvideox1.5-5b-i2v", "transformer", **values), "folder")
-    for fault in ("got 24, which is no checkpoint of this family", "latent_channels 16: got 8", "d_model 4096: got 20", "rotary positions"):
+        CheckpointConfig.from_parts(
+            changed("cogvideox1.5-5b-i2v", "transformer", **values), "folder"
+        )
+    for fault in (
+        "got 24, which is no checkpoint of this family",
+        "latent_channels 16: got 8",
+        "d_model 4096: got 20",
+        "rotary positions",
+    ):
         assert fault in str(caught.value)
 
 
 def test_an_unknown_name_is_refused_naming_the_known() -> None:
-    with pytest.raises(ValueError, match=r"must be one of cogi2v-tiny, cogvideox-5b-i2v, cogvideox1\.5-5b-i2v: got 'cogvideox-2b'"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be one of cogi2v-tiny, cogvideox-5b-i2v, cogvideox1\.5-5b-i2v: got 'cogvideox-2b'",
+    ):
         toml("cogvideox-2b")
 
 
@@ -347,7 +522,9 @@ def test_an_unknown_name_is_refused_naming_the_known() -> None:
         (None, FileNotFoundError, "must hold config.json: found none"),
     ],
 )
-def test_an_unreadable_file_is_one_line_naming_it(tmp_path: Path, content: bytes | None, kind: type[Exception], line: str) -> None:
+def test_an_unreadable_file_is_one_line_naming_it(
+    tmp_path: Path, content: bytes | None, kind: type[Exception], line: str
+) -> None:
     path = tmp_path / "config.json"
     if content is not None:
         path.write_bytes(content)

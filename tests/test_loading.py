@@ -115,7 +115,18 @@ def test_a_relative_folder_is_found_before_the_hub(source, cache, hub_ids, monke
     assert hub_ids.asked == []
 
 
-@pytest.mark.parametrize("name", ["nothing", "./no/folder", "/no/folder", "no/such/folder", "~nobody-of-this-name/x", "trailing/", "a//b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nothing",
+        "./no/folder",
+        "/no/folder",
+        "no/such/folder",
+        "~nobody-of-this-name/x",
+        "trailing/",
+        "a//b",
+    ],
+)
 def test_what_is_neither_folder_nor_name_nor_hub_id_is_refused(name, cache, hub_ids):
     line = refused(name)
     assert name in line
@@ -156,13 +167,17 @@ def test_a_hub_id_is_fetched_and_converted(name, hub_id, source, cache, hub_ids)
 def test_without_a_network_a_hub_id_is_one_clear_line(cache):
     """The real client, offline as all tests are."""
     line = refused("zai-org/CogVideoX-5b-I2V")
-    assert line.startswith("model zai-org/CogVideoX-5b-I2V must be reachable on the hub or in its cache: HF_HUB_OFFLINE is set")
+    assert line.startswith(
+        "model zai-org/CogVideoX-5b-I2V must be reachable on the hub or in its cache: HF_HUB_OFFLINE is set"
+    )
 
 
 # what the model computes in
 
 
-def test_the_compute_dtype_is_float32_on_cpus_and_bfloat16_on_accelerators(cache, source, monkeypatch):
+def test_the_compute_dtype_is_float32_on_cpus_and_bfloat16_on_accelerators(
+    cache, source, monkeypatch
+):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert load(source, say=quiet).dtype == np.float32
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -175,12 +190,16 @@ def test_a_compute_dtype_may_be_a_name_or_a_dtype(dtype, cache, source):
     assert load(source, dtype, say=quiet).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("dtype", ["float64", "int8", "fp32", "", 3, "float16", jnp.float16, np.dtype(np.float16)])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "int8", "fp32", "", 3, "float16", jnp.float16, np.dtype(np.float16)]
+)
 def test_another_compute_dtype_is_refused(dtype, cache):
     line = refused(dtype=dtype)
     half = "float16" in str(dtype)
     assert line.startswith(
-        f"dtype must be bfloat16 or float32: got {'float16' if half else dtype!r}".replace("got float16", "got 'float16'")
+        f"dtype must be bfloat16 or float32: got {'float16' if half else dtype!r}".replace(
+            "got float16", "got 'float16'"
+        )
     )
     assert ("float16 overflows" in line) == half
     assert not cache.exists()

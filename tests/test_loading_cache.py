@@ -1,4 +1,5 @@
-"""The cache of conversions: keyed by content alone, whole or not there, and shared by all who load at once."""
+"""The cache of conversions: keyed by content alone, whole or not there, and shared by all who load
+at once."""
 
 import os
 import shutil
@@ -52,7 +53,8 @@ def nudge(source: Path) -> None:
     """Another checkpoint of the same shapes, sizes and names: one number differs."""
     tensors = load_file(source / WEIGHTS)
     tensors["proj_out.bias"][0] += 1
-    (source / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))  # into the same file: another inode would give it away
+    # Into the same file: another inode would give it away.
+    (source / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def first_bias(models) -> float:
@@ -153,17 +155,26 @@ def test_a_damaged_cache_folder_is_made_anew(damage, source, cache):
 
 
 @pytest.mark.parametrize("obstacle", ["a file in its place", "no permission"])
-def test_without_a_cache_a_model_is_converted_for_this_process_alone(obstacle, source, cache, monkeypatch):
+def test_without_a_cache_a_model_is_converted_for_this_process_alone(
+    obstacle, source, cache, monkeypatch
+):
     if obstacle == "no permission":
         access = os.access
-        monkeypatch.setattr(loading.os, "access", lambda path, mode: Path(path) != cache and access(path, mode))
+        monkeypatch.setattr(
+            loading.os, "access", lambda path, mode: Path(path) != cache and access(path, mode)
+        )
     else:
         cache.parent.parent.write_text("in the way")
     leave = []
-    monkeypatch.setattr(loading.atexit, "register", lambda *arguments, **named: leave.append((arguments, named)))
+    monkeypatch.setattr(
+        loading.atexit, "register", lambda *arguments, **named: leave.append((arguments, named))
+    )
     said = []
     models = load(source, say=said.append)
-    assert said[0] == f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place"
+    assert (
+        said[0]
+        == f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place"
+    )
     assert said[1].startswith(f"converting {source} into ")
     assert cache not in models.folder.parents
     models.piece("text_encoder")
@@ -182,7 +193,10 @@ def test_two_threads_that_convert_at_once_both_succeed(source, cache, monkeypatc
 
     monkeypatch.setattr(conversion, "to_flax", together)
     loaded = []
-    threads = [threading.Thread(target=lambda: loaded.append(load(source, "float32", say=quiet))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: loaded.append(load(source, "float32", say=quiet)))
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -194,7 +208,9 @@ def test_two_threads_that_convert_at_once_both_succeed(source, cache, monkeypatc
 
 
 @pytest.mark.parametrize("moment", [("transformer", None), ("text_encoder", 2)])
-def test_a_folder_that_another_program_is_making_is_waited_for_and_taken(moment, source, cache, monkeypatch):
+def test_a_folder_that_another_program_is_making_is_waited_for_and_taken(
+    moment, source, cache, monkeypatch
+):
     write_unit = layers.write_unit
     written, others, folders = [], [], []
 
@@ -202,7 +218,9 @@ def test_a_folder_that_another_program_is_making_is_waited_for_and_taken(moment,
         write_unit(folder, part, layer, leaves)
         written.append((part, layer))
         if (part, layer) == moment:
-            others.append(threading.Thread(target=lambda: folders.append(load(source, say=quiet).folder)))
+            others.append(
+                threading.Thread(target=lambda: folders.append(load(source, say=quiet).folder))
+            )
             others[0].start()
 
     monkeypatch.setattr(layers, "write_unit", overtaken)
@@ -216,7 +234,10 @@ def test_a_folder_that_another_program_is_making_is_waited_for_and_taken(moment,
 def test_two_processes_that_load_at_once_both_succeed(source, cache):
     program = "import sys, cogi2v_jax; print(cogi2v_jax.load(sys.argv[1]).piece('transformer').out.bias[0])"
     command = [sys.executable, "-c", program, str(source)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0] != ""
@@ -262,8 +283,11 @@ def test_a_large_file_that_changed_is_hashed_anew_whatever_its_times_say(source,
 
 
 @pytest.mark.parametrize(("limit", "value"), [("YOUNG", 10**18), ("LARGE", 2**40)])
-def test_the_hash_of_a_file_that_is_small_or_just_changed_is_not_remembered(limit, value, source, cache, large, monkeypatch):
-    """Within one tick of the file system's clock, a second change would leave every time as it was."""
+def test_the_hash_of_a_file_that_is_small_or_just_changed_is_not_remembered(
+    limit, value, source, cache, large, monkeypatch
+):
+    """Within one tick of the file system's clock, a second change would leave every time as it
+    was."""
     monkeypatch.setattr(loading, limit, value)
     load(source, say=quiet)
     assert names(cache) == [load(source, say=quiet).folder.name]

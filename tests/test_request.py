@@ -1,4 +1,5 @@
-"""A request against a checkpoint: what answers its open fields, what is refused and with which way out, what is only warned about."""
+"""A request against a checkpoint: what answers its open fields, what is refused and with which way
+out, what is only warned about."""
 
 import dataclasses
 import math
@@ -11,9 +12,16 @@ import pytest
 from cogi2v_jax.config import CheckpointConfig, Published, named
 from cogi2v_jax.request import LatentShape, Noise, Request, Resolved, Video
 
-FIRST, SECOND, TINY = (named(name) for name in ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny"))
+FIRST, SECOND, TINY = (
+    named(name) for name in ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny")
+)
 OWN, EVEN = (
-    dataclasses.replace(FIRST, name=None, transformer=dataclasses.replace(FIRST.transformer, sample_frames=frames), published=Published())
+    dataclasses.replace(
+        FIRST,
+        name=None,
+        transformer=dataclasses.replace(FIRST.transformer, sample_frames=frames),
+        published=Published(),
+    )
     for frames in (25, 13)
 )
 
@@ -50,16 +58,37 @@ def test_open_fields_are_answered_by_the_checkpoint_then_its_family_then_its_fol
 ) -> None:
     resolved = request().resolve(config)
     assert tuple(getattr(resolved, name) for name in dataclasses.asdict(config.defaults)) == answers
-    assert (resolved.image, resolved.prompt, resolved.negative_prompt, resolved.seed) == ("photo.jpg", "a panda", "", 42)
+    assert (resolved.image, resolved.prompt, resolved.negative_prompt, resolved.seed) == (
+        "photo.jpg",
+        "a panda",
+        "",
+        42,
+    )
     assert resolved.resolve(config) == resolved
 
 
 def test_what_is_given_is_kept() -> None:
-    given = {"height": 784, "width": 768, "num_frames": 17, "fps": 12.5, "num_inference_steps": 7, "guidance_scale": 0.0}
-    given |= {"use_dynamic_cfg": False, "scheduler": "ddim", "fit": "pad", "image_latent_scale": 0.9, "negative_prompt": "blur", "seed": 0}
+    given = {
+        "height": 784,
+        "width": 768,
+        "num_frames": 17,
+        "fps": 12.5,
+        "num_inference_steps": 7,
+        "guidance_scale": 0.0,
+    }
+    given |= {
+        "use_dynamic_cfg": False,
+        "scheduler": "ddim",
+        "fit": "pad",
+        "image_latent_scale": 0.9,
+        "negative_prompt": "blur",
+        "seed": 0,
+    }
     given |= {"noise": "torch"}
     published = dataclasses.replace(SECOND, published=Published())
-    assert request(**given).resolve(published) == Resolved(image="photo.jpg", prompt="a panda", **given)
+    assert request(**given).resolve(published) == Resolved(
+        image="photo.jpg", prompt="a panda", **given
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +103,9 @@ def test_what_is_given_is_kept() -> None:
         ("seed", np.uint64(2**64 - 1), int),
     ],
 )
-def test_numpys_values_are_taken_and_become_pythons(name: str, value: np.generic, kind: type) -> None:
+def test_numpys_values_are_taken_and_become_pythons(
+    name: str, value: np.generic, kind: type
+) -> None:
     resolved = getattr(request(**{name: value}).resolve(SECOND), name)
     assert resolved == value
     assert type(resolved) is kind
@@ -87,7 +118,9 @@ def test_a_count_must_be_a_positive_integer(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, True, "6", 1j])
-@pytest.mark.parametrize(("name", "rule"), [("fps", "positive"), ("guidance_scale", "not negative")])
+@pytest.mark.parametrize(
+    ("name", "rule"), [("fps", "positive"), ("guidance_scale", "not negative")]
+)
 def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: Any) -> None:
     assert refusal(**{name: value}) == f"{name} must be a finite number and {rule}: got {value!r}"
 
@@ -99,7 +132,10 @@ def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: 
         ({"use_dynamic_cfg": 1}, "use_dynamic_cfg must be true or false: got 1"),
         ({"noise": "numpy"}, "noise must be jax or torch: got 'numpy'"),
         ({"prompt": 3}, "prompt and negative_prompt must be text: got 3 and ''"),
-        ({"prompt": ["a"], "negative_prompt": [3]}, "prompt and negative_prompt must be text: got 'a' and 3"),
+        (
+            {"prompt": ["a"], "negative_prompt": [3]},
+            "prompt and negative_prompt must be text: got 'a' and 3",
+        ),
         ({"image": None}, "image must be a path, a PIL image or an array: got None"),
         ({"seed": -1}, "seed must be an integer from 0 to 2**64 - 1: got -1"),
         ({"seed": 2**64}, f"seed must be an integer from 0 to 2**64 - 1: got {2**64}"),
@@ -107,13 +143,18 @@ def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: 
         ({"seed": 1.0}, "seed must be an integer from 0 to 2**64 - 1: got 1.0"),
         ({"seed": [1, None]}, "seed must be an integer from 0 to 2**64 - 1: got None"),
         *(
-            ({"image_latent_scale": value}, f"image_latent_scale must be reference, sat, trainer or a positive number: got {value!r}")
+            (
+                {"image_latent_scale": value},
+                f"image_latent_scale must be reference, sat, trainer or a positive number: got {value!r}",
+            )
             for value in ("diffusers", 0, -0.7, math.nan, math.inf, True)
         ),
     ],
     ids=str,
 )
-def test_other_values_that_no_checkpoint_takes_are_refused(given: dict[str, Any], line: str) -> None:
+def test_other_values_that_no_checkpoint_takes_are_refused(
+    given: dict[str, Any], line: str
+) -> None:
     assert refusal(**given) == line
 
 
@@ -133,7 +174,11 @@ def test_the_seeds_of_a_batch_may_be_any_sequence(seeds: Any) -> None:
 @pytest.mark.parametrize(
     ("config", "given", "line"),
     [
-        (SECOND, {"height": 770}, "height must be a multiple of 16: got 770; nearest is 768 or 784"),
+        (
+            SECOND,
+            {"height": 770},
+            "height must be a multiple of 16: got 770; nearest is 768 or 784",
+        ),
         (SECOND, {"width": 8}, "width must be a multiple of 16: got 8; nearest is 16"),
         (
             FIRST,
@@ -165,7 +210,10 @@ def test_a_size_that_a_network_cannot_compute_is_refused_naming_the_nearest_that
 def test_a_count_of_frames_that_does_not_come_out_as_asked_is_refused_naming_the_nearest_that_does(
     config: CheckpointConfig, frames: int, rule: str, nearest: str
 ) -> None:
-    assert refusal(config, num_frames=frames) == f"num_frames must be {rule} (8k computes too): got {frames}; nearest is {nearest}"
+    assert (
+        refusal(config, num_frames=frames)
+        == f"num_frames must be {rule} (8k computes too): got {frames}; nearest is {nearest}"
+    )
 
 
 def test_all_faults_come_in_one_error() -> None:
@@ -182,8 +230,16 @@ def test_all_faults_come_in_one_error() -> None:
         (FIRST, {"num_frames": 1}, LatentShape(1, 60, 90, 16, padding=0)),
         (SECOND, {}, LatentShape(22, 96, 170, 16, padding=1)),
         (SECOND, {"num_frames": 80}, LatentShape(20, 96, 170, 16, padding=0)),
-        (SECOND, {"num_frames": 1000, "height": 16, "width": 4000}, LatentShape(250, 2, 500, 16, padding=0)),
-        (SECOND, {"num_frames": 1, "height": 1360, "width": 768}, LatentShape(2, 170, 96, 16, padding=1)),
+        (
+            SECOND,
+            {"num_frames": 1000, "height": 16, "width": 4000},
+            LatentShape(250, 2, 500, 16, padding=0),
+        ),
+        (
+            SECOND,
+            {"num_frames": 1, "height": 1360, "width": 768},
+            LatentShape(2, 170, 96, 16, padding=1),
+        ),
     ],
 )
 def test_latents_have_whole_patches_and_any_size_that_the_network_computes(
@@ -193,16 +249,27 @@ def test_latents_have_whole_patches_and_any_size_that_the_network_computes(
 
 
 @pytest.mark.parametrize(
-    ("scale", "first", "second"), [("reference", 0.7, 1 / 0.7), ("sat", 0.7, 1.0), ("trainer", 0.7, 0.7), (0.5, 0.5, 0.5), (2, 2.0, 2.0)]
+    ("scale", "first", "second"),
+    [
+        ("reference", 0.7, 1 / 0.7),
+        ("sat", 0.7, 1.0),
+        ("trainer", 0.7, 0.7),
+        (0.5, 0.5, 0.5),
+        (2, 2.0, 2.0),
+    ],
 )
-def test_the_images_latents_are_scaled_as_each_code_base_scales_them(scale: str | float, first: float, second: float) -> None:
+def test_the_images_latents_are_scaled_as_each_code_base_scales_them(
+    scale: str | float, first: float, second: float
+) -> None:
     assert request(image_latent_scale=scale).resolve(FIRST).latent_scale(FIRST) == first
     assert request(image_latent_scale=scale).resolve(SECOND).latent_scale(SECOND) == second
 
 
 @pytest.mark.parametrize(("scale", "guided"), [(0, False), (1, False), (1.01, True), (6, True)])
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_only_a_scale_above_one_guides_dynamic_or_not(scale: float, guided: bool, dynamic: bool) -> None:
+def test_only_a_scale_above_one_guides_dynamic_or_not(
+    scale: float, guided: bool, dynamic: bool
+) -> None:
     assert request(guidance_scale=scale, use_dynamic_cfg=dynamic).resolve(SECOND).guided is guided
 
 
@@ -214,11 +281,18 @@ LANDSCAPE_ONLY = dataclasses.replace(SECOND, published=Published(portrait=False)
     [
         (FIRST, {"num_frames": 48}, ["9, 17, 25, 33, 41, 49 frames (this is 48)"]),
         (SECOND, {"num_frames": 80}, ["81, 97, 113, 129, 145, 161 frames (this is 80)"]),
-        (SECOND, {"height": 1376, "width": 768}, ["a long side of 768 to 1360 pixels (this is 1376)"]),
+        (
+            SECOND,
+            {"height": 1376, "width": 768},
+            ["a long side of 768 to 1360 pixels (this is 1376)"],
+        ),
         (
             SECOND,
             {"height": 480, "width": 720},
-            ["a short side of 768 pixels (this is 480)", "a long side of 768 to 1360 pixels (this is 720)"],
+            [
+                "a short side of 768 pixels (this is 480)",
+                "a long side of 768 to 1360 pixels (this is 720)",
+            ],
         ),
         (LANDSCAPE_ONLY, {"height": 1360, "width": 768}, ["landscape (this is portrait)"]),
     ],
@@ -226,7 +300,9 @@ LANDSCAPE_ONLY = dataclasses.replace(SECOND, published=Published(portrait=False)
 def test_what_is_only_outside_the_published_range_is_one_warning(
     config: CheckpointConfig, given: dict[str, Any], ranges: list[str]
 ) -> None:
-    with pytest.warns(UserWarning, match=f"^{config.title} was published for .*: expect worse results$") as warned:
+    with pytest.warns(
+        UserWarning, match=f"^{config.title} was published for .*: expect worse results$"
+    ) as warned:
         request(**given).resolve(config)
     assert len(warned) == 1
     message = str(warned[0].message)
@@ -234,16 +310,23 @@ def test_what_is_only_outside_the_published_range_is_one_warning(
     assert all(bounds in message for bounds in ranges)
 
 
-@pytest.mark.parametrize("given", [{"height": 1360, "width": 768}, {"height": 768, "width": 768}, {"num_frames": 161}])
+@pytest.mark.parametrize(
+    "given", [{"height": 1360, "width": 768}, {"height": 768, "width": 768}, {"num_frames": 161}]
+)
 def test_what_is_inside_the_published_range_is_not_warned_about(given: dict[str, Any]) -> None:
     request(**given).resolve(SECOND)  # a warning would raise
 
 
 def test_a_single_value_serves_every_video_of_a_batch() -> None:
     batch = request(prompt=["a", "b", "c"], seed=(1, 2, 3), negative_prompt=None)
-    assert batch.videos == [Video("photo.jpg", prompt, "", seed) for prompt, seed in zip("abc", (1, 2, 3), strict=True)]
+    assert batch.videos == [
+        Video("photo.jpg", prompt, "", seed) for prompt, seed in zip("abc", (1, 2, 3), strict=True)
+    ]
     assert request(image=np.zeros((3, 4, 3))).videos[0].image.shape == (3, 4, 3)
-    assert [video.negative_prompt for video in request(negative_prompt=("blur", None)).videos] == ["blur", ""]
+    assert [video.negative_prompt for video in request(negative_prompt=("blur", None)).videos] == [
+        "blur",
+        "",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +338,9 @@ def test_a_single_value_serves_every_video_of_a_batch() -> None:
     ],
 )
 def test_sequences_of_unequal_or_no_length_are_refused(given: dict[str, Any], counts: str) -> None:
-    assert refusal(**given) == f"sequences of a batch must have one length of at least 1: got {counts}"
+    assert (
+        refusal(**given) == f"sequences of a batch must have one length of at least 1: got {counts}"
+    )
 
 
 SHAPE = LatentShape(4, 2, 3, 5, padding=1)
@@ -264,12 +349,20 @@ SHAPE = LatentShape(4, 2, 3, 5, padding=1)
 def test_given_noise_becomes_float32_and_what_is_not_given_stays_open() -> None:
     given = Noise(posterior=np.ones((2, 1, 2, 3, 5)), steps=np.ones((7, 2, 4, 2, 3, 5)).tolist())
     noise = given.check(SHAPE, videos=2, steps=7)
-    assert (noise.posterior.dtype, noise.steps.dtype, noise.initial) == (np.float32, np.float32, None)
+    assert (noise.posterior.dtype, noise.steps.dtype, noise.initial) == (
+        np.float32,
+        np.float32,
+        None,
+    )
     assert Noise().check(SHAPE, videos=1, steps=1) == Noise()
 
 
 def test_noise_of_other_shapes_is_refused_naming_each() -> None:
-    noise = Noise(posterior=np.ones((2, 4, 2, 3, 5)), initial=np.ones((2, 3, 2, 3, 5)), steps=np.ones((6, 2, 4, 2, 3, 5)))
+    noise = Noise(
+        posterior=np.ones((2, 4, 2, 3, 5)),
+        initial=np.ones((2, 3, 2, 3, 5)),
+        steps=np.ones((6, 2, 4, 2, 3, 5)),
+    )
     with pytest.raises(ValueError, match=r"^noise: posterior") as caught:
         noise.check(SHAPE, videos=2, steps=7)
     assert str(caught.value).removeprefix("noise: ").split("; ") == [

@@ -42,7 +42,10 @@ def default(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
             code = main([])
     finally:
         os.chdir(before)
@@ -65,10 +68,29 @@ def test_the_default_run_makes_a_video_with_its_recipe_and_its_latents(default):
     assert read_frames(folder / "out.mp4").shape == (9, 64, 64, 3)
     recipe = read_recipe(folder / "out.mp4")
     assert recipe["prompt"] == "the cyan triangle grows"
-    assert (recipe["model"], recipe["checkpoint"], recipe["dtype"]) == ("cogi2v-tiny", "cogi2v-tiny", "float32")
-    assert (recipe["seed"], recipe["noise"], recipe["num_inference_steps"], recipe["guidance_scale"]) == (42, "jax", 50, 3.0)
+    assert (recipe["model"], recipe["checkpoint"], recipe["dtype"]) == (
+        "cogi2v-tiny",
+        "cogi2v-tiny",
+        "float32",
+    )
+    assert (
+        recipe["seed"],
+        recipe["noise"],
+        recipe["num_inference_steps"],
+        recipe["guidance_scale"],
+    ) == (42, "jax", 50, 3.0)
     assert recipe["program"] == f"cogi2v-jax {__version__}"
-    assert recipe.keys() >= {"image", "image_sha256", "negative_prompt", "fps", "scheduler", "use_dynamic_cfg", "fit", "jax", "device"}
+    assert recipe.keys() >= {
+        "image",
+        "image_sha256",
+        "negative_prompt",
+        "fps",
+        "scheduler",
+        "use_dynamic_cfg",
+        "fit",
+        "jax",
+        "device",
+    }
     latents = load_file(folder / "out.latents.safetensors")["latents"]
     assert (latents.shape, latents.dtype) == ((1, 3, 8, 8, 16), np.float32)
     assert np.isfinite(latents).all()
@@ -92,7 +114,10 @@ def test_the_run_ends_with_seconds_memory_and_what_was_made(default):
     _, _, out, err = default
     seconds, memory, made = out.splitlines()
     phases = ("load", "text", "image", "compile", "denoise", "decode", "write")
-    assert re.fullmatch(r"seconds: " + "  ".join(rf"{phase} \d+\.\d" for phase in phases) + r"  \(total \d+\.\d\)", seconds)
+    assert re.fullmatch(
+        r"seconds: " + "  ".join(rf"{phase} \d+\.\d" for phase in phases) + r"  \(total \d+\.\d\)",
+        seconds,
+    )
     assert re.fullmatch(r"peak memory: host \d+\.\d GiB", memory)
     assert made == "out.mp4: 9 frames of 64x64 at 8 fps"
     assert "step 1 of 50: first step done" in err
@@ -101,7 +126,9 @@ def test_the_run_ends_with_seconds_memory_and_what_was_made(default):
 
 
 def test_the_phases_sum_to_the_total(default):
-    *phases, total = (float(number) for number in re.findall(r"\d+\.\d", default[2].splitlines()[0]))
+    *phases, total = (
+        float(number) for number in re.findall(r"\d+\.\d", default[2].splitlines()[0])
+    )
     assert len(phases) == 7
     assert sum(phases) == pytest.approx(total, abs=0.4)
     assert total > 0
@@ -116,7 +143,9 @@ def test_finding_the_model_is_charged_to_the_first_video(requests, default, monk
 
     monkeypatch.setattr(loading, "load", slowly)
     assert main(["--num_videos_per_prompt", "2", "--output", "x.gif"]) == 0
-    first, second = (float(number) for number in re.findall(r"load (\d+\.\d)", capsys.readouterr().out))
+    first, second = (
+        float(number) for number in re.findall(r"load (\d+\.\d)", capsys.readouterr().out)
+    )
     assert first >= 0.8
     assert second == 0.5  # what the run itself says
 
@@ -139,7 +168,19 @@ def test_decoding_the_latents_gives_the_same_frames(output, default, capsys):
 
 
 def test_decoding_alone_may_change_the_speed(default, capsys):
-    assert main(["--decode_latents", str(default[0] / "out.latents.safetensors"), "--output", "fast.gif", "--fps", "25"]) == 0
+    assert (
+        main(
+            [
+                "--decode_latents",
+                str(default[0] / "out.latents.safetensors"),
+                "--output",
+                "fast.gif",
+                "--fps",
+                "25",
+            ]
+        )
+        == 0
+    )
     assert read_recipe("fast.gif") == {**read_recipe(default[0] / "out.mp4"), "fps": 25}
     assert capsys.readouterr().out.splitlines()[-1] == "fast.gif: 9 frames of 64x64 at 25 fps"
 
@@ -152,13 +193,18 @@ def test_latents_are_readable_by_others(default):
 
 def test_latents_are_on_disk_before_decoding_starts(monkeypatch, capsys):
     def full(*_):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate\n and many more lines")
+        raise RuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate\n and many more lines"
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "decode", full)
         assert main([*QUICK]) == 1
     err = capsys.readouterr().err
-    assert err.splitlines()[-1] == "cogi2v: the device ran out of memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
+    assert (
+        err.splitlines()[-1]
+        == "cogi2v: the device ran out of memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
+    )
     assert files() == {"out.latents.safetensors"}
     assert main(["--decode_latents", "out.latents.safetensors"]) == 0
     assert read_frames("out.mp4").shape == (9, 64, 64, 3)
@@ -192,17 +238,58 @@ def test_every_flag_of_the_official_script_still_works(default, capsys):
         if name in recipe:
             assert str(recipe[name]) == value
     assert recipe["image"] == "photo.png"
-    assert recipe.keys() >= {"prompt", "guidance_scale", "num_inference_steps", "num_frames", "width", "height", "fps", "dtype", "seed"}
+    assert recipe.keys() >= {
+        "prompt",
+        "guidance_scale",
+        "num_inference_steps",
+        "num_frames",
+        "width",
+        "height",
+        "fps",
+        "dtype",
+        "seed",
+    }
 
 
 def test_our_own_flags_reach_the_request(requests, default):
-    arguments = ["--image", "photo.png", "--prompt", "p", "--negative_prompt", "blurry", "--model", "cogi2v-tiny", "--output", "o.gif"]
-    arguments += ["--scheduler", "dpm", "--use_dynamic_cfg", "--fit", "pad", "--image_latent_scale", "0.5", "--attention", "xla"]
+    arguments = [
+        "--image",
+        "photo.png",
+        "--prompt",
+        "p",
+        "--negative_prompt",
+        "blurry",
+        "--model",
+        "cogi2v-tiny",
+        "--output",
+        "o.gif",
+    ]
+    arguments += [
+        "--scheduler",
+        "dpm",
+        "--use_dynamic_cfg",
+        "--fit",
+        "pad",
+        "--image_latent_scale",
+        "0.5",
+        "--attention",
+        "xla",
+    ]
     arguments += ["--noise", "torch"]
     assert main(arguments) == 0
     (request,) = requests
-    assert (request.prompt, request.negative_prompt, request.scheduler, request.use_dynamic_cfg) == ("p", "blurry", "dpm", True)
-    assert (request.fit, request.image_latent_scale, request.noise, str(request.image)) == ("pad", 0.5, "torch", "photo.png")
+    assert (
+        request.prompt,
+        request.negative_prompt,
+        request.scheduler,
+        request.use_dynamic_cfg,
+    ) == ("p", "blurry", "dpm", True)
+    assert (request.fit, request.image_latent_scale, request.noise, str(request.image)) == (
+        "pad",
+        0.5,
+        "torch",
+        "photo.png",
+    )
     assert main(["--no-use_dynamic_cfg", "--image_latent_scale", "sat"]) == 0
     assert (requests[1].use_dynamic_cfg, requests[1].image_latent_scale) == (False, "sat")
 
@@ -211,7 +298,13 @@ def test_what_is_left_out_is_the_checkpoint_s(requests, default):
     assert main([]) == 0
     (request,) = requests
     assert (request.height, request.width, request.num_frames, request.fps) == (64, 64, 9, 8)
-    assert (request.scheduler, request.use_dynamic_cfg, request.fit, request.noise, request.seed) == ("ddim", False, "crop", "jax", 42)
+    assert (
+        request.scheduler,
+        request.use_dynamic_cfg,
+        request.fit,
+        request.noise,
+        request.seed,
+    ) == ("ddim", False, "crop", "jax", 42)
 
 
 @pytest.mark.parametrize("output", ["clip.gif", "clip.png", "clip", "CLIP.MP4"])
@@ -236,8 +329,12 @@ def test_the_same_seed_makes_the_same_frames_and_another_makes_others(default):
 
 
 def test_several_videos_count_their_seeds_up_and_are_numbered(default, capsys):
-    assert main([*QUICK, "--num_videos_per_prompt", "2", "--seed", "7", "--output", "take.mp4"]) == 0
-    assert files() == {f"take-{number}{suffix}" for number in (0, 1) for suffix in (".mp4", LATENTS)}
+    assert (
+        main([*QUICK, "--num_videos_per_prompt", "2", "--seed", "7", "--output", "take.mp4"]) == 0
+    )
+    assert files() == {
+        f"take-{number}{suffix}" for number in (0, 1) for suffix in (".mp4", LATENTS)
+    }
     assert [read_recipe(f"take-{number}.mp4")["seed"] for number in (0, 1)] == [7, 8]
     assert [line for line in capsys.readouterr().out.splitlines() if "frames of" in line] == [
         f"take-{number}.mp4: 9 frames of 64x64 at 8 fps" for number in (0, 1)
@@ -252,7 +349,10 @@ def test_numbers_sort_as_they_count(requests, default):
 MANIFESTS = {
     "jobs.txt": "the cyan triangle grows@@photo.png\n\nthe cyan triangle spins@@photo.png\n",
     "jobs.csv": "prompt,image,seed\nthe cyan triangle grows,photo.png,42\nthe cyan triangle spins,photo.png,\n",
-    "jobs.jsonl": "".join(f'{{"prompt": "the cyan triangle {what}", "image": "photo.png"}}\n' for what in ("grows", "spins")),
+    "jobs.jsonl": "".join(
+        f'{{"prompt": "the cyan triangle {what}", "image": "photo.png"}}\n'
+        for what in ("grows", "spins")
+    ),
 }
 
 
@@ -262,29 +362,62 @@ def test_a_manifest_makes_a_video_a_line(name, requests, default):
     Path("photo.png").rename("list/photo.png")  # its paths are relative to the manifest
     Path("list", name).write_text(MANIFESTS[name])
     assert main(["--manifest", f"list/{name}", "--output", "m.mp4"]) == 0
-    assert [(request.prompt, request.seed) for request in requests] == [("the cyan triangle grows", 42), ("the cyan triangle spins", 42)]
-    assert [read_recipe(f"m-{number}.mp4")["prompt"] for number in (0, 1)] == ["the cyan triangle grows", "the cyan triangle spins"]
+    assert [(request.prompt, request.seed) for request in requests] == [
+        ("the cyan triangle grows", 42),
+        ("the cyan triangle spins", 42),
+    ]
+    assert [read_recipe(f"m-{number}.mp4")["prompt"] for number in (0, 1)] == [
+        "the cyan triangle grows",
+        "the cyan triangle spins",
+    ]
 
 
 def test_a_manifest_s_own_seeds_and_negative_prompts_come_first(requests, default):
-    rows = [{"prompt": "a", "image": "photo.png", "seed": 1, "negative_prompt": "x"}, {"prompt": "b", "image": "photo.png"}]
+    rows = [
+        {"prompt": "a", "image": "photo.png", "seed": 1, "negative_prompt": "x"},
+        {"prompt": "b", "image": "photo.png"},
+    ]
     Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert main(["--manifest", "jobs.jsonl", "--seed", "9", "--negative_prompt", "y", "--num_videos_per_prompt", "2"]) == 0
+    assert (
+        main(
+            [
+                "--manifest",
+                "jobs.jsonl",
+                "--seed",
+                "9",
+                "--negative_prompt",
+                "y",
+                "--num_videos_per_prompt",
+                "2",
+            ]
+        )
+        == 0
+    )
     expected = [("a", "x", 1), ("a", "x", 2), ("b", "y", 9), ("b", "y", 10)]
-    assert [(request.prompt, request.negative_prompt, request.seed) for request in requests] == expected
+    assert [
+        (request.prompt, request.negative_prompt, request.seed) for request in requests
+    ] == expected
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "gone.png"}', "gone.png"),
-        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "photo.png", "seed": -1}', "seed must be an integer from 0"),
+        (
+            '{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "photo.png", "seed": -1}',
+            "seed must be an integer from 0",
+        ),
         ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b"}', "line 2"),
-        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "a b c d e f g h i j", "image": "photo.png"}', "at most 10 tokens"),
+        (
+            '{"prompt": "a", "image": "photo.png"}\n{"prompt": "a b c d e f g h i j", "image": "photo.png"}',
+            "at most 10 tokens",
+        ),
         ("", "no jobs"),
     ],
 )
-def test_a_manifest_at_fault_is_refused_before_its_first_video(text, expected, requests, default, capsys):
+def test_a_manifest_at_fault_is_refused_before_its_first_video(
+    text, expected, requests, default, capsys
+):
     Path("jobs.jsonl").write_text(text)
     assert expected in failed(capsys, ["--manifest", "jobs.jsonl"], 1)
     assert requests == []
@@ -307,20 +440,31 @@ def stop(*_, **__):
 @pytest.mark.parametrize("moment", ["loop", "decode", "write"])
 def test_stopping_leaves_no_half_written_file(moment, default, monkeypatch, capsys):
     if moment == "loop":
-        monkeypatch.setattr(sample, "_progress", lambda came: lambda step, steps, latents: stop() if step == 2 else None)
+        monkeypatch.setattr(
+            sample,
+            "_progress",
+            lambda came: lambda step, steps, latents: stop() if step == 2 else None,
+        )
     if moment == "decode":
         monkeypatch.setattr(pipeline, "decode", stop)
     if moment == "write":
-        monkeypatch.setitem(videos.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
+        monkeypatch.setitem(
+            videos.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()]
+        )
     capsys.readouterr()
     assert main([*QUICK]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "cogi2v: stopped; no half-written video was left"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "cogi2v: stopped; no half-written video was left"
+    )
     assert files() == (set() if moment == "loop" else {"out.latents.safetensors"})
 
 
 def test_stopping_keeps_the_video_of_an_earlier_run(default, monkeypatch):
     Path("out.mp4").write_bytes(b"earlier")
-    monkeypatch.setitem(videos.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()])
+    monkeypatch.setitem(
+        videos.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()]
+    )
     assert main([*QUICK]) == 130
     assert Path("out.mp4").read_bytes() == b"earlier"
 
@@ -366,7 +510,11 @@ except SystemExit as end:
 print("imported:", *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "transformers", "diffusers", "tensorflow", "jax"}))
 """
     cache = Path(os.environ["XDG_CACHE_HOME"]) / "cogi2v-jax" / "xla"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
     command = [
         sys.executable,
         "-c",
@@ -381,5 +529,9 @@ print("imported:", *sorted({name.split(".")[0] for name in sys.modules} & {"torc
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert f"converting {twins.TINY}" in done.stderr
-    assert done.stdout.splitlines()[-3:] == ["out.mp4: 9 frames of 64x64 at 8 fps", "exit code 0", "imported: jax"]
+    assert done.stdout.splitlines()[-3:] == [
+        "out.mp4: 9 frames of 64x64 at 8 fps",
+        "exit code 0",
+        "imported: jax",
+    ]
     assert read_frames("out.mp4").shape == (9, 64, 64, 3)

@@ -23,15 +23,36 @@ def test_videos_that_a_mesh_shares_out_are_those_made_one_by_one(capsys):
     capsys.readouterr()
     assert main([*run, "--output", "shared.png", "--mesh", "data=2,pair=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["seconds", "peak memory", "shared-0", "shared-1"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "seconds",
+        "peak memory",
+        "shared-0",
+        "shared-1",
+    ]
     for number in (0, 1):
         for frame in sorted(Path(f"alone-{number}").glob("*.png")):
-            ours, theirs = (np.asarray(Image.open(path), np.int16) for path in (Path(f"shared-{number}", frame.name), frame))
+            ours, theirs = (
+                np.asarray(Image.open(path), np.int16)
+                for path in (Path(f"shared-{number}", frame.name), frame)
+            )
             assert np.abs(ours - theirs).max() <= 1
 
 
 def test_verbose_says_what_was_chosen(capsys):
-    assert main(["--num_inference_steps", "2", "--output", "verbose.gif", "--verbose", "--mesh", "pair=2"]) == 0
+    assert (
+        main(
+            [
+                "--num_inference_steps",
+                "2",
+                "--output",
+                "verbose.gif",
+                "--verbose",
+                "--mesh",
+                "pair=2",
+            ]
+        )
+        == 0
+    )
     err = capsys.readouterr().err
     assert "mesh: data=1,pair=2,context=1 on 2 of 8 x cpu" in err
     assert "compiler options for cpu:" in err
@@ -41,10 +62,19 @@ def test_verbose_says_what_was_chosen(capsys):
 def test_a_plan_is_printed_without_jax():
     script = "import sys; from cogi2v_jax.sample import main; code = main(sys.argv[1:]); sys.exit(code or 'jax' in sys.modules)"
     arguments = ["--model", "cogvideox-5b-i2v", "--plan", "v5e-8"]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("v5e-8: 8 chips of TPU v5 lite (2x4), split over data 1, pair 2, context 4\n")
-    assert [line.split()[0] for line in done.stdout.splitlines()[4:8]] == ["text", "encode", "denoise", "decode"]
+    assert done.stdout.startswith(
+        "v5e-8: 8 chips of TPU v5 lite (2x4), split over data 1, pair 2, context 4\n"
+    )
+    assert [line.split()[0] for line in done.stdout.splitlines()[4:8]] == [
+        "text",
+        "encode",
+        "denoise",
+        "decode",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +85,15 @@ def test_a_plan_is_printed_without_jax():
             ["--mesh", "context=2"],
             "transformer blocks.attn: axis heads of size 5 must divide by 2 (context) for mesh data=1,pair=1,context=2; ",
         ),
-        (["--mesh", "data=2"], "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1; nearest mesh"),
+        (
+            ["--mesh", "data=2"],
+            "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1; nearest mesh",
+        ),
         (["--plan", "v9-8"], "mesh must be one of v5e-1, "),
-        (["--attention", "splash"], "attention splash must have bfloat16 on a TPU: got float32 on cpu"),
+        (
+            ["--attention", "splash"],
+            "attention splash must have bfloat16 on a TPU: got float32 on cpu",
+        ),
         (["--vae_tiling"], "sample_height of a VAE that is tiled must be a multiple of 96: got 64"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The command line as several processes, each in a folder of its own, as hosts have disks of their own."""
+"""The command line as several processes, each in a folder of its own, as hosts have disks of their
+own."""
 
 import os
 import subprocess
@@ -32,15 +33,29 @@ def sample(parent: Path, count: int, *arguments: str) -> list[Ended]:
     try:
         for folder, announced in zip(folders, announcements(count), strict=True):
             folder.mkdir(exist_ok=True)
-            line = [sys.executable, "-m", "cogi2v_jax.sample", "--num_inference_steps", "2", "--output", "out.png", *arguments]
+            line = [
+                sys.executable,
+                "-m",
+                "cogi2v_jax.sample",
+                "--num_inference_steps",
+                "2",
+                "--output",
+                "out.png",
+                *arguments,
+            ]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            processes.append(subprocess.Popen(line, env=os.environ | SETTINGS | announced, cwd=folder, **pipes))
+            processes.append(
+                subprocess.Popen(line, env=os.environ | SETTINGS | announced, cwd=folder, **pipes)
+            )
         said = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    return [(process.returncode, *words, folder) for process, words, folder in zip(processes, said, folders, strict=True)]
+    return [
+        (process.returncode, *words, folder)
+        for process, words, folder in zip(processes, said, folders, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +73,9 @@ def test_several_processes_make_the_video_of_one(count: int, alone: Path, tmp_pa
     assert [line[:11] for line in err.splitlines()] == ["step 1 of 2", "step 2 of 2"]
     for code, *said, other in others:
         assert (code, *said, list(other.iterdir())) == (0, "", "", [])
-    ours, theirs = (load_file(path / "out.latents.safetensors")["latents"] for path in (folder, alone))
+    ours, theirs = (
+        load_file(path / "out.latents.safetensors")["latents"] for path in (folder, alone)
+    )
     assert_close(ours, theirs, TOLERANCE["module"])
     ours, theirs = (read_frames(path / "out").astype(int) for path in (folder, alone))
     assert np.abs(ours - theirs).max() <= 1  # what lies between two levels may round either way

@@ -1,5 +1,5 @@
-"""Whether this machine can hold a checkpoint: what a notebook asks before it fetches tens of gigabytes. `look` finds the facts, `faults`
-judges them, `check` does both and says so."""
+"""Whether this machine can hold a checkpoint: what a notebook asks before it fetches tens of
+gigabytes. `look` finds the facts, `faults` judges them, `check` does both and says so."""
 
 import os
 import re
@@ -15,15 +15,17 @@ from ..request import Request
 
 EMBEDDED = "cogi2v-tiny"
 RELEASED = "cogvideox-5b-i2v"  # what "auto" takes where it can
-# Host memory. Measured at full width on a CPU: converting keeps 1.8 GiB, loading 2.1 GiB beside the network itself (T5 in float32), and
-# compiling the denoising loop for a TPU 0.7 GiB. The rest is the system's and what is on its way; notebook machines begin at 12 GB.
+# Host memory. Measured at full width on a CPU: converting keeps 1.8 GiB, loading 2.1 GiB beside the
+# network itself (T5 in float32), and compiling the denoising loop for a TPU 0.7 GiB. The rest is
+# the system's and what is on its way; notebook machines begin at 12 GB.
 RAM_GIB = 8.0
 DISK_GIB = 2.0  # to spare, for compiled programs and videos
 MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 
 
 class Unfit(ValueError):
-    """A checkpoint that the machine can't hold. A notebook shows its sentences alone, and runs no cell after it."""
+    """A checkpoint that the machine can't hold. A notebook shows its sentences alone, and runs no
+    cell after it."""
 
     def _render_traceback_(self) -> list[str]:  # IPython's own hook
         return [str(self)]
@@ -48,20 +50,27 @@ class Weights(NamedTuple):
 
 
 def check(wanted: str = "auto", say: Callable[[str], None] = print) -> str:
-    """The checkpoint to load on this machine. "auto" is CogVideoX-5B-I2V where it fits and the embedded model elsewhere, with the reason
-    said. Raises Unfit, with a remedy, for a checkpoint that was chosen by name and doesn't fit, and where a TPU's library is too old."""
+    """The checkpoint to load on this machine. "auto" is CogVideoX-5B-I2V where it fits and the
+    embedded model elsewhere, with the reason said. Raises Unfit, with a remedy, for a checkpoint
+    that was chosen by name and doesn't fit, and where a TPU's library is too old."""
     machine = look()
     say(describe(machine))
     if stale := library_fault(machine):
         raise Unfit(stale)
     if wanted == EMBEDDED or wanted not in (*config.names(), "auto"):
-        say(f"{wanted}: {'fits everywhere' if wanted == EMBEDDED else 'not a checkpoint known by name, so its needs are not judged'}")
+        say(
+            f"{wanted}: {'fits everywhere' if wanted == EMBEDDED else 'not a checkpoint known by name, so its needs are not judged'}"
+        )
         return wanted
     if wanted == "auto" and machine.kind == "cpu":
-        say(f"there is no accelerator, so this takes {EMBEDDED}, a small model that knows only flat shapes")
+        say(
+            f"there is no accelerator, so this takes {EMBEDDED}, a small model that knows only flat shapes"
+        )
         return EMBEDDED
     model = RELEASED if wanted == "auto" else wanted
-    found = faults(model, machine, Weights(0.0, 0.0) if machine.kind == "cpu" else weights(model, say))
+    found = faults(
+        model, machine, Weights(0.0, 0.0) if machine.kind == "cpu" else weights(model, say)
+    )
     if found and wanted == "auto":
         say("\n".join(found))
         say(f"so this takes {EMBEDDED}, a small model that knows only flat shapes")
@@ -73,12 +82,17 @@ def check(wanted: str = "auto", say: Callable[[str], None] = print) -> str:
 
 
 def faults(model: str, machine: Machine, weights: Weights) -> list[str]:
-    """Every reason why a machine can't run a named checkpoint at its defaults, each with its remedy; none if it can."""
+    """Every reason why a machine can't run a named checkpoint at its defaults, each with its
+    remedy; none if it can."""
     if machine.kind == "cpu":
-        return [f"{model} must run on an accelerator: got a CPU, which would take days; switch the machine to a TPU, or take {EMBEDDED}"]
+        return [
+            f"{model} must run on an accelerator: got a CPU, which would take days; switch the machine to a TPU, or take {EMBEDDED}"
+        ]
     found = [fault] if (fault := library_fault(machine)) else []
     if machine.ram_gib < RAM_GIB:
-        found.append(f"memory must be {RAM_GIB:g} GiB for {model}: got {machine.ram_gib:.1f}; choose a machine with more of it")
+        found.append(
+            f"memory must be {RAM_GIB:g} GiB for {model}: got {machine.ram_gib:.1f}; choose a machine with more of it"
+        )
     disk = sum(weights) + DISK_GIB
     if machine.disk_gib < disk:
         found.append(
@@ -90,7 +104,12 @@ def faults(model: str, machine: Machine, weights: Weights) -> list[str]:
             f"{model} must fit the device's memory: got {machine.chips} x {machine.hbm_gib:.1f} GiB, less than the {least:.1f} of its "
             f"transformer alone; choose {_alternatives(model)}, or take {EMBEDDED}"
         )
-    elif too_large := [phase for mesh in _meshes(machine) for phase in _phases(model, mesh) if phase.row and not phase.row["fits"]]:
+    elif too_large := [
+        phase
+        for mesh in _meshes(machine)
+        for phase in _phases(model, mesh)
+        if phase.row and not phase.row["fits"]
+    ]:
         names = ", ".join(dict.fromkeys(phase.name for phase in too_large))
         found.append(
             f"{model} must fit the device's memory: got {names}, too large for {machine.chips} x {machine.kind}; "
@@ -100,16 +119,20 @@ def faults(model: str, machine: Machine, weights: Weights) -> list[str]:
 
 
 def library_fault(machine: Machine) -> str | None:
-    """A TPU's library that is older than the one the installed jax was released with, which Pallas kernels need."""
+    """A TPU's library that is older than the one the installed jax was released with, which Pallas
+    kernels need."""
     needed, pin = required_libtpu()
     if not machine.kind.startswith("TPU") or numbers(machine.libtpu) >= numbers(needed):
         return None
     remedy = f'run: pip install "libtpu=={pin}", then this cell again'
-    return f"libtpu must be {needed} or newer for this jax: got {machine.libtpu or 'none'}; {remedy}"
+    return (
+        f"libtpu must be {needed} or newer for this jax: got {machine.libtpu or 'none'}; {remedy}"
+    )
 
 
 def look() -> Machine:
-    """The facts. jax starts here, unless a TPU's library is too old to be loaded: installing the right one then needs no restart."""
+    """The facts. jax starts here, unless a TPU's library is too old to be loaded: installing the
+    right one then needs no restart."""
     libtpu = installed("libtpu")
     host = libtpu, ram_gib(), shutil.disk_usage(_existing(_cache())).free / 2**30
     asleep = Machine("TPU", 0, None, *host)
@@ -118,13 +141,21 @@ def look() -> Machine:
     import jax
 
     devices = jax.local_devices()
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit") if devices[0].platform != "cpu" else None
+    limit = (
+        (devices[0].memory_stats() or {}).get("bytes_limit")
+        if devices[0].platform != "cpu"
+        else None
+    )
     kind = devices[0].device_kind if devices[0].platform != "cpu" else "cpu"
     return Machine(kind, len(devices), limit and limit / 2**30, *host)
 
 
 def describe(machine: Machine) -> str:
-    device = "no accelerator" if machine.kind == "cpu" else f"{machine.chips or ''} x {machine.kind}".removeprefix(" x ")
+    device = (
+        "no accelerator"
+        if machine.kind == "cpu"
+        else f"{machine.chips or ''} x {machine.kind}".removeprefix(" x ")
+    )
     device += f" of {machine.hbm_gib:.1f} GiB" if machine.hbm_gib else ""
     device += f", libtpu {machine.libtpu or 'missing'}" if machine.kind.startswith("TPU") else ""
     return f"this machine: {device}, {machine.ram_gib:.1f} GiB of memory, {machine.disk_gib:.0f} GiB of disk free"
@@ -140,19 +171,23 @@ def expectation(model: str, machine: Machine) -> str:
 
 
 def weights(model: str, say: Callable[[str], None] = print) -> Weights:
-    """What the hub says is still to be fetched, and as much again to be converted unless that was done here before."""
+    """What the hub says is still to be fetched, and as much again to be converted unless that was
+    done here before."""
     from ..weights.hub import ask
 
     try:
         found = ask(config.toml(model)["source"]["hub"])
     except Exception as error:  # the hub's client raises a dozen kinds; `load` will say what is wrong, if it still is
-        say(f"the hub doesn't say how large {model} is ({type(error).__name__}), so the disk is not judged")
+        say(
+            f"the hub doesn't say how large {model} is ({type(error).__name__}), so the disk is not judged"
+        )
         return Weights(0.0, 0.0)
     return Weights(found.missing / 2**30, 0.0 if is_converted(model) else found.size / 2**30)
 
 
 def transformer_gib(model: str) -> float:
-    """A checkpoint's largest network in bfloat16: below that no machine can hold it, however it is split."""
+    """A checkpoint's largest network in bfloat16: below that no machine can hold it, however it is
+    split."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -160,7 +195,9 @@ def transformer_gib(model: str) -> float:
     from ..weights.pieces import abstract
 
     network = abstract(config.named(model), "transformer", jnp.dtype(jnp.bfloat16))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(network))) / 2**30
+    return (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(network))) / 2**30
+    )
 
 
 def is_converted(model: str) -> bool:
@@ -173,7 +210,9 @@ def is_converted(model: str) -> bool:
 
 def required_libtpu() -> tuple[str, str]:
     """The libtpu that the installed jax was released with, as a number and as pip takes it."""
-    wanted = [re.match(r"libtpu\s*[=~>]=\s*([\d.]+\*?)", line) for line in metadata.requires("jax") or []]
+    wanted = [
+        re.match(r"libtpu\s*[=~>]=\s*([\d.]+\*?)", line) for line in metadata.requires("jax") or []
+    ]
     pin = next((found[1] for found in wanted if found), "0")
     return pin.removesuffix(".*"), pin
 
@@ -191,7 +230,9 @@ def installed(package: str) -> str | None:
 
 def has_tpu() -> bool:
     """By the device files of a TPU VM, without waking the TPU."""
-    return any(found for pattern in ("accel[0-9]*", "vfio/[0-9]*") for found in Path("/dev").glob(pattern))
+    return any(
+        found for pattern in ("accel[0-9]*", "vfio/[0-9]*") for found in Path("/dev").glob(pattern)
+    )
 
 
 def ram_gib() -> float:
@@ -213,7 +254,11 @@ def _existing(path: Path) -> Path:
 
 def _meshes(machine: Machine) -> list[str]:
     """Named meshes of just this machine's devices."""
-    return [m for m in config.meshes()["meshes"] if (plan.generation(m)["kind"], plan.chips(m)) == (machine.kind, machine.chips)]
+    return [
+        m
+        for m in config.meshes()["meshes"]
+        if (plan.generation(m)["kind"], plan.chips(m)) == (machine.kind, machine.chips)
+    ]
 
 
 def _phases(model: str, mesh: str) -> list[plan.Phase]:
@@ -222,5 +267,9 @@ def _phases(model: str, mesh: str) -> list[plan.Phase]:
 
 def _alternatives(model: str) -> str:
     """Machines on which every phase is known to fit."""
-    fits = [mesh for mesh in config.meshes()["meshes"] if all(phase.row and phase.row["fits"] for phase in _phases(model, mesh))]
+    fits = [
+        mesh
+        for mesh in config.meshes()["meshes"]
+        if all(phase.row and phase.row["fits"] for phase in _phases(model, mesh))
+    ]
     return " or ".join(fits) or "a larger machine"

@@ -1,5 +1,5 @@
-"""Compile once and know how long it took: programs that keep their executables apart from their runs, jax's persistent cache in the
-user's cache folder, and a clock by phase."""
+"""Compile once and know how long it took: programs that keep their executables apart from their
+runs, jax's persistent cache in the user's cache folder, and a clock by phase."""
 
 import threading
 import time
@@ -17,8 +17,12 @@ from .fingerprint import UnnamedError, describe, devices, fingerprint, placement
 
 
 def keep_compilations() -> None:
-    """Lets a second process find what this one compiled, unless the user chose a cache folder or switched the cache off."""
-    chosen, enabled = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
+    """Lets a second process find what this one compiled, unless the user chose a cache folder or
+    switched the cache off."""
+    chosen, enabled = (
+        jax.config.values[f"jax_{name}"]
+        for name in ("compilation_cache_dir", "enable_compilation_cache")
+    )
     if chosen is None and enabled:
         folder = user_cache_path("cogi2v-jax") / "xla"
         try:
@@ -30,12 +34,17 @@ def keep_compilations() -> None:
 
 
 class Program:
-    """A jitted function that keeps an executable for every set of shapes, so that compiling can be done, timed and counted apart. Threads
-    may share it, and processes find each other's executables in the user's cache folder. The denoising `loop` is compiled with options of
-    its own. `lies` says of the static arguments where results lie, where the compiler must not choose."""
+    """A jitted function that keeps an executable for every set of shapes, so that compiling can be
+    done, timed and counted apart. Threads may share it, and processes find each other's executables
+    in the user's cache folder. The denoising `loop` is compiled with options of its own. `lies`
+    says of the static arguments where results lie, where the compiler must not choose."""
 
     def __init__(
-        self, function: Callable[..., Any], static: tuple[str, ...] = (), loop: bool = False, lies: Callable[..., Any] | None = None
+        self,
+        function: Callable[..., Any],
+        static: tuple[str, ...] = (),
+        loop: bool = False,
+        lies: Callable[..., Any] | None = None,
     ):
         self._function, self._static = function, static
         self.loop, self._lies = loop, lies
@@ -43,11 +52,19 @@ class Program:
         self._lock = threading.Lock()
 
     def compile(self, *args: Any, **static: Any) -> Callable[..., Any]:
-        """The executable for arguments of these shapes and places, to be called with `args` alone. Shapes with shardings do in place of
-        arrays, before there are any. A thread that asks for what another one is compiling waits for it."""
+        """The executable for arguments of these shapes and places, to be called with `args` alone.
+        Shapes with shardings do in place of arrays, before there are any. A thread that asks for
+        what another one is compiling waits for it."""
         leaves, tree = jax.tree.flatten(args)
-        shapes = tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False), placement(leaf)) for leaf in leaves)
-        key = (tree, shapes, tuple(sorted((name, _comparable(value)) for name, value in static.items())))
+        shapes = tuple(
+            (leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False), placement(leaf))
+            for leaf in leaves
+        )
+        key = (
+            tree,
+            shapes,
+            tuple(sorted((name, _comparable(value)) for name, value in static.items())),
+        )
         with self._lock:
             missing = key not in self._executables
             future = self._executables.setdefault(key, Future())
@@ -79,7 +96,8 @@ class Program:
 
 
 def _comparable(value: Any) -> Any:
-    """Equal where it computes the same: two partials of one function and its arguments are, which functools leaves different."""
+    """Equal where it computes the same: two partials of one function and its arguments are, which
+    functools leaves different."""
     try:
         return describe(value)
     except UnnamedError:
@@ -115,4 +133,8 @@ class Stopwatch:
 def workspace(executable: Any) -> int:
     """Bytes a device that a program takes beside its arguments."""
     memory = executable.memory_analysis()
-    return 0 if memory is None else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return (
+        0
+        if memory is None
+        else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    )

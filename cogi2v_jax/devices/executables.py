@@ -1,5 +1,5 @@
-"""Executables in the user's cache folder, a file each, named by its fingerprint. A file that can't be used is one line and as good as
-none; it is never a wrong program, nor the end of this one."""
+"""Executables in the user's cache folder, a file each, named by its fingerprint. A file that can't
+be used is one line and as good as none; it is never a wrong program, nor the end of this one."""
 
 import hashlib
 import os
@@ -25,15 +25,17 @@ _thread = threading.local()
 
 
 def folder() -> Path | None:
-    """Where executables are kept; None where nothing is to be: the user switched jax's compilation cache off, or the system can't say
-    whose a file is."""
+    """Where executables are kept; None where nothing is to be: the user switched jax's compilation
+    cache off, or the system can't say whose a file is."""
     kept = jax.config.values["jax_enable_compilation_cache"] and os.name == "posix"
     return user_cache_path("cogi2v-jax") / "executables" if kept else None
 
 
-def load(fingerprint: str, args: Sequence[Any], devices: Sequence[jax.Device]) -> Callable[..., Any] | None:
-    """The executable of this fingerprint, for arguments of this structure. None if there is none; a file that is of no use is removed, with
-    a line on stderr."""
+def load(
+    fingerprint: str, args: Sequence[Any], devices: Sequence[jax.Device]
+) -> Callable[..., Any] | None:
+    """The executable of this fingerprint, for arguments of this structure. None if there is none; a
+    file that is of no use is removed, with a line on stderr."""
     home = folder()
     if home is None:
         return None
@@ -45,20 +47,28 @@ def load(fingerprint: str, args: Sequence[Any], devices: Sequence[jax.Device]) -
         return deserialize_and_load(payload, *trees, devices[0].client, devices)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception as error:  # of unpickling and of every backend; whatever it is, compiling helps
+    except (
+        Exception
+    ) as error:  # of unpickling and of every backend; whatever it is, compiling helps
         why = next(iter(str(error).splitlines()), "") or type(error).__name__
-        print(f"cached executable {path} must be whole, yours alone and of this machine: got {why}; compiling it again", file=sys.stderr)
+        print(
+            f"cached executable {path} must be whole, yours alone and of this machine: got {why}; compiling it again",
+            file=sys.stderr,
+        )
         with suppress(OSError):
             path.unlink()
         return None
 
 
 def _read(path: Path, fingerprint: str) -> bytes:
-    """A file's content, once it is known that the user wrote it, whole and under this name: unpickling runs what it is told to."""
+    """A file's content, once it is known that the user wrote it, whole and under this name:
+    unpickling runs what it is told to."""
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         status = os.fstat(file.fileno())
         if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"a file that others can write (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o})")
+            raise PermissionError(
+                f"a file that others can write (owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o})"
+            )
         content = file.read()
     if _checksum(fingerprint, content[CHECKSUM:]) != content[:CHECKSUM]:
         raise ValueError(f"{len(content)} bytes of another checksum")
@@ -78,7 +88,8 @@ def store(fingerprint: str, executable: jax.stages.Compiled) -> None:
         payload, _, tree = serialize(executable)
         content = pickle.dumps((payload, jax.tree.unflatten(tree, range(tree.num_leaves))))
         home.mkdir(parents=True, exist_ok=True)
-        descriptor, part = tempfile.mkstemp(dir=home, prefix=".part-")  # the user's alone, whatever the umask
+        # The user's alone, whatever the umask.
+        descriptor, part = tempfile.mkstemp(dir=home, prefix=".part-")
     except Exception:  # of pickling and of every backend: callbacks, constants, outputs that are no plain containers
         return
     with suppress(OSError):
@@ -92,8 +103,9 @@ def store(fingerprint: str, executable: jax.stages.Compiled) -> None:
 
 @contextmanager
 def compiling() -> Iterator[SimpleNamespace]:
-    """Sees whether what this thread compiles meanwhile is `fresh`: XLA's own work, and not found in jax's cache or memory. What XLA:CPU has
-    read from a cache it serialises to something that loads, and then doesn't run."""
+    """Sees whether what this thread compiles meanwhile is `fresh`: XLA's own work, and not found in
+    jax's cache or memory. What XLA:CPU has read from a cache it serialises to something that loads,
+    and then doesn't run."""
     seen = _thread.seen = SimpleNamespace(compiled=False, found=False, fresh=False)
     try:
         yield seen
@@ -104,7 +116,8 @@ def compiling() -> Iterator[SimpleNamespace]:
 
 def _hear(event: str, *_: Any, **__: Any) -> None:
     if seen := getattr(_thread, "seen", None):
-        seen.compiled |= event == "/jax/core/compile/backend_compile_duration"  # heard for what is found, too
+        # Heard for what is found, too.
+        seen.compiled |= event == "/jax/core/compile/backend_compile_duration"
         seen.found |= event == "/jax/compilation_cache/cache_hits"
 
 

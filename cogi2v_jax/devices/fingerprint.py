@@ -1,5 +1,5 @@
-"""What decides an executable, in words that every process finds the same, and their hash. Where something has no such words there is no
-fingerprint, and nothing may be kept under one."""
+"""What decides an executable, in words that every process finds the same, and their hash. Where
+something has no such words there is no fingerprint, and nothing may be kept under one."""
 
 import dataclasses
 import functools
@@ -22,7 +22,14 @@ PACKAGE = Path(__file__).parent.parent
 # Code that a name stands for: our own, whose sources are hashed, and libraries whose versions are.
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "einops", "tokamax")
 NAMED = {PACKAGE.name, "builtins", "functools", *LIBRARIES}
-COMPILERS = ("libtpu", *(f"{name}-cu{cuda}" for name in ("nvidia-cudnn", "nvidia-cublas", "nvidia-cuda-nvcc") for cuda in (12, 13)))
+COMPILERS = (
+    "libtpu",
+    *(
+        f"{name}-cu{cuda}"
+        for name in ("nvidia-cudnn", "nvidia-cublas", "nvidia-cuda-nvcc")
+        for cuda in (12, 13)
+    ),
+)
 # Settings of jax that say where to keep things and what to tell, and nothing of what is computed.
 INERT = ("jax_compilation_cache", "jax_persistent_cache", "jax_log", "jax_dump")
 
@@ -34,28 +41,46 @@ class UnnamedError(Exception):
 def _hash_sources(folder: Path) -> str:
     total = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
-        total.update(f"{file.relative_to(folder).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        total.update(
+            f"{file.relative_to(folder).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode()
+        )
     return total.hexdigest()
 
 
-SOURCES = _hash_sources(PACKAGE)  # on import, and not when it is asked for: a file that was edited meanwhile is not what runs
+# On import, and not when it is asked for: a file that was edited meanwhile is not what runs.
+SOURCES = _hash_sources(PACKAGE)
 
 
-def fingerprint(function: Callable[..., Any], args: Sequence[Any], static: Mapping[str, Any], options: Mapping[str, str]) -> str | None:
-    """A hash over the function, the arguments' structure, shapes and places (values are not looked at, so that shapes do as well as
-    arrays), static values, compiler options, devices, and all software there is between them; None where one of them has no name. What the
-    function reads besides its arguments is known by its source alone: a module's constant may not be set anew."""
+def fingerprint(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    static: Mapping[str, Any],
+    options: Mapping[str, str],
+) -> str | None:
+    """A hash over the function, the arguments' structure, shapes and places (values are not looked
+    at, so that shapes do as well as arrays), static values, compiler options, devices, and all
+    software there is between them; None where one of them has no name. What the function reads
+    besides its arguments is known by its source alone: a module's constant may not be set anew."""
     try:
-        words = [name(function), describe(dict(static)), describe(dict(options)), *_arguments(args), *_machine(devices(args)), *_software()]
+        words = [
+            name(function),
+            describe(dict(static)),
+            describe(dict(options)),
+            *_arguments(args),
+            *_machine(devices(args)),
+            *_software(),
+        ]
     except UnnamedError:
         return None
     text = "\n".join(words)
-    return None if " at 0x" in text else hashlib.sha256(text.encode()).hexdigest()  # an address, in somebody's repr
+    # An address, in somebody's repr.
+    return None if " at 0x" in text else hashlib.sha256(text.encode()).hexdigest()
 
 
 def name(code: Any) -> str:
-    """A function's or class's module and name, if they lead to it again. Raises UnnamedError for lambdas, closures, and code that is
-    neither ours nor a known library's: nobody has hashed its sources."""
+    """A function's or class's module and name, if they lead to it again. Raises UnnamedError for
+    lambdas, closures, and code that is neither ours nor a known library's: nobody has hashed its
+    sources."""
     if code is type(None):
         return "None"
     home, path = getattr(code, "__module__", None) or "", getattr(code, "__qualname__", "")
@@ -68,7 +93,8 @@ def name(code: Any) -> str:
 
 
 def describe(value: Any) -> str:
-    """A static value in words that are equal only where it computes the same. Raises UnnamedError where there are none."""
+    """A static value in words that are equal only where it computes the same. Raises UnnamedError
+    where there are none."""
     if isinstance(value, functools.partial):
         return f"partial{describe((value.func, value.args, value.keywords))}"
     if hasattr(value, "__qualname__"):
@@ -94,8 +120,9 @@ def describe(value: Any) -> str:
 
 
 def placement(leaf: Any) -> Any:
-    """Where a committed array, or a shape with a sharding, lies: equal for shardings that differ in words alone, such as trailing Nones and
-    mesh axes of one device. None for what goes wherever the program runs."""
+    """Where a committed array, or a shape with a sharding, lies: equal for shardings that differ in
+    words alone, such as trailing Nones and mesh axes of one device. None for what goes wherever the
+    program runs."""
     sharding: Sharding | None = getattr(leaf, "sharding", None)
     if sharding is None or not getattr(leaf, "committed", True):
         return None
@@ -134,7 +161,14 @@ def _arguments(args: Sequence[Any]) -> Iterator[str]:
         where = placement(leaf)
         if isinstance(where, Sharding):
             raise UnnamedError(repr(where))
-        parts = [_axes(part) if isinstance(part, Mesh) else _device(part) if isinstance(part, jax.Device) else part for part in where or ()]
+        parts = [
+            _axes(part)
+            if isinstance(part, Mesh)
+            else _device(part)
+            if isinstance(part, jax.Device)
+            else part
+            for part in where or ()
+        ]
         yield f"{leaf.shape} {leaf.dtype} {getattr(leaf, 'weak_type', False)} {parts}"
 
 
@@ -143,7 +177,9 @@ def _axes(mesh: Mesh) -> str:
 
 
 def _device(device: jax.Device) -> str:
-    return f"{device.device_kind} {device.id} {getattr(device, 'coords', None)} {device.process_index}"
+    return (
+        f"{device.device_kind} {device.id} {getattr(device, 'coords', None)} {device.process_index}"
+    )
 
 
 def _machine(used: Sequence[jax.Device]) -> Iterator[str]:
@@ -155,8 +191,11 @@ def _machine(used: Sequence[jax.Device]) -> Iterator[str]:
     if not set(attached).issuperset(used):
         raise UnnamedError(f"{first} of a compile-only topology, on which nothing runs")
     if first.platform == "gpu" and jax.process_count() > 1:
-        raise UnnamedError("GPUs of several processes, which tune kernels together: one that only loaded would leave the others waiting")
-    yield f"{first.platform} {first.client.platform_version} {jax.process_index()} of {jax.process_count()}"  # each has its own file
+        raise UnnamedError(
+            "GPUs of several processes, which tune kernels together: one that only loaded would leave the others waiting"
+        )
+    # Each has its own file.
+    yield f"{first.platform} {first.client.platform_version} {jax.process_index()} of {jax.process_count()}"
     yield from map(_device, used)
     if first.platform == "cpu":
         yield _processor()
@@ -168,7 +207,14 @@ def _processor() -> str:
     kind = f"{platform.machine()} {platform.processor()} {os.cpu_count()}"
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        kind = "\n".join([kind, *sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})])
+        kind = "\n".join(
+            [
+                kind,
+                *sorted(
+                    {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+                ),
+            ]
+        )
     return kind
 
 

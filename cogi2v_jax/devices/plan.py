@@ -1,5 +1,6 @@
-"""`sample --plan MESH`: what a request takes on machines that need not be there. All of it is read off `configs/plans.toml`, in which
-`benchmarks/tpu_compile.py` keeps what the TPU compiler said: nothing is loaded, and what was not compiled is named so, never guessed."""
+"""`sample --plan MESH`: what a request takes on machines that need not be there. All of it is read
+off `configs/plans.toml`, in which `benchmarks/tpu_compile.py` keeps what the TPU compiler said:
+nothing is loaded, and what was not compiled is named so, never guessed."""
 
 import functools
 import math
@@ -12,7 +13,8 @@ from ..request import Request, Resolved
 
 Row = dict[str, Any]  # of plans.toml: one program, compiled
 
-# In the order of running, each with what its program depends on beside checkpoint, mesh and dtype. Steps only repeat denoise's.
+# In the order of running, each with what its program depends on beside checkpoint, mesh and dtype.
+# Steps only repeat denoise's.
 PHASES = {
     "text": ("guided",),
     "encode": ("height", "width"),
@@ -23,7 +25,8 @@ AXES = ("data", "pair", "context")
 
 
 class Phase(NamedTuple):
-    """A phase of a request: the row that was compiled for it, or the nearest one there is, if any."""
+    """A phase of a request: the row that was compiled for it, or the nearest one there is, if
+    any."""
 
     name: str
     row: Row | None
@@ -32,19 +35,26 @@ class Phase(NamedTuple):
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """`configs/plans.toml`: `made`, the compiler's versions, and `row`, a table a compiled program."""
+    """`configs/plans.toml`: `made`, the compiler's versions, and `row`, a table a compiled
+    program."""
     path = config.CONFIGS / "plans.toml"
-    return {"made": {}, "row": []} | (tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    return {"made": {}, "row": []} | (
+        tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    )
 
 
-def lines(model: str, mesh: str, dtype: str | None = None, attention: str = "auto", **settings: Any) -> list[str]:
-    """What one video takes, to be printed: the mesh, memory and static seconds a phase, whether it fits. `settings` are `Request`'s, from
-    height to noise, with None for the checkpoint's default. Raises ValueError in one line for a model or a mesh without a
-    name, and for what the network can't compute."""
+def lines(
+    model: str, mesh: str, dtype: str | None = None, attention: str = "auto", **settings: Any
+) -> list[str]:
+    """What one video takes, to be printed: the mesh, memory and static seconds a phase, whether it
+    fits. `settings` are `Request`'s, from height to noise, with None for the checkpoint's default.
+    Raises ValueError in one line for a model or a mesh without a name, and for what the network
+    can't compute."""
     chips(mesh)  # the mesh has a name
     model = named(model)
     request = Request(image="", prompt="", **settings).resolve(config.named(model))
-    dtype = dtype or ("float32" if generation(mesh)["kind"] == "cpu" else "bfloat16")  # as `load` has it
+    # As `load` has it.
+    dtype = dtype or ("float32" if generation(mesh)["kind"] == "cpu" else "bfloat16")
     found = phases(model, mesh, request, dtype, attention)
     video = f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps"
     return [
@@ -65,7 +75,9 @@ def named(model: str) -> str:
     by_hub = {config.toml(name)["source"].get("hub", name).lower(): name for name in config.names()}
     name = by_hub.get(model.lower().replace("thudm/", "zai-org/"), model)
     if name not in config.names():
-        raise ValueError(f"model must be one of {', '.join(config.names())} to be planned: got {model!r}")
+        raise ValueError(
+            f"model must be one of {', '.join(config.names())} to be planned: got {model!r}"
+        )
     return name
 
 
@@ -83,9 +95,16 @@ def generation(mesh: str) -> dict[str, Any]:
     return tables["generations"][tables["meshes"][mesh]["generation"]]
 
 
-def phases(model: str, mesh: str, request: Resolved, dtype: str = "bfloat16", attention: str = "auto") -> list[Phase]:
+def phases(
+    model: str, mesh: str, request: Resolved, dtype: str = "bfloat16", attention: str = "auto"
+) -> list[Phase]:
     """Every phase of a request, in order, with what is known of it."""
-    wish = {"dtype": dtype, "guided": request.guided, "attention": attention, **_size(vars(request))}
+    wish = {
+        "dtype": dtype,
+        "guided": request.guided,
+        "attention": attention,
+        **_size(vars(request)),
+    }
     return [_phase(name, model, mesh, wish) for name in PHASES]
 
 
@@ -93,11 +112,22 @@ def _phase(name: str, model: str, mesh: str, wish: dict[str, Any]) -> Phase:
     rows = [row for row in table()["row"] if (row["phase"], row["model"]) == (name, model)]
     asked = [key for key in ("dtype", *PHASES[name]) if (key, wish[key]) != ("attention", "auto")]
 
-    exact = next((row for row in rows if row["mesh"] == mesh and all(row[key] == wish[key] for key in asked)), None)
+    exact = next(
+        (
+            row
+            for row in rows
+            if row["mesh"] == mesh and all(row[key] == wish[key] for key in asked)
+        ),
+        None,
+    )
 
     def distance(row: Row) -> tuple[Any, ...]:
         """The same machine at another size says more than another machine."""
-        return row["mesh"] != mesh, _octaves(row, mesh, wish), sum(row[key] != wish[key] for key in asked)
+        return (
+            row["mesh"] != mesh,
+            _octaves(row, mesh, wish),
+            sum(row[key] != wish[key] for key in asked),
+        )
 
     return Phase(name, exact, None if exact else min(rows, key=distance, default=None))
 
@@ -113,8 +143,8 @@ def _size(values: dict[str, Any]) -> dict[str, int]:
 
 
 def _numbers(row: Row, steps: int) -> list[float]:
-    """GiB, and static seconds as a floor and an estimate; NaN for what a program that did not compile has not. Denoise's seconds are for
-    `steps`, of which every one is the same program."""
+    """GiB, and static seconds as a floor and an estimate; NaN for what a program that did not
+    compile has not. Denoise's seconds are for `steps`, of which every one is the same program."""
     times = steps / row["steps"] if row["phase"] == "denoise" else 1.0
     seconds = [times * row.get(key, math.nan) for key in ("static_seconds_floor", "static_seconds")]
     return [float(row.get("peak_gib", math.nan)), *seconds]
@@ -123,14 +153,21 @@ def _numbers(row: Row, steps: int) -> list[float]:
 def _machine(mesh: str) -> str:
     made, count = config.meshes()["meshes"][mesh], chips(mesh)
     split = ", ".join(f"{axis} {made.get(axis, 1)}" for axis in AXES)
-    kind, topology = generation(mesh)["kind"], f" ({made['topology']})" if "topology" in made else ""
+    kind, topology = (
+        generation(mesh)["kind"],
+        f" ({made['topology']})" if "topology" in made else "",
+    )
     return f"{mesh}: {count} {'chip' if count == 1 else 'chips'} of {kind}{topology}, split over {split}"
 
 
 def _line(phase: Phase, steps: int) -> str:
     if phase.row is None:
         near = phase.nearest
-        nearest = f"; nearest is {_label(near)}: {_cell(_numbers(near, steps)[0])} GiB a chip" if near else "; nor is anything near"
+        nearest = (
+            f"; nearest is {_label(near)}: {_cell(_numbers(near, steps)[0])} GiB a chip"
+            if near
+            else "; nor is anything near"
+        )
         return f"{phase.name:10}not compiled{nearest}"
     note = f"  {phase.row['attention']} attention" if phase.name == "denoise" else ""
     return _columns(phase.name, _numbers(phase.row, steps)) + note
@@ -146,7 +183,9 @@ def _cell(number: float) -> str:
 
 
 def _label(row: Row) -> str:
-    video = f"{row['num_frames']} frames of {row['height']}x{row['width']} {_guidance(row['guided'])}"
+    video = (
+        f"{row['num_frames']} frames of {row['height']}x{row['width']} {_guidance(row['guided'])}"
+    )
     return f"{row['mesh']}, {video}, {row['dtype']}, {row['attention']} attention"
 
 

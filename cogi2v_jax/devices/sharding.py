@@ -1,5 +1,6 @@
-"""Which device does what. A mesh has the axes of `AXES` on every machine, all of size 1 on one chip, and `RULES` says which of them an axis
-of an array is split over. Networks name the axes of their parameters and know no mesh."""
+"""Which device does what. A mesh has the axes of `AXES` on every machine, all of size 1 on one
+chip, and `RULES` says which of them an axis of an array is split over. Networks name the axes of
+their parameters and know no mesh."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-# Of growing appetite for the wires: videos never talk to each other, a guidance pair once a step, parts of a sequence in every layer.
+# Of growing appetite for the wires: videos never talk to each other, a guidance pair once a step,
+# parts of a sequence in every layer.
 AXES = ("data", "pair", "context")
 RULES: dict[str, str | tuple[str, ...]] = {
     "video": "data",
@@ -30,12 +32,15 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 
 def split(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """Where an array lies whose axes have these names; None and unnamed axes are not split. In the one spelling that jax itself gives a
-    result's place: nothing of mesh axes of size 1, nothing after the last axis that is split."""
+    """Where an array lies whose axes have these names; None and unnamed axes are not split. In the
+    one spelling that jax itself gives a result's place: nothing of mesh axes of size 1, nothing
+    after the last axis that is split."""
     spec: list[Any] = []
     for axis in axes:
         over = RULES.get(axis, ()) if axis else ()
-        ways = [name for name in ((over,) if isinstance(over, str) else over) if mesh.shape[name] > 1]
+        ways = [
+            name for name in ((over,) if isinstance(over, str) else over) if mesh.shape[name] > 1
+        ]
         spec.append(tuple(ways) if len(ways) > 1 else ways[0] if ways else None)
     while spec and spec[-1] is None:
         spec.pop()
@@ -48,14 +53,18 @@ def pin(x: Array, mesh: Mesh, *axes: str | None) -> Array:
 
 
 def parameter_shardings(network: nnx.Module, mesh: Mesh, whole: bool) -> Any:
-    """Where a network's parameters lie, as its state: `whole` on every device, or split as their axes' names say."""
+    """Where a network's parameters lie, as its state: `whole` on every device, or split as their
+    axes' names say."""
 
     def place(parameter: nnx.Param) -> nnx.Variable:
         named = () if whole else parameter.get_metadata()["axes"]
-        stacked = [None] * (parameter.get_value().ndim - len(named)) if named else []  # a stack's layers come first
+        # A stack's layers come first.
+        stacked = [None] * (parameter.get_value().ndim - len(named)) if named else []
         return parameter.replace(split(mesh, *stacked, *named))
 
-    return jax.tree.map(place, nnx.state(network, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return jax.tree.map(
+        place, nnx.state(network, nnx.Param), is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
+    )
 
 
 def put(value: Any, sharding: NamedSharding) -> Array:
@@ -84,34 +93,46 @@ class Layout:
 
     @property
     def padded(self) -> int:
-        """Tokens of the joint sequence as the layers see it: what the backend is quickest at, and as many in every part."""
+        """Tokens of the joint sequence as the layers see it: what the backend is quickest at, and
+        as many in every part."""
         return self.attention.rows(self.tokens, self.mesh.shape["context"])
 
-    def exchange(self, parts: tuple[Array, Array, Array], norms: Any, positions: Any) -> Float[Array, "b s d"]:
-        """Attention by Ulysses (arXiv 2309.14509): a device trades its part of the sequence with all heads for the whole sequence with its
-        part of the heads, attends alone, and trades back. What is moved is [b s d] as it is, on full lanes."""
+    def exchange(
+        self, parts: tuple[Array, Array, Array], norms: Any, positions: Any
+    ) -> Float[Array, "b s d"]:
+        """Attention by Ulysses (arXiv 2309.14509): a device trades its part of the sequence with
+        all heads for the whole sequence with its part of the heads, attends alone, and trades back.
+        What is moved is [b s d] as it is, on full lanes."""
         heads = PartitionSpec(RULES["batch"], RULES["sequence"])
         graph, norms = nnx.split(norms)
 
         def local(parts: tuple[Array, Array, Array], norms: Any, positions: Any) -> Array:
-            q, k, v = (self._trade(part, "b s (parts d) -> parts b s d", "parts b s d -> b (parts s) d") for part in parts)
+            q, k, v = (
+                self._trade(part, "b s (parts d) -> parts b s d", "parts b s d -> b (parts s) d")
+                for part in parts
+            )
             y = self.attention(q, k, v, nnx.merge(graph, norms), positions, self.tokens)
             return self._trade(y, "b (parts s) d -> parts b s d", "parts b s d -> b s (parts d)")
 
         specs = (heads, PartitionSpec(), PartitionSpec())
-        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False)(parts, norms, positions)
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=specs, out_specs=heads, check_vma=False
+        )(parts, norms, positions)
 
     def _trade(self, x: Float[Array, "b s d"], give: str, take: str) -> Float[Array, "b s2 d2"]:
-        """What is traded lies in front, a part for each device: of an exchange along an inner axis some TPU compilers make passes over the
-        whole array that cost more than the products beside them (libtpu 0.0.42: 5.9 ms instead of 1.1 on eight v5e)."""
+        """What is traded lies in front, a part for each device: of an exchange along an inner axis
+        some TPU compilers make passes over the whole array that cost more than the products beside
+        them (libtpu 0.0.42: 5.9 ms instead of 1.1 on eight v5e)."""
         parts = self.mesh.shape["context"]
         if parts == 1:
             return x
-        return rearrange(lax.all_to_all(rearrange(x, give, parts=parts), "context", 0, 0, tiled=True), take)
+        return rearrange(
+            lax.all_to_all(rearrange(x, give, parts=parts), "context", 0, 0, tiled=True), take
+        )
 
     def in_turn(self, predict: Callable[..., Array], *batch: Array) -> Array:
-        """Predictions of a batch: all at once, or on each device one after another. A long sequence fills a device alone, so that turns
-        cost no time there, and need less memory."""
+        """Predictions of a batch: all at once, or on each device one after another. A long sequence
+        fills a device alone, so that turns cost no time there, and need less memory."""
         ways = math.prod(self.mesh.shape[axis] for axis in RULES["batch"])
         if not self.turns or len(batch[0]) == ways:
             return predict(*batch)

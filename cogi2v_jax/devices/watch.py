@@ -1,8 +1,10 @@
-"""Who is alive: the processes of one run find each other over TCP, meet, and stop together when one of them is gone.
+"""Who is alive: the processes of one run find each other over TCP, meet, and stop together when one
+of them is gone.
 
-Each keeps one connection to process 0, for lines of JSON. When a process dies, whatever it died of, its kernel closes the connection, and
-all know at once; when a machine or its network dies, silence tells. jax's own service would notice after its heartbeats ran out, and then
-answer with a page of C++ and an abort.
+Each keeps one connection to process 0, for lines of JSON. When a process dies, whatever it died of,
+its kernel closes the connection, and all know at once; when a machine or its network dies, silence
+tells. jax's own service would notice after its heartbeats ran out, and then answer with a page of
+C++ and an abort.
 """
 
 import contextlib
@@ -16,10 +18,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-ARRIVAL = 100.0  # seconds for all processes to come: like any other end within the two minutes that one may wait for a dead one
-SILENCE = 60.0  # seconds: more than a stalled disk or a long call that holds Python's lock, half of what one may wait for a dead machine
+# Seconds for all processes to come: like any other end within the two minutes that one may wait for
+# a dead one.
+ARRIVAL = 100.0
+# Seconds: more than a stalled disk or a long call that holds Python's lock, half of what one may
+# wait for a dead machine.
+SILENCE = 60.0
 PULSES = 6  # in that time
-LINGER = 1.0  # seconds from knowing of an end to following it: what all processes stumble over, each then tells in its own words
+# Seconds from knowing of an end to following it: what all processes stumble over, each then tells
+# in its own words.
+LINGER = 1.0
 END = "the end"
 
 
@@ -34,11 +42,13 @@ class Link:
         return self._channel.fileno()
 
     def say(self, **message: Any) -> None:
-        with self._saying, contextlib.suppress(OSError):  # that nobody hears it is noticed by whoever listens
+        # That nobody hears it is noticed by whoever listens.
+        with self._saying, contextlib.suppress(OSError):
             self._channel.sendall(json.dumps(message).encode() + b"\n")
 
     def hear(self, seconds: float) -> dict[str, Any] | None:
-        """The next message; none if the other end closed, fell silent or speaks another language."""
+        """The next message; none if the other end closed, fell silent or speaks another
+        language."""
         self._channel.settimeout(seconds)
         try:
             message = json.loads(self._lines.readline(2**16))
@@ -51,21 +61,30 @@ class Link:
         self._channel.close()
 
 
-def gather(port: int, processes: int, service: int, seconds: float = ARRIVAL) -> tuple[dict[int, Link], list[str]]:
-    """Process 0's side of coming together: a link to every other process, and the host of each. Tells them the port of jax's service.
-    Raises OSError if they don't all come in time, or one that came left again."""
+def gather(
+    port: int, processes: int, service: int, seconds: float = ARRIVAL
+) -> tuple[dict[int, Link], list[str]]:
+    """Process 0's side of coming together: a link to every other process, and the host of each.
+    Tells them the port of jax's service. Raises OSError if they don't all come in time, or one that
+    came left again."""
     ends = time.monotonic() + seconds
     links, hosts = dict[int, Link](), {0: socket.gethostname()}
     try:
         with _listener(port) as listener:
             while len(links) < processes - 1:
-                ready, *_ = select.select([listener, *links.values()], [], [], max(0.0, ends - time.monotonic()))
+                ready, *_ = select.select(
+                    [listener, *links.values()], [], [], max(0.0, ends - time.monotonic())
+                )
                 for process, link in links.items():
                     if link in ready:  # which says nothing before it is answered
                         raise ConnectionError(sentence(process, processes, hosts[process]))
                 if not ready:
-                    late = ", ".join(str(process) for process in range(1, processes) if process not in links)
-                    raise TimeoutError(f"all {processes} processes must come within {seconds:g} s: {late} did not; start them together")
+                    late = ", ".join(
+                        str(process) for process in range(1, processes) if process not in links
+                    )
+                    raise TimeoutError(
+                        f"all {processes} processes must come within {seconds:g} s: {late} did not; start them together"
+                    )
                 _greet(Link(listener.accept()[0]), processes, links, hosts)
     except OSError as error:
         for link in links.values():
@@ -85,20 +104,27 @@ def _greet(link: Link, processes: int, links: dict[int, Link], hosts: dict[int, 
             if count == processes and 0 < process < processes and process not in links:
                 links[process], hosts[process] = link, host
                 return
-            link.say(refused=f"processes must be 0 to {processes - 1}, each once: got another process {process} of {count}")
+            link.say(
+                refused=f"processes must be 0 to {processes - 1}, each once: got another process {process} of {count}"
+            )
     link.close()
 
 
-def come(address: tuple[str, int], process: int, processes: int, seconds: float = ARRIVAL) -> tuple[dict[int, Link], list[str], int]:
-    """Any other process's side: a link to process 0, the host of every process, the port of jax's service. Raises as `gather` does, and
-    ValueError for a number that is not free."""
+def come(
+    address: tuple[str, int], process: int, processes: int, seconds: float = ARRIVAL
+) -> tuple[dict[int, Link], list[str], int]:
+    """Any other process's side: a link to process 0, the host of every process, the port of jax's
+    service. Raises as `gather` does, and ValueError for a number that is not free."""
     try:
         link = Link(reach(address, seconds))
     except OSError as error:
         host, port = address
-        raise TimeoutError(f"process 0 must answer at {host}:{port} within {seconds:g} s: got {error}; start all together") from None
+        raise TimeoutError(
+            f"process 0 must answer at {host}:{port} within {seconds:g} s: got {error}; start all together"
+        ) from None
     link.say(process=process, processes=processes, host=socket.gethostname())
-    answer = link.hear(seconds + 5.0)  # process 0, which began to wait later perhaps, says who is missing
+    # Process 0, which began to wait later perhaps, says who is missing.
+    answer = link.hear(seconds + 5.0)
     match answer:
         case {"service": service, "hosts": hosts}:
             return {0: link}, hosts, service
@@ -112,8 +138,9 @@ def come(address: tuple[str, int], process: int, processes: int, seconds: float 
 
 
 class Watch:
-    """Listens to the links in threads of its own: the main thread may hang in a collective that will never end. `stop` is called with the
-    sentence when another process is gone, and does not return."""
+    """Listens to the links in threads of its own: the main thread may hang in a collective that
+    will never end. `stop` is called with the sentence when another process is gone, and does not
+    return."""
 
     def __init__(
         self,
@@ -126,13 +153,16 @@ class Watch:
         self._links, self._hosts = links, hosts
         self._silence, self._stop = silence, stop or _stop
         self._leads = process == 0
-        self._arrived: defaultdict[str, set[int]] = defaultdict(set)  # at a meeting, as far as this process knows
+        # At a meeting, as far as this process knows.
+        self._arrived: defaultdict[str, set[int]] = defaultdict(set)
         self._met: set[str] = set()
         self._change = threading.Condition()
         self._ending = threading.Lock()
         self._over = threading.Event()
         for other, link in links.items():
-            threading.Thread(target=self._listen, args=(other, link), name=f"watch process {other}", daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=(other, link), name=f"watch process {other}", daemon=True
+            ).start()
         threading.Thread(target=self._pulse, name="pulse", daemon=True).start()
 
     def meet(self, name: str) -> None:
@@ -197,12 +227,14 @@ def sentence(process: int, processes: int, host: str) -> str:
 
 def _stop(line: str) -> NoReturn:
     """Past Python's own end, which would wait for the main thread."""
-    os.write(2, f"{chr(10) if os.isatty(2) else ''}cogi2v: {line}\n".encode())  # the terminal's cursor may stand in a line of progress
+    # The terminal's cursor may stand in a line of progress.
+    os.write(2, f"{chr(10) if os.isatty(2) else ''}cogi2v: {line}\n".encode())
     os._exit(1)
 
 
 def reach(address: tuple[str, int], seconds: float) -> socket.socket:
-    """A connection to an address that may not be there yet. Raises OSError when the time is over."""
+    """A connection to an address that may not be there yet. Raises OSError when the time is
+    over."""
     ends = time.monotonic() + seconds
     while True:
         try:
@@ -219,9 +251,13 @@ def reach(address: tuple[str, int], seconds: float) -> socket.socket:
 def _listener(port: int) -> socket.socket:
     dual = socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual)
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual
+        )
     except OSError as error:
-        raise OSError(f"process 0 must be able to listen on port {port}: got {os.strerror(error.errno or 0)}") from None
+        raise OSError(
+            f"process 0 must be able to listen on port {port}: got {os.strerror(error.errno or 0)}"
+        ) from None
 
 
 def free_port() -> int:
@@ -230,8 +266,9 @@ def free_port() -> int:
 
 
 def shield(address: tuple[str, int]) -> int:
-    """A port of this machine that stands for `address` and stays open when what is behind it is lost. jax's client aborts its process as
-    soon as it loses its service; behind this it waits, and the watch has the last word."""
+    """A port of this machine that stands for `address` and stays open when what is behind it is
+    lost. jax's client aborts its process as soon as it loses its service; behind this it waits, and
+    the watch has the last word."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -242,8 +279,12 @@ def shield(address: tuple[str, int]) -> int:
             except OSError:
                 held.append(near)
                 continue
-            threading.Thread(target=pass_on, args=(near, far, far), name="to jax's service", daemon=True).start()
-            threading.Thread(target=pass_on, args=(far, near, None), name="from jax's service", daemon=True).start()
+            threading.Thread(
+                target=pass_on, args=(near, far, far), name="to jax's service", daemon=True
+            ).start()
+            threading.Thread(
+                target=pass_on, args=(far, near, None), name="from jax's service", daemon=True
+            ).start()
 
     def pass_on(source: socket.socket, sink: socket.socket, closes: socket.socket | None) -> None:
         with contextlib.suppress(OSError):

@@ -1,4 +1,5 @@
-"""All it takes to make a video again: its recipe, and the latents before decoding, in a file that carries the recipe along."""
+"""All it takes to make a video again: its recipe, and the latents before decoding, in a file that
+carries the recipe along."""
 
 import hashlib
 import json
@@ -28,8 +29,11 @@ SETTINGS = (
 )
 
 
-def recipe_of(models: "Models", name: str, request: Request, video: Video | None = None) -> dict[str, Any]:
-    """What JSON can hold of one of a request's videos (None: its only one), made from an image file, and of the checkpoint's `name`."""
+def recipe_of(
+    models: "Models", name: str, request: Request, video: Video | None = None
+) -> dict[str, Any]:
+    """What JSON can hold of one of a request's videos (None: its only one), made from an image
+    file, and of the checkpoint's `name`."""
     import jax
 
     (video,) = request.videos if video is None else (video,)
@@ -45,7 +49,10 @@ def recipe_of(models: "Models", name: str, request: Request, video: Video | None
         "seed": video.seed,
         **{setting: getattr(request, setting) for setting in SETTINGS},
         "dtype": str(models.dtype),
-        "loras": [{"file": lora.name, "weight": lora.weight, "sha256": lora.sha256} for lora in models.loras],
+        "loras": [
+            {"file": lora.name, "weight": lora.weight, "sha256": lora.sha256}
+            for lora in models.loras
+        ],
         "attention": models.attention,
         "mesh": models.mesh,
         "device": jax.devices()[0].device_kind,
@@ -54,12 +61,14 @@ def recipe_of(models: "Models", name: str, request: Request, video: Video | None
 
 
 def write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
-    """Latents [1 t h w c] and their recipe; for before decoding starts, so that running out of memory there costs no sampling."""
+    """Latents [1 t h w c] and their recipe; for before decoding starts, so that running out of
+    memory there costs no sampling."""
     from safetensors.numpy import save
 
     part = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
     try:
-        part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))  # save_file's files are for their owner alone
+        # Save_file's files are for their owner alone.
+        part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -73,9 +82,20 @@ def read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
         raise FileNotFoundError(f"latents must exist: found no {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            latents, recipe = file.get_tensor("latents"), json.loads((file.metadata() or {})["recipe"])
-        if latents.ndim != 5 or len(latents) != 1 or not {"model", "dtype", "fps"} <= dict(recipe).keys():
-            raise ValueError(f"it holds {list(latents.shape)} and a recipe of {', '.join(recipe) or 'nothing'}")
+            latents, recipe = (
+                file.get_tensor("latents"),
+                json.loads((file.metadata() or {})["recipe"]),
+            )
+        if (
+            latents.ndim != 5
+            or len(latents) != 1
+            or not {"model", "dtype", "fps"} <= dict(recipe).keys()
+        ):
+            raise ValueError(
+                f"it holds {list(latents.shape)} and a recipe of {', '.join(recipe) or 'nothing'}"
+            )
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"latents must be a *{LATENTS} file of an earlier run: {path} is not ({error})") from None
+        raise ValueError(
+            f"latents must be a *{LATENTS} file of an earlier run: {path} is not ({error})"
+        ) from None
     return latents, recipe

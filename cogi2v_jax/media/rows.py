@@ -20,8 +20,9 @@ class Job(NamedTuple):
 
 
 def read_manifest(path: Path) -> list[Job]:
-    """Jobs of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file (`prompt@@image` a line). Image paths are
-    relative to the file's folder. Raises ValueError or FileNotFoundError naming every line at fault."""
+    """Jobs of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file
+    (`prompt@@image` a line). Image paths are relative to the file's folder. Raises ValueError or
+    FileNotFoundError naming every line at fault."""
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _txt}
     if path.suffix.lower() not in readers:
         raise ValueError(f"manifest must end in {', '.join(readers)}: got {path.name}")
@@ -63,7 +64,10 @@ def _jsonl(text: str) -> Rows:
 
 def _txt(text: str) -> Rows:
     rows = [(number, str(line).rpartition("@@")) for number, line in _jsonl(text)]
-    return [(number, {"prompt": prompt.strip(), "image": image.strip()}) for number, (prompt, _, image) in rows]
+    return [
+        (number, {"prompt": prompt.strip(), "image": image.strip()})
+        for number, (prompt, _, image) in rows
+    ]
 
 
 def _job(row: object, folder: Path) -> Job:
@@ -87,4 +91,9 @@ def _job(row: object, folder: Path) -> Job:
         seed = None
     elif not re.fullmatch(r"\s*\d+\s*", str(seed)) or int(seed) >= 2**64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1: got {seed!r}")
-    return Job(row["prompt"], folder / row["image"], row.get("negative_prompt") or None, None if seed is None else int(seed))
+    return Job(
+        row["prompt"],
+        folder / row["image"],
+        row.get("negative_prompt") or None,
+        None if seed is None else int(seed),
+    )

@@ -1,6 +1,7 @@
-"""Attention of queries and keys that have yet to be turned (norm, rotation), from the flat layout, where a token's heads lie side by side,
-into the same. A backend is a row of BACKENDS; models get one by way of `sharding.Layout`. Keys from `tokens` on only even a sequence out,
-and have no weight."""
+"""Attention of queries and keys that have yet to be turned (norm, rotation), from the flat layout,
+where a token's heads lie side by side, into the same. A backend is a row of BACKENDS; models get
+one by way of `sharding.Layout`. Keys from `tokens` on only even a sequence out, and have no
+weight."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash_kernel,
+)
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float
 
@@ -22,13 +25,20 @@ from ..kernels.heads import LANES, merge_heads, split_heads, turn_heads
 from .layers import LayerNorm, precision
 from .positions import Positions
 
-# Queries are taken in slices whose float32 logits about fit a CPU's cache (16 MiB), but of no fewer rows than fill a matrix unit.
+# Queries are taken in slices whose float32 logits about fit a CPU's cache (16 MiB), but of no fewer
+# rows than fill a matrix unit.
 LOGITS = 4 * 2**20
 ROWS = 128
 
 
-def xla(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Array, "b s2 n k"], tokens: int) -> Float[Array, "b s n k"]:
-    """Plain attention in slices of queries, which keeps memory linear in the sequence; for every device. Softmax and sums are float32."""
+def xla(
+    q: Float[Array, "b s n k"],
+    k: Float[Array, "b s2 n k"],
+    v: Float[Array, "b s2 n k"],
+    tokens: int,
+) -> Float[Array, "b s n k"]:
+    """Plain attention in slices of queries, which keeps memory linear in the sequence; for every
+    device. Softmax and sums are float32."""
     q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k[:, :tokens], v[:, :tokens]))
     b, n, s, width = q.shape
     rows = min(s, max(ROWS, LOGITS // (b * n * s)))
@@ -39,46 +49,63 @@ def xla(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Array,
     return rearrange(out, "slices b n rows k -> b (slices rows) n k")[:, :s]
 
 
-def _rows(q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]) -> Float[Array, "b n q k"]:
+def _rows(
+    q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]
+) -> Float[Array, "b n q k"]:
     exact = precision(q.dtype)
-    logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, precision=exact, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    logits = (
+        jnp.einsum("bnqk,bnsk->bnqs", q, k, precision=exact, preferred_element_type=jnp.float32)
+        * q.shape[-1] ** -0.5
+    )
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    out = jnp.einsum("bnqs,bnsk->bnqk", weights.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bnqs,bnsk->bnqk",
+        weights.astype(v.dtype),
+        v,
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
     return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
 
 
-def cudnn(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Array, "b s2 n k"], tokens: int) -> Float[Array, "b s n k"]:
+def cudnn(
+    q: Float[Array, "b s n k"],
+    k: Float[Array, "b s2 n k"],
+    v: Float[Array, "b s2 n k"],
+    tokens: int,
+) -> Float[Array, "b s n k"]:
     """NVIDIA's fused kernel; bfloat16 only."""
     return jax.nn.dot_product_attention(q, k[:, :tokens], v[:, :tokens], implementation="cudnn")
 
 
 class Tile(NamedTuple):
-    """What the TPU kernel holds on the chip: so many rows of queries, and of keys, which it takes a few at once. Near enough: a sequence is
-    cut evenly."""
+    """What the TPU kernel holds on the chip: so many rows of queries, and of keys, which it takes a
+    few at once. Near enough: a sequence is cut evenly."""
 
     queries: int
     keys: int
     at_once: int
 
 
-# What the compiler schedules fastest at 17,776 tokens, by generation. The library's own tiles of 128 leave the matrix unit idle most of the
-# time; more keys at once than here don't fit the registers, more in all don't fit the memory. v4 has little of it.
+# What the compiler schedules fastest at 17,776 tokens, by generation. The library's own tiles of
+# 128 leave the matrix unit idle most of the time; more keys at once than here don't fit the
+# registers, more in all don't fit the memory. v4 has little of it.
 TILES = {
     "v4": Tile(1280, 1792, 896),
     "v5e": Tile(1280, 8960, 896),
     "v5p": Tile(1280, 3584, 896),
     "v6e": Tile(1792, 8960, 1792),
 }
-# What the compiler's schedules say of other tiles: a step over a block of keys takes the time of so many more rows of them, and a tile of
-# half the size is slower by this share.
+# What the compiler's schedules say of other tiles: a step over a block of keys takes the time of so
+# many more rows of them, and a tile of half the size is slower by this share.
 STEP, SMALL = 200, 0.07
 FAR = -1e30  # a logit whose weight is zero
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A kernel for one device that takes queries and keys as they are turned here, by plain operations in float32. Every part of a split
-    sequence has a multiple of `unit` rows."""
+    """A kernel for one device that takes queries and keys as they are turned here, by plain
+    operations in float32. Every part of a split sequence has a multiple of `unit` rows."""
 
     kernel: Callable[..., Float[Array, "b s n k"]]
     unit: int = 1
@@ -96,8 +123,13 @@ class Backend:
         positions: Positions,
         tokens: int,
     ) -> Float[Array, "b s d"]:
-        q, k, v = (rearrange(x, "b s (n k) -> b s n k", k=norms[0].scale.shape[0]) for x in (q, k, v))
-        q, k = (rotate(norm(x), positions).astype(x.dtype) for norm, x in zip(norms, (q, k), strict=True))
+        q, k, v = (
+            rearrange(x, "b s (n k) -> b s n k", k=norms[0].scale.shape[0]) for x in (q, k, v)
+        )
+        q, k = (
+            rotate(norm(x), positions).astype(x.dtype)
+            for norm, x in zip(norms, (q, k), strict=True)
+        )
         return rearrange(self.kernel(q, k, v, tokens), "b s n k -> b s (n k)")
 
 
@@ -110,8 +142,9 @@ def rotate(x: Float[Array, "b s n k"], positions: Positions) -> Float[Array, "b 
 
 @dataclass(frozen=True)
 class Splash:
-    """jax's TPU kernel, a tile of logits at a time, after our own for norm and rotation. What evens a sequence out is told apart by one
-    more channel, of ones for queries and of zeros for real keys: free, since a head's 64 channels take 128 lanes."""
+    """jax's TPU kernel, a tile of logits at a time, after our own for norm and rotation. What evens
+    a sequence out is told apart by one more channel, of ones for queries and of zeros for real
+    keys: free, since a head's 64 channels take 128 lanes."""
 
     tile: Tile
     interpret: bool = False
@@ -130,21 +163,42 @@ class Splash:
     ) -> Float[Array, "b s d"]:
         given, width = q.shape[1], norms[0].scale.shape[0]
         tile, rows = fitted(self.tile, tokens)
-        queries = -(-given // tile.queries) * tile.queries  # more than there are keys where a mesh evens out further
+        # More than there are keys where a mesh evens out further.
+        queries = -(-given // tile.queries) * tile.queries
         q, k, v = (jnp.pad(x, _after(3, 1, queries - given)) for x in (q, k, v))
-        cos, sin = (jnp.pad(x, _after(2, 0, queries - given)) for x in (positions.cos, positions.sin))
+        cos, sin = (
+            jnp.pad(x, _after(2, 0, queries - given)) for x in (positions.cos, positions.sin)
+        )
         of_step: Any = {"rows": tile.queries, "interpret": self.interpret}
         norm_of: Any = {"precision": precision, **of_step}
         far = jnp.where(jnp.arange(queries) < tokens, 0.0, FAR)
         q, k = (
-            turn_heads(x, norm.scale[...], norm.bias[...], cos, sin, last, epsilon=norm.epsilon, factor=factor, **norm_of)
-            for x, norm, last, factor in zip((q, k), norms, (jnp.ones(queries), far), (width**-0.5, 1.0), strict=True)
+            turn_heads(
+                x,
+                norm.scale[...],
+                norm.bias[...],
+                cos,
+                sin,
+                last,
+                epsilon=norm.epsilon,
+                factor=factor,
+                **norm_of,
+            )
+            for x, norm, last, factor in zip(
+                (q, k), norms, (jnp.ones(queries), far), (width**-0.5, 1.0), strict=True
+            )
         )
         v = split_heads(v, width, **of_step)
         mask = splash_mask.MultiHeadMask([splash_mask.FullMask((queries, rows))] * v.shape[1])
-        sizes = splash_kernel.BlockSizes(block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.at_once)
-        attend: Any = splash_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=self.interpret)
-        return merge_heads(jax.vmap(attend)(q, k[:, :, :rows], v[:, :, :rows]), **of_step)[:, :given]
+        sizes = splash_kernel.BlockSizes(
+            block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.at_once
+        )
+        attend: Any = splash_kernel.make_splash_mha_single_device(
+            mask, block_sizes=sizes, interpret=self.interpret
+        )
+        return merge_heads(jax.vmap(attend)(q, k[:, :, :rows], v[:, :, :rows]), **of_step)[
+            :, :given
+        ]
 
 
 def _after(axes: int, axis: int, count: int) -> list[tuple[int, int]]:
@@ -169,19 +223,33 @@ def fitted(wanted: Tile, tokens: int) -> tuple[Tile, int]:
         return rows**2 * (1 + STEP / tile.keys + SMALL * small)
 
     groups = range(1, wanted.keys // wanted.at_once + 1)
-    tiles = (Tile(queries, group * once, once) for queries in sizes(wanted.queries) for group in groups for once in sizes(wanted.at_once))
+    tiles = (
+        Tile(queries, group * once, once)
+        for queries in sizes(wanted.queries)
+        for group in groups
+        for once in sizes(wanted.at_once)
+    )
     tile = min(tiles, key=cost)
     return tile, even(tokens, math.lcm(tile.queries, tile.keys))
 
 
-def tokamax(q: Float[Array, "b s n k"], k: Float[Array, "b s2 n k"], v: Float[Array, "b s2 n k"], tokens: int) -> Float[Array, "b s n k"]:
-    """The tokamax library's kernels for NVIDIA devices: Mosaic where it has one for the device, else Triton."""
+def tokamax(
+    q: Float[Array, "b s n k"],
+    k: Float[Array, "b s2 n k"],
+    v: Float[Array, "b s2 n k"],
+    tokens: int,
+) -> Float[Array, "b s n k"]:
+    """The tokamax library's kernels for NVIDIA devices: Mosaic where it has one for the device,
+    else Triton."""
     from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
 
-    return dot_product_attention(q, k[:, :tokens], v[:, :tokens], implementation=("mosaic_gpu", "triton"))
+    return dot_product_attention(
+        q, k[:, :tokens], v[:, :tokens], implementation=("mosaic_gpu", "triton")
+    )
 
 
-# XLA evens the rows of every bfloat16 product of an NVIDIA device out to this, by a copy before and one after it.
+# XLA evens the rows of every bfloat16 product of an NVIDIA device out to this, by a copy before and
+# one after it.
 UNIT = 8
 BACKENDS: dict[str, Backend | Splash] = {
     "xla": Backend(xla),
@@ -189,7 +257,8 @@ BACKENDS: dict[str, Backend | Splash] = {
     "splash": Splash(TILES["v5e"]),
     "tokamax": Backend(tokamax, UNIT),
 }
-NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}  # and bfloat16: their float32 is not float32
+# And bfloat16: their float32 is not float32.
+NEEDS = {"cudnn": "gpu", "splash": "tpu", "tokamax": "gpu"}
 FASTEST = {"gpu": "cudnn", "tpu": "splash"}
 
 
@@ -200,8 +269,8 @@ def resolved(name: str, dtype: jnp.dtype, device: Any) -> str:
 
 
 def choose(name: str, dtype: jnp.dtype, device: Any = None) -> Backend | Splash:
-    """A backend by name; `auto` takes the fastest that computes `dtype` on the device, or on the default one. Raises ValueError for a name
-    that is unknown or no good there."""
+    """A backend by name; `auto` takes the fastest that computes `dtype` on the device, or on the
+    default one. Raises ValueError for a name that is unknown or no good there."""
     device = jax.devices()[0] if device is None else device
     name = resolved(name, dtype, device)
     if name not in BACKENDS:
@@ -213,6 +282,8 @@ def choose(name: str, dtype: jnp.dtype, device: Any = None) -> Backend | Splash:
         raise ValueError("attention tokamax must have its library: pip install tokamax")
     backend = BACKENDS[name]
     if isinstance(backend, Splash):
-        kinds = {generation["kind"]: name for name, generation in config.meshes()["generations"].items()}
+        kinds = {
+            generation["kind"]: name for name, generation in config.meshes()["generations"].items()
+        }
         backend = replace(backend, tile=TILES.get(kinds.get(device.device_kind, ""), backend.tile))
     return backend

@@ -1,4 +1,5 @@
-"""Prompts to padded T5 ids. Sentencepiece itself, so that sampling needs neither torch nor transformers."""
+"""Prompts to padded T5 ids. Sentencepiece itself, so that sampling needs neither torch nor
+transformers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ PAD, EOS = 0, 1
 
 
 def encoder(folder: Path) -> Callable[[str], list[int]]:
-    """Text to ids without the end mark, from a folder's `spiece.model`, or from the `tokenizer.json` that newer transformers save alone."""
+    """Text to ids without the end mark, from a folder's `spiece.model`, or from the
+    `tokenizer.json` that newer transformers save alone."""
     if (folder / "spiece.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
@@ -25,8 +27,11 @@ def encoder(folder: Path) -> Callable[[str], list[int]]:
     raise FileNotFoundError(f"{folder} must hold spiece.model or tokenizer.json: found neither")
 
 
-def tokenize(folder: Path, prompts: Sequence[str], length: int) -> tuple[Int[np.ndarray, "b p"], list[int]]:
-    """Ids of every prompt, ended by one EOS, cut and padded to `length`; and how many tokens each prompt has uncut."""
+def tokenize(
+    folder: Path, prompts: Sequence[str], length: int
+) -> tuple[Int[np.ndarray, "b p"], list[int]]:
+    """Ids of every prompt, ended by one EOS, cut and padded to `length`; and how many tokens each
+    prompt has uncut."""
     encode = encoder(folder)
     ids = np.full((len(prompts), length), PAD, np.int32)
     counts = []

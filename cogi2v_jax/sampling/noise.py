@@ -1,4 +1,5 @@
-"""Random streams: jax's keys, and torch's own stream. Each video draws from its own seed alone, whatever batch or mesh it is made in."""
+"""Random streams: jax's keys, and torch's own stream. Each video draws from its own seed alone,
+whatever batch or mesh it is made in."""
 
 import math
 from collections.abc import Sequence
@@ -17,36 +18,49 @@ BLOCK = 2**11 * FILL  # values that are made at once: their float64 temporaries 
 
 
 def seed_words(seeds: Sequence[int]) -> UInt32[np.ndarray, "b 2"]:
-    """Seeds of up to 64 bits as threefry keys, made on the host so that a new seed compiles nothing."""
+    """Seeds of up to 64 bits as threefry keys, made on the host so that a new seed compiles
+    nothing."""
     return np.array([divmod(seed, 2**32) for seed in seeds], np.uint32)
 
 
 def draw(
-    words: UInt32[Array, "b 2"], stream: int, shape: tuple[int, ...], index: Int[Array, ""] | int | None = None
+    words: UInt32[Array, "b 2"],
+    stream: int,
+    shape: tuple[int, ...],
+    index: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "b *shape"]:
-    """Standard normal values of one stream, a row a seed; `index` is the step for the stream that has many draws."""
+    """Standard normal values of one stream, a row a seed; `index` is the step for the stream that
+    has many draws."""
 
     def one(word: UInt32[Array, "2"]) -> Float[Array, "*shape"]:
         key = jax.random.fold_in(jax.random.wrap_key_data(word, impl="threefry2x32"), stream)
-        return jax.random.normal(key if index is None else jax.random.fold_in(key, index), shape, jnp.float32)
+        return jax.random.normal(
+            key if index is None else jax.random.fold_in(key, index), shape, jnp.float32
+        )
 
     return jax.vmap(one)(words)
 
 
 class TorchStream:
-    """What `torch.randn` draws on a CPU from `torch.Generator().manual_seed(seed)`, as torch 2.13 does it: uniform numbers exactly, normal
-    ones rounded where its AVX2 code rounds (a CPU's that has AVX-512 too), but for the last bits of its approximate log, cos and sin. The
-    dtype is float32 or bfloat16."""
+    """What `torch.randn` draws on a CPU from `torch.Generator().manual_seed(seed)`, as torch 2.13
+    does it: uniform numbers exactly, normal ones rounded where its AVX2 code rounds (a CPU's that
+    has AVX-512 too), but for the last bits of its approximate log, cos and sin. The dtype is
+    float32 or bfloat16."""
 
     def __init__(self, seed: int, dtype: Any):
-        self._twister = np.random.RandomState(seed % 2**32)  # torch's Mersenne twister is seeded by the low half alone
+        # Torch's Mersenne twister is seeded by the low half alone.
+        self._twister = np.random.RandomState(seed % 2**32)
         self._dtype = np.dtype(dtype)
         self._spare: float | None = None
 
     def normal(self, shape: tuple[int, ...]) -> Float[np.ndarray, "*shape"]:
         """Standard normal values of the stream's dtype, as float32."""
         size = math.prod(shape)
-        values = self._filled(size) if size >= FILL else np.array([self._single() for _ in range(size)], np.float32)
+        values = (
+            self._filled(size)
+            if size >= FILL
+            else np.array([self._single() for _ in range(size)], np.float32)
+        )
         return values.astype(self._dtype).astype(np.float32).reshape(shape)
 
     def skip(self, shape: tuple[int, ...]) -> None:
@@ -74,24 +88,28 @@ class TorchStream:
         return values
 
     def _end(self, size: int) -> tuple[int, int]:
-        """Where 16 doesn't divide the size the last 16 are drawn anew: (words dropped before, values). In float32 every value has had its
-        word by then."""
+        """Where 16 doesn't divide the size the last 16 are drawn anew: (words dropped before,
+        values). In float32 every value has had its word by then."""
         ragged = size % FILL
         return (ragged if self._dtype == np.float32 else 0), (FILL if ragged else 0)
 
     def _single(self) -> float:
-        """A value of an array of fewer than 16: in double precision and in pairs, whose second waits for the next such array if need be."""
+        """A value of an array of fewer than 16: in double precision and in pairs, whose second
+        waits for the next such array if need be."""
         if self._spare is not None:
             value, self._spare = self._spare, None
             return value
-        turn, tail = (((high << 32 | low) % 2**53) * 2.0**-53 for high, low in self._words(2, 2).tolist())
+        turn, tail = (
+            ((high << 32 | low) % 2**53) * 2.0**-53 for high, low in self._words(2, 2).tolist()
+        )
         radius, angle = math.sqrt(-2 * math.log1p(-tail)), 2 * math.pi * turn
         self._spare = radius * math.sin(angle)
         return radius * math.cos(angle)
 
 
 def _box_muller(uniform: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Normal values from uniform ones, 16 at a time, rounded to float32 wherever torch's vector code has a float32."""
+    """Normal values from uniform ones, 16 at a time, rounded to float32 wherever torch's vector
+    code has a float32."""
     tail, turn = np.moveaxis(uniform.reshape(-1, 2, FILL // 2), 1, 0)
     radius = np.sqrt(np.float32(-2) * np.log(1 - tail, dtype=np.float64).astype(np.float32))
     angle = np.float32(2 * np.pi) * turn
@@ -101,13 +119,23 @@ def _box_muller(uniform: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 def draw_as_torch(
     seeds: Sequence[int], dtype: Any, shape: tuple[int, int, int, int], draws: Int[np.ndarray, " i"]
-) -> tuple[Float[np.ndarray, "b 1 h w c"], Float[np.ndarray, "b t h w c"], Float[np.ndarray, "i b t h w c"] | None]:
-    """Noise of the image's posterior, of the start, and of the steps (None where none draws), of latents [t h w c]: in the order in which
-    the reference draws it, as if each video were made alone. Of a step's `draws` the last one counts."""
+) -> tuple[
+    Float[np.ndarray, "b 1 h w c"],
+    Float[np.ndarray, "b t h w c"],
+    Float[np.ndarray, "i b t h w c"] | None,
+]:
+    """Noise of the image's posterior, of the start, and of the steps (None where none draws), of
+    latents [t h w c]: in the order in which the reference draws it, as if each video were made
+    alone. Of a step's `draws` the last one counts."""
     streams, (frames, height, width, channels) = [TorchStream(seed, dtype) for seed in seeds], shape
 
     def drawn(frames: int) -> Float[np.ndarray, "b t h w c"]:
-        return np.stack([np.moveaxis(stream.normal((frames, channels, height, width)), 1, -1) for stream in streams])
+        return np.stack(
+            [
+                np.moveaxis(stream.normal((frames, channels, height, width)), 1, -1)
+                for stream in streams
+            ]
+        )
 
     posterior, initial = drawn(1), drawn(frames)
     if not draws.any():

@@ -1,5 +1,6 @@
-"""What runs on the devices: a compiled program for each phase, and all that one is compiled for. The pipeline calls them with weights and
-values, `benchmarks/tpu_compile.py` with shapes alone, for machines that are not there."""
+"""What runs on the devices: a compiled program for each phase, and all that one is compiled for.
+The pipeline calls them with weights and values, `benchmarks/tpu_compile.py` with shapes alone, for
+machines that are not there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +25,25 @@ from ..models.vae import strips_within
 from ..request import LatentShape, Resolved
 from ..weights.pieces import bytes_per_device, fits_whole, piece, placed, places
 from .schedule import Tableau, tableau
-from .stages import OFS, decode_latents, denoise, draw_image, draw_start, encode_image, encode_text, modulate, to_bytes
+from .stages import (
+    OFS,
+    decode_latents,
+    denoise,
+    draw_image,
+    draw_start,
+    encode_image,
+    encode_text,
+    modulate,
+    to_bytes,
+)
 
 SPARE = 0.9  # of a device's memory: what an estimate may fill
 LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
 
 
 def frames_lie(mesh: Mesh, **_: Any) -> NamedSharding:
-    """A pin would do but for a TPU's compiler, which then hands 60x90 latents' video over in other parts than those of the mesh."""
+    """A pin would do but for a TPU's compiler, which then hands 60x90 latents' video over in other
+    parts than those of the mesh."""
     return split(mesh, "video", None, "rows", "columns")
 
 
@@ -46,7 +58,8 @@ BYTES = Program(to_bytes, static=("mesh",))
 
 
 class Call(NamedTuple):
-    """A program with its arguments, or with their shapes. The network that comes first is asked for by its name in `checkpoint.PIECES`."""
+    """A program with its arguments, or with their shapes. The network that comes first is asked for
+    by its name in `checkpoint.PIECES`."""
 
     program: Program
     piece: str | None
@@ -65,12 +78,23 @@ class Call(NamedTuple):
         return () if self.piece is None else (place.network(self.piece),)
 
 
-def mesh_for(config: CheckpointConfig, dtype: jnp.dtype, text: str, videos: int, guided: bool, devices: Sequence[Any], memory: int) -> Mesh:
-    """The mesh asked for, or ("auto") the one that suits a request for so many videos. Raises ValueError as `choose_sizes` does."""
+def mesh_for(
+    config: CheckpointConfig,
+    dtype: jnp.dtype,
+    text: str,
+    videos: int,
+    guided: bool,
+    devices: Sequence[Any],
+    memory: int,
+) -> Mesh:
+    """The mesh asked for, or ("auto") the one that suits a request for so many videos. Raises
+    ValueError as `choose_sizes` does."""
     networks = {"text_encoder": piece(config, "text_encoder", dtype)}
     if not fits_whole(transformer := piece(config, "transformer", dtype), memory):
         networks["transformer"] = transformer
-    return make_mesh(choose_sizes(text, work_of(config, networks, videos, guided), devices), devices)
+    return make_mesh(
+        choose_sizes(text, work_of(config, networks, videos, guided), devices), devices
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +111,11 @@ class Place:
         first = self.mesh.devices.flat[0]
         sizes = ",".join(f"{axis}={self.mesh.shape[axis]}" for axis in AXES)
         mesh = f"mesh: {sizes} on {self.mesh.size} of {jax.device_count()} x {first.device_kind}"
-        int8 = [f"int8 weights: in the blocks of {' and '.join(self.config.int8)}"] if self.config.int8 else []
+        int8 = (
+            [f"int8 weights: in the blocks of {' and '.join(self.config.int8)}"]
+            if self.config.int8
+            else []
+        )
         return [mesh, *compiler_options.report(first.device_kind), *int8]
 
     def network(self, name: str) -> nnx.Module:
@@ -106,7 +134,8 @@ class Place:
         return Call(DECODE, "vae", (latents, factor), {"strips": strips, "mesh": mesh})
 
     def strips(self, rows: int, columns: int) -> int:
-        """In how many strips a device decodes: one where several share the picture. Raises ValueError where it doesn't fit in any."""
+        """In how many strips a device decodes: one where several share the picture. Raises
+        ValueError where it doesn't fit in any."""
         view = spatial(self.mesh, rows, columns)
         if view.shape["rows"] * view.shape["columns"] > 1:
             return 1
@@ -127,7 +156,10 @@ class Phases(Place):
     def report(self) -> list[str]:
         split_up = "" if self.layout.whole else ", weights split and gathered a layer at a time"
         name = resolved(self.attention, self.dtype, self.mesh.devices.flat[0])
-        return [*super().report(), f"attention: {name}, {self.layout.tokens} tokens evened out to {self.layout.padded}{split_up}"]
+        return [
+            *super().report(),
+            f"attention: {name}, {self.layout.tokens} tokens evened out to {self.layout.padded}{split_up}",
+        ]
 
     @cached_property
     def shape(self) -> LatentShape:
@@ -137,7 +169,13 @@ class Phases(Place):
     def rows(self) -> Tableau:
         """Raises ValueError for a schedule that does not exist."""
         r = self.request
-        return tableau(self.config.scheduler, r.scheduler, r.num_inference_steps, r.guidance_scale, r.use_dynamic_cfg)
+        return tableau(
+            self.config.scheduler,
+            r.scheduler,
+            r.num_inference_steps,
+            r.guidance_scale,
+            r.use_dynamic_cfg,
+        )
 
     @cached_property
     def layout(self) -> Layout:
@@ -149,20 +187,47 @@ class Phases(Place):
     def text(self, ids: Int[Any, "pairs p"]) -> Call:
         return Call(TEXT, "text_encoder", (ids,), {"mesh": self.mesh})
 
-    def image(self, moments: Float[Any, "b 1 h w c2"], noise: Float[Any, "b 1 h w c"] | None, words: UInt32[Any, "b 2"]) -> Call:
+    def image(
+        self,
+        moments: Float[Any, "b 1 h w c2"],
+        noise: Float[Any, "b 1 h w c"] | None,
+        words: UInt32[Any, "b 2"],
+    ) -> Call:
         scale = np.float32(self.request.latent_scale(self.config))
-        return Call(IMAGE, None, (moments, noise, words, scale), {"frames": self.shape.frames, "mesh": self.mesh})
+        return Call(
+            IMAGE,
+            None,
+            (moments, noise, words, scale),
+            {"frames": self.shape.frames, "mesh": self.mesh},
+        )
 
     def shifts(self) -> Call:
         network = self.config.transformer
         ofs = sinusoid(np.array([OFS]), network.ofs_embed_dim) if network.ofs_embed_dim else None
-        return Call(SHIFTS, "modulation", (sinusoid(self.rows.timestep, network.width), ofs), {"mesh": self.mesh})
+        return Call(
+            SHIFTS,
+            "modulation",
+            (sinusoid(self.rows.timestep, network.width), ofs),
+            {"mesh": self.mesh},
+        )
 
     def start(self, noise: Float[Any, "b t h w c"] | None, words: UInt32[Any, "b 2"]) -> Call:
-        return Call(START, None, (noise, words), {"shape": tuple(self.shape[:4]), "mesh": self.mesh})
+        return Call(
+            START, None, (noise, words), {"shape": tuple(self.shape[:4]), "mesh": self.mesh}
+        )
 
     def denoise(
-        self, carry: Any, first: int, rows: Tableau, shifts: Any, noise: Any, words: Any, image: Any, text: Any, where: Any, slab: int
+        self,
+        carry: Any,
+        first: int,
+        rows: Tableau,
+        shifts: Any,
+        noise: Any,
+        words: Any,
+        image: Any,
+        text: Any,
+        where: Any,
+        slab: int,
     ) -> Call:
         args = (carry, np.int32(first), rows, shifts, noise, words, image, text, where)
         return Call(DENOISE, "transformer", args, {"slab": slab, "layout": self.layout})
@@ -173,38 +238,73 @@ class Phases(Place):
         return jax.tree.map(put, where, self._places(where))
 
     def _places(self, where: Positions) -> Positions:
-        """Rotations are made where a device has whole sequences; whose modulation a token has is asked where it has its part."""
+        """Rotations are made where a device has whole sequences; whose modulation a token has is
+        asked where it has its part."""
         everywhere, table = split(self.mesh), None if where.table is None else split(self.mesh)
         return Positions(everywhere, everywhere, split(self.mesh, "sequence"), table)
 
-    def loop(self, videos: int, slab: int, noise: Float[Any, "{slab} b t h w c"] | None = None) -> Call:
+    def loop(
+        self, videos: int, slab: int, noise: Float[Any, "{slab} b t h w c"] | None = None
+    ) -> Call:
         """`denoise` before its arguments are there, but for noise that is given."""
         network, copies = self.config.transformer, GUIDED if self.request.guided else 1
         image = self._shape((videos, *self.shape[:4]), jnp.float32, "video")
-        text = self._shape((copies * videos, network.max_text_seq_length, network.text_embed_dim), self.dtype, "batch")
-        shifts = jax.eval_shape(partial(modulate, mesh=self.mesh), self.network("modulation"), *self.shifts().args)
+        text = self._shape(
+            (copies * videos, network.max_text_seq_length, network.text_embed_dim),
+            self.dtype,
+            "batch",
+        )
+        shifts = jax.eval_shape(
+            partial(modulate, mesh=self.mesh), self.network("modulation"), *self.shifts().args
+        )
         shifts = jax.tree.map(lambda leaf: self._shape(leaf.shape, leaf.dtype), shifts)
         where = jax.eval_shape(lambda: positions(network, self.shape[:3], self.layout.padded))
-        where = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), where, self._places(where))
+        where = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            where,
+            self._places(where),
+        )
         words = self._shape((videos, 2), np.uint32)
-        return self.denoise((image, image), 0, self.rows, shifts, noise, words, image, text, where, slab)
+        return self.denoise(
+            (image, image), 0, self.rows, shifts, noise, words, image, text, where, slab
+        )
 
     def _shape(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=split(self.mesh, *axes))
 
     def calls(self, phase: str, videos: int = 1) -> list[Call]:
-        """The programs of a phase ("text", "encode", "denoise", "decode") of a request for so many videos, with nothing but shapes: to be
-        compiled, for machines anywhere. Raises ValueError for what no such machine can hold."""
-        request, vae, shape, words = self.request, self.config.vae, self.shape, self._shape((videos, 2), np.uint32)
+        """The programs of a phase ("text", "encode", "denoise", "decode") of a request for so many
+        videos, with nothing but shapes: to be compiled, for machines anywhere. Raises ValueError
+        for what no such machine can hold."""
+        request, vae, shape, words = (
+            self.request,
+            self.config.vae,
+            self.shape,
+            self._shape((videos, 2), np.uint32),
+        )
         if phase == "text":
-            ids = (GUIDED if request.guided else 1) * videos, self.config.transformer.max_text_seq_length
+            ids = (
+                (GUIDED if request.guided else 1) * videos,
+                self.config.transformer.max_text_seq_length,
+            )
             return [self.text(np.zeros(ids, np.int32))]
         if phase == "encode":
-            pixels = np.zeros((videos, 1, request.height, request.width, vae.in_channels), np.float32)
+            pixels = np.zeros(
+                (videos, 1, request.height, request.width, vae.in_channels), np.float32
+            )
             moments = self._shape((videos, 1, *shape[1:3], 2 * shape.channels), self.dtype, "video")
             return [self.moments(pixels), self.image(moments, None, words)]
         if phase == "denoise":
-            return [self.shifts(), self.start(None, words), self.loop(videos, request.num_inference_steps)]
+            return [
+                self.shifts(),
+                self.start(None, words),
+                self.loop(videos, request.num_inference_steps),
+            ]
         frames = (videos, request.num_frames, request.height, request.width, vae.out_channels)
-        video = jax.ShapeDtypeStruct(frames, self.dtype, sharding=frames_lie(spatial(self.mesh, *shape[1:3])))
-        return [self.decode(np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)), self.to_bytes(video)]
+        video = jax.ShapeDtypeStruct(
+            frames, self.dtype, sharding=frames_lie(spatial(self.mesh, *shape[1:3]))
+        )
+        return [
+            self.decode(np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)),
+            self.to_bytes(video),
+        ]

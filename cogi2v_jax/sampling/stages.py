@@ -27,7 +27,9 @@ def encode_text(t5: T5, ids: Int[Array, "pairs p"], mesh: Mesh) -> Float[Array, 
     return pin(t5(ids), mesh, "batch")
 
 
-def encode_image(vae: VAE, pixels: Float[Array, "b 1 h w 3"], mesh: Mesh) -> Float[Array, "b 1 h2 w2 c2"]:
+def encode_image(
+    vae: VAE, pixels: Float[Array, "b 1 h w 3"], mesh: Mesh
+) -> Float[Array, "b 1 h2 w2 c2"]:
     """The moments of the image's latents."""
     pixels = pixels.astype(vae.encoder.conv_in.kernel.dtype)
     return pin(vae.moments(pin(pixels, mesh, "video", None, "rows", "columns")), mesh, "video")
@@ -41,7 +43,8 @@ def draw_image(
     frames: int,
     mesh: Mesh,
 ) -> Float[Array, "b t h w c"]:
-    """The image's scaled latents in the first latent frame, zeros in all others: zeros of latent space, not an encoded black frame."""
+    """The image's scaled latents in the first latent frame, zeros in all others: zeros of latent
+    space, not an encoded black frame."""
     mean, log_variance = posterior(moments)
     if noise is None:
         noise = streams.draw(words, streams.POSTERIOR, mean.shape[1:])
@@ -49,12 +52,21 @@ def draw_image(
     return pin(jnp.pad(latents, ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))), mesh, "video")
 
 
-def modulate(modulation: Modulation, time: Float[Array, "i d"], ofs: Float[Array, "1 e"] | None, mesh: Mesh) -> Shifts:
+def modulate(
+    modulation: Modulation, time: Float[Array, "i d"], ofs: Float[Array, "1 e"] | None, mesh: Mesh
+) -> Shifts:
     return jax.tree.map(lambda shifts: pin(shifts, mesh), modulation(time, ofs))
 
 
-def draw_start(noise: Float[Array, "b t h w c"] | None, words: UInt32[Array, "b 2"], shape: tuple[int, ...], mesh: Mesh) -> Carry:
-    start = pin(streams.draw(words, streams.INITIAL, shape) if noise is None else noise, mesh, "video")
+def draw_start(
+    noise: Float[Array, "b t h w c"] | None,
+    words: UInt32[Array, "b 2"],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+) -> Carry:
+    start = pin(
+        streams.draw(words, streams.INITIAL, shape) if noise is None else noise, mesh, "video"
+    )
     return start, pin(jnp.zeros_like(start), mesh, "video")
 
 
@@ -72,17 +84,24 @@ def denoise(
     slab: int,
     layout: Layout,
 ) -> Carry:
-    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and seeds are data, not part of it; so is given
-    noise, of these steps alone, for a whole schedule's may be as large as a network."""
+    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and
+    seeds are data, not part of it; so is given noise, of these steps alone, for a whole schedule's
+    may be as large as a network."""
     indices = first + jnp.arange(slab)
-    rows, shifts = jax.tree.map(lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts))
+    rows, shifts = jax.tree.map(
+        lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts)
+    )
     copies = text.shape[0] // image.shape[0]  # 2 where guided
     text = network.text_in(text)
 
     def one(carry: Carry, column: tuple[Any, ...]) -> tuple[Carry, None]:
         (x, x0_prev), (index, row, shifts, drawn) = carry, column
         both = jnp.concatenate([x, image], axis=-1).astype(text.dtype)
-        v = layout.in_turn(lambda both, text: network(both, text, shifts, positions, layout), jnp.concatenate([both] * copies), text)
+        v = layout.in_turn(
+            lambda both, text: network(both, text, shifts, positions, layout),
+            jnp.concatenate([both] * copies),
+            text,
+        )
         v = v.astype(jnp.float32)
         if copies == GUIDED:
             v = guide(row, *jnp.split(v, GUIDED))
@@ -96,7 +115,11 @@ def denoise(
 
 
 def decode_latents(
-    vae: VAE, latents: Float[Array, "b t h w c"], scaling_factor: Float[Array, ""], strips: int, mesh: Mesh
+    vae: VAE,
+    latents: Float[Array, "b t h w c"],
+    scaling_factor: Float[Array, ""],
+    strips: int,
+    mesh: Mesh,
 ) -> Float[Array, "b f h2 w2 3"]:
     latents = (latents / scaling_factor).astype(vae.decoder.conv_in.kernel.dtype)
     return vae.decode(pin(latents, mesh, "video", None, "rows", "columns"), strips)
@@ -104,4 +127,9 @@ def decode_latents(
 
 def to_bytes(video: Float[Array, "b f h w 3"], mesh: Mesh) -> UInt8[Array, "b f h w 3"]:
     """Every device ends with the whole video, so that whichever process writes it has it."""
-    return pin(jnp.round(jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8), mesh)
+    return pin(
+        jnp.round(jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(
+            jnp.uint8
+        ),
+        mesh,
+    )

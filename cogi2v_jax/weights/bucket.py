@@ -1,5 +1,6 @@
-"""Folders at gs://, by etils (which orbax brings) and gcsfs or TensorFlow. What comes is kept in the user's cache; what goes is written
-with its manifest last, since no bucket can rename a folder."""
+"""Folders at gs://, by etils (which orbax brings) and gcsfs or TensorFlow. What comes is kept in
+the user's cache; what goes is written with its manifest last, since no bucket can rename a
+folder."""
 
 import hashlib
 import os
@@ -28,8 +29,9 @@ def url(path: str | os.PathLike[str]) -> str:
 
 
 def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], None]) -> Path:
-    """A copy of a folder in the cache: all of one with a `manifest`, else what a conversion reads. A file that came before and has not
-    changed since is not copied again. Raises FileNotFoundError or ValueError, in one line."""
+    """A copy of a folder in the cache: all of one with a `manifest`, else what a conversion reads.
+    A file that came before and has not changed since is not copied again. Raises FileNotFoundError
+    or ValueError, in one line."""
     source = url(path)
     try:
         root = _root(source)
@@ -37,7 +39,9 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
         taken = names if manifest in names else wanted(names)
         if not taken:
             raise FileNotFoundError("found neither a diffusers nor a converted folder there")
-        target = user_cache_path("cogi2v-jax") / "gs" / hashlib.sha256(source.encode()).hexdigest()[:32]
+        target = (
+            user_cache_path("cogi2v-jax") / "gs" / hashlib.sha256(source.encode()).hexdigest()[:32]
+        )
         sizes = {name: (root / name).stat() for name in taken}
         missing = {name: stat for name, stat in sizes.items() if not _is_same(target / name, stat)}
         check_space(target, sum(stat.length for stat in missing.values()), source)
@@ -54,7 +58,9 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
                 part.replace(local)
             finally:
                 part.unlink(missing_ok=True)
-        for extra in {file for file in target.rglob("*") if file.is_file()} - {target / name for name in taken}:
+        for extra in {file for file in target.rglob("*") if file.is_file()} - {
+            target / name for name in taken
+        }:
             extra.unlink()  # of what the folder was before
     except Exception as error:  # etils' backends raise anything
         raise FileNotFoundError(_line(source, error)) from None
@@ -63,8 +69,9 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
 
 @contextmanager
 def uploading(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """A local folder to fill, which is then copied to the bucket, the file `last` at the end: a folder without it is none. Raises
-    FileExistsError where something is there; what was copied is removed if all does not go well."""
+    """A local folder to fill, which is then copied to the bucket, the file `last` at the end: a
+    folder without it is none. Raises FileExistsError where something is there; what was copied is
+    removed if all does not go well."""
     target = url(path)
     try:
         root = _root(target)
@@ -77,7 +84,10 @@ def uploading(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
         folder = Path(parent, PurePosixPath(target).name)
         folder.mkdir()
         yield folder
-        names = sorted((file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()), key=lambda name: name == last)
+        names = sorted(
+            (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()),
+            key=lambda name: name == last,
+        )
         try:
             for name in names:
                 with (folder / name).open("rb") as here, (root / name).open("wb") as there:
@@ -90,11 +100,14 @@ def uploading(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
 
 
 def check_space(folder: Path, size: int, what: str) -> None:
-    """Raises OSError, in one line, where a folder that need not exist yet has less room than `size` bytes."""
+    """Raises OSError, in one line, where a folder that need not exist yet has less room than `size`
+    bytes."""
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(nearest).free
     if size > free:
-        raise OSError(f"{nearest} must have {size / 1e9:.1f} GB free for {what}: got {free / 1e9:.1f} GB")
+        raise OSError(
+            f"{nearest} must have {size / 1e9:.1f} GB free for {what}: got {free / 1e9:.1f} GB"
+        )
 
 
 def _root(source: str) -> Any:
@@ -124,7 +137,9 @@ def _is_same(local: Path, stat: Any) -> bool:
 def _remove(root: Any) -> None:
     try:
         root.rmtree(missing_ok=True)
-    except Exception:  # what broke the upload may break this too, and a folder without its manifest is none
+    except (
+        Exception
+    ):  # what broke the upload may break this too, and a folder without its manifest is none
         return
 
 

@@ -1,5 +1,5 @@
-"""Finds the weights that a name stands for, and brings those of the hub or of a bucket to this machine: only what is needed, where there is
-room for it, and with their licence named."""
+"""Finds the weights that a name stands for, and brings those of the hub or of a bucket to this
+machine: only what is needed, where there is room for it, and with their licence named."""
 
 import glob
 import os
@@ -21,9 +21,14 @@ def report(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def locate(name: str | os.PathLike[str], say: Callable[[str], None] = report, must: str = "model must be a folder") -> Path:
-    """The folder or file that a name, a hub id (a revision may follow, behind an @) or a path stands for. `must` begins errors.
-    Raises FileNotFoundError, ValueError or OSError, in one line."""
+def locate(
+    name: str | os.PathLike[str],
+    say: Callable[[str], None] = report,
+    must: str = "model must be a folder",
+) -> Path:
+    """The folder or file that a name, a hub id (a revision may follow, behind an @) or a path
+    stands for. `must` begins errors. Raises FileNotFoundError, ValueError or OSError, in one
+    line."""
     text = os.fspath(name)
     if text in config.names():
         source = config.toml(text)["source"]
@@ -34,13 +39,21 @@ def locate(name: str | os.PathLike[str], say: Callable[[str], None] = report, mu
     if path.exists():
         return path
     repository = text.partition("@")[0]
-    if isinstance(name, str) and repository.count("/") == 1 and not text.startswith((".", "~", "/")) and not repository.endswith("/"):
+    if (
+        isinstance(name, str)
+        and repository.count("/") == 1
+        and not text.startswith((".", "~", "/"))
+        and not repository.endswith("/")
+    ):
         return fetch(text, say)
-    raise FileNotFoundError(f"{must}, a hub id or one of {', '.join(config.names())}: found no {text}")
+    raise FileNotFoundError(
+        f"{must}, a hub id or one of {', '.join(config.names())}: found no {text}"
+    )
 
 
 class Listing(NamedTuple):
-    """A repository on the hub: of its files those that a conversion needs; all of a converted folder's."""
+    """A repository on the hub: of its files those that a conversion needs; all of a converted
+    folder's."""
 
     about: Any  # the hub's ModelInfo
     files: list[Any]  # the hub's RepoFile
@@ -52,7 +65,8 @@ class Listing(NamedTuple):
 
 
 def ask(repository: str, revision: str = "") -> Listing:
-    """What the hub says of a repository. Raises what its client raises, FileNotFoundError for one of something else."""
+    """What the hub says of a repository. Raises what its client raises, FileNotFoundError for one
+    of something else."""
     from huggingface_hub import HfApi, RepoFile, constants
 
     api = HfApi()
@@ -66,12 +80,20 @@ def ask(repository: str, revision: str = "") -> Listing:
             f"model {repository} must be a diffusers folder: got {seen}; download a single file and give its path to cogi2v-convert"
         )
     chosen = [files[name] for name in names]
-    return Listing(about, chosen, _missing(chosen, Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")))
+    return Listing(
+        about,
+        chosen,
+        _missing(
+            chosen,
+            Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs"),
+        ),
+    )
 
 
 def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
-    """The files of a repository that a conversion needs, in the hub's own cache, where its client finds those that came before. Where the
-    hub can't be asked, what is there. Raises FileNotFoundError, or OSError where there is no room, in one line."""
+    """The files of a repository that a conversion needs, in the hub's own cache, where its client
+    finds those that came before. Where the hub can't be asked, what is there. Raises
+    FileNotFoundError, or OSError where there is no room, in one line."""
     from huggingface_hub import constants, errors, snapshot_download
 
     repository, _, revision = hub_id.partition("@")
@@ -80,24 +102,39 @@ def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
     try:
         found = ask(repository, revision)
     except errors.RevisionNotFoundError:
-        raise FileNotFoundError(f"model {repository} must have the revision {revision or 'main'}: the hub has none") from None
+        raise FileNotFoundError(
+            f"model {repository} must have the revision {revision or 'main'}: the hub has none"
+        ) from None
     except FileNotFoundError:
         raise
-    except Exception as error:  # the client raises a dozen kinds, from missing networks to private repositories
+    except (
+        Exception
+    ) as error:  # the client raises a dozen kinds, from missing networks to private repositories
         return _cached(repository, revision, say, _way_out(error, repository))
-    bucket.check_space(Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME names another place)")
+    bucket.check_space(
+        Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME names another place)"
+    )
     size = f"{found.missing / 1e9:.1f} GB" if found.missing else "nothing new"
-    say(f"fetching {hub_id} from the hub, {size} (its licence: {_licence(repository, found.about)})")
+    say(
+        f"fetching {hub_id} from the hub, {size} (its licence: {_licence(repository, found.about)})"
+    )
     try:
         names = [glob.escape(file.path) for file in found.files]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=names))
     except Exception as error:
-        raise FileNotFoundError(f"model {repository} must be fetched from the hub whole: {_way_out(error, repository)}") from None
+        raise FileNotFoundError(
+            f"model {repository} must be fetched from the hub whole: {_way_out(error, repository)}"
+        ) from None
 
 
 def _missing(files: list[Any], blobs: Path) -> int:
-    """Bytes of a repository's files that the cache does not hold under their hashes. Of a file that was begun the client keeps nothing."""
-    return sum(file.size for file in files if not (blobs / (file.lfs.sha256 if file.lfs else file.blob_id)).exists())
+    """Bytes of a repository's files that the cache does not hold under their hashes. Of a file that
+    was begun the client keeps nothing."""
+    return sum(
+        file.size
+        for file in files
+        if not (blobs / (file.lfs.sha256 if file.lfs else file.blob_id)).exists()
+    )
 
 
 def _licence(repository: str, info: Any) -> str:
@@ -130,4 +167,6 @@ def _cached(repository: str, revision: str, say: Callable[[str], None], reason: 
         if isinstance(found, str):
             say(f"taking {repository} from the cache of the hub's client")
             return Path(found.removesuffix(stated))
-    raise FileNotFoundError(f"model {repository} must be reachable on the hub or in its cache: {reason}; no folder here has this name")
+    raise FileNotFoundError(
+        f"model {repository} must be reachable on the hub or in its cache: {reason}; no folder here has this name"
+    )

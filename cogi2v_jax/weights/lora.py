@@ -1,5 +1,6 @@
-"""LoRA: low-rank changes of a transformer's weights, added to them while they are restored. The network and its programs stay what they
-are: another LoRA compiles nothing, costs no step anything, and lies on every mesh as the weights do. Hu et al., arXiv:2106.09685."""
+"""LoRA: low-rank changes of a transformer's weights, added to them while they are restored. The
+network and its programs stay what they are: another LoRA compiles nothing, costs no step anything,
+and lies on every mesh as the weights do. Hu et al., arXiv:2106.09685."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from jaxtyping import Array, Float
 
 from ..devices.sharding import put
 
-RANK = 64  # of one addition: a file's rank is added in slices of it, so that all files share one program a shape
+# Of one addition: a file's rank is added in slices of it, so that all files share one program a
+# shape.
+RANK = 64
 
 Place = tuple[str, int | None]  # a leaf, and its layer where it is stacked
 
@@ -40,7 +43,11 @@ class Lora:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Equal where the same is added: a file's scales may also stand in another file."""
-        return self.sha256, self.weight, tuple((place, factors.scale) for place, factors in self.factors.items())
+        return (
+            self.sha256,
+            self.weight,
+            tuple((place, factors.scale) for place, factors in self.factors.items()),
+        )
 
 
 def changing(loras: Iterable[Lora], leaves: Iterable[str]) -> list[Lora]:
@@ -50,24 +57,41 @@ def changing(loras: Iterable[Lora], leaves: Iterable[str]) -> list[Lora]:
 
 
 def check_leaves(loras: Iterable[Lora], leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError for leaves, arrays or shapes under full names, that nothing can be added to: numbers of a quantised weight."""
+    """Raises ValueError for leaves, arrays or shapes under full names, that nothing can be added
+    to: numbers of a quantised weight."""
     for lora in loras:
         changed = {leaf: leaves[leaf].dtype for leaf, _ in lora.factors if leaf in leaves}
-        faults = [f"{leaf} of {dtype}" for leaf, dtype in changed.items() if not jnp.issubdtype(dtype, jnp.floating)]
+        faults = [
+            f"{leaf} of {dtype}"
+            for leaf, dtype in changed.items()
+            if not jnp.issubdtype(dtype, jnp.floating)
+        ]
         if faults:
-            raise ValueError(f"lora {lora.name} must meet floating-point weights: got {faults[0]}; load the model without quantisation")
+            raise ValueError(
+                f"lora {lora.name} must meet floating-point weights: got {faults[0]}; load the model without quantisation"
+            )
 
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
 
 
-def read_merged(loras: Sequence[Lora], layer: int | None, leaves: Leaves, read: Callable[[Leaves], dict[str, Array]]) -> dict[str, Array]:
-    """A layer's leaves (None: those that are not stacked) as `read` gives them, with all LoRAs added in order. What changes is read and
-    added up in float32, and rounded once."""
+def read_merged(
+    loras: Sequence[Lora],
+    layer: int | None,
+    leaves: Leaves,
+    read: Callable[[Leaves], dict[str, Array]],
+) -> dict[str, Array]:
+    """A layer's leaves (None: those that are not stacked) as `read` gives them, with all LoRAs
+    added in order. What changes is read and added up in float32, and rounded once."""
     changed = {name for name in leaves for lora in loras if (name, layer) in lora.factors}
     if not changed:
         return read(leaves)
-    merged = read({name: leaf.update(dtype=jnp.float32) if name in changed else leaf for name, leaf in leaves.items()})
+    merged = read(
+        {
+            name: leaf.update(dtype=jnp.float32) if name in changed else leaf
+            for name, leaf in leaves.items()
+        }
+    )
     for name in changed:
         for lora in loras:
             if (name, layer) in lora.factors:
@@ -77,13 +101,20 @@ def read_merged(loras: Sequence[Lora], layer: int | None, leaves: Leaves, read: 
 
 
 def _added(kernel: Float[Array, "i o"], factors: Factors, weight: float) -> Float[Array, "i o"]:
-    """A device is handed the rows and columns of its own part of the kernel, and makes no more of the sum than that."""
+    """A device is handed the rows and columns of its own part of the kernel, and makes no more of
+    the sum than that."""
     assert isinstance(kernel.sharding, NamedSharding)
     mesh, (rows, columns) = kernel.sharding.mesh, (*kernel.sharding.spec, None, None)[:2]
-    places = NamedSharding(mesh, PartitionSpec(rows, None)), NamedSharding(mesh, PartitionSpec(None, columns))
+    places = (
+        NamedSharding(mesh, PartitionSpec(rows, None)),
+        NamedSharding(mesh, PartitionSpec(None, columns)),
+    )
     scale = np.float32(weight * factors.scale)
     for first in range(0, len(factors.up), RANK):
-        down, up = factors.down[:, first : first + RANK].astype(np.float32), factors.up[first : first + RANK].astype(np.float32)
+        down, up = (
+            factors.down[:, first : first + RANK].astype(np.float32),
+            factors.up[first : first + RANK].astype(np.float32),
+        )
         missing = RANK - len(up)
         slices = np.pad(down, ((0, 0), (0, missing))), np.pad(up, ((0, missing), (0, 0)))
         kernel = _adder(kernel.sharding)(kernel, *map(put, slices, places), scale)

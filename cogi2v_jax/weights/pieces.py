@@ -17,7 +17,8 @@ from ..models.transformer import Transformer
 from ..models.vae import VAE
 
 NETWORKS = {"transformer": Transformer, "vae": VAE, "text_encoder": T5}
-# What a phase loads: a part of the folder, and which of its leaves. The transformer's modulation is needed before its loop, not in it.
+# What a phase loads: a part of the folder, and which of its leaves. The transformer's modulation is
+# needed before its loop, not in it.
 PIECES = {
     "text_encoder": ("text_encoder", ""),
     "vae": ("vae", ""),
@@ -26,14 +27,18 @@ PIECES = {
 }
 
 
-WHOLE = 0.75  # of a device's memory: the largest piece that every device may hold; the rest is for activations
+# Of a device's memory: the largest piece that every device may hold; the rest is for activations.
+WHOLE = 0.75
 
 
 @cache  # tracing a VAE takes most of a second
 def abstract(config: CheckpointConfig, part: str, dtype: jnp.dtype) -> nnx.Module:
-    """A network with shapes for parameters: no memory, at any size. Everyone gets the same one, to read."""
+    """A network with shapes for parameters: no memory, at any size. Everyone gets the same one, to
+    read."""
     settings = {"int8": True} if part in config.int8 else {}
-    return nnx.eval_shape(lambda: NETWORKS[part](getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0), **settings))
+    return nnx.eval_shape(
+        lambda: NETWORKS[part](getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0), **settings)
+    )
 
 
 @cache
@@ -52,7 +57,10 @@ def piece(config: CheckpointConfig, name: str, dtype: jnp.dtype) -> nnx.Module:
 
 def leaf_names(network: nnx.Module) -> dict[str, Any]:
     """Parameters (or their shapes) under dotted names."""
-    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))}
+    return {
+        ".".join(map(str, path)): leaf.get_value()
+        for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Param))
+    }
 
 
 def is_stacked(name: str) -> bool:
@@ -60,9 +68,15 @@ def is_stacked(name: str) -> bool:
     return "blocks" in name.split(".")
 
 
-def unit_shapes(config: CheckpointConfig, part: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of a part's leaves as its units hold them: of all that is not stacked, and of a layer's."""
-    leaves = {name: leaf.shape for name, leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).items()}
+def unit_shapes(
+    config: CheckpointConfig, part: str
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of a part's leaves as its units hold them: of all that is not stacked, and of a
+    layer's."""
+    leaves = {
+        name: leaf.shape
+        for name, leaf in leaf_names(abstract(config, part, jnp.dtype(jnp.float32))).items()
+    }
     rest = {name: shape for name, shape in leaves.items() if not is_stacked(name)}
     return rest, {name: shape[1:] for name, shape in leaves.items() if is_stacked(name)}
 
@@ -75,7 +89,11 @@ def layer_count(config: CheckpointConfig, part: str) -> int:
 def _full_names(name: str, network: nnx.Module) -> dict[str, Any]:
     """A piece's leaves under the transformer's names for them; no other part takes LoRAs."""
     part, prefix = PIECES[name]
-    return {prefix + leaf: value for leaf, value in leaf_names(network).items()} if part == "transformer" else {}
+    return (
+        {prefix + leaf: value for leaf, value in leaf_names(network).items()}
+        if part == "transformer"
+        else {}
+    )
 
 
 def places(network: nnx.Module) -> list[NamedSharding]:
@@ -86,15 +104,22 @@ def places(network: nnx.Module) -> list[NamedSharding]:
 def bytes_per_device(network: nnx.Module) -> int:
     """Of a network's parameters, or of their shapes: of all that have no place yet."""
     leaves = jax.tree.leaves(nnx.state(network, nnx.Param))
-    shapes = [leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
-    return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True))
+    shapes = [
+        leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        for leaf in leaves
+    ]
+    return sum(
+        math.prod(shape) * leaf.dtype.itemsize for leaf, shape in zip(leaves, shapes, strict=True)
+    )
 
 
 def memory_limit(mesh: Any = None) -> int:
     """Bytes that a device has; CPU devices share their host's."""
     local = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
     stats = local[0].memory_stats() or {}
-    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(local)
+    return stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    ) // len(local)
 
 
 def fits_whole(network: nnx.Module, memory: int) -> bool:
@@ -103,10 +128,20 @@ def fits_whole(network: nnx.Module, memory: int) -> bool:
 
 
 @cache
-def placed(config: CheckpointConfig, name: str, dtype: jnp.dtype, mesh: Mesh, memory: int) -> nnx.Module:
-    """One of PIECES with shapes for parameters, and with their places on devices of so many bytes. T5 is split, so that its weights need
-    never meet; all else lies whole on every device where it fits."""
+def placed(
+    config: CheckpointConfig, name: str, dtype: jnp.dtype, mesh: Mesh, memory: int
+) -> nnx.Module:
+    """One of PIECES with shapes for parameters, and with their places on devices of so many bytes.
+    T5 is split, so that its weights need never meet; all else lies whole on every device where it
+    fits."""
     network = piece(config, name, dtype)
     whole = name != "text_encoder" and fits_whole(network, memory)
     graph, state = nnx.split(network)
-    return nnx.merge(graph, jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, parameter_shardings(network, mesh, whole)))
+    return nnx.merge(
+        graph,
+        jax.tree.map(
+            lambda leaf, place: leaf.update(sharding=place),
+            state,
+            parameter_shardings(network, mesh, whole),
+        ),
+    )

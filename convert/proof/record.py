@@ -1,4 +1,5 @@
-"""Runs the PyTorch reference (diffusers' pipeline, untouched) and keeps what it computes at every stage."""
+"""Runs the PyTorch reference (diffusers' pipeline, untouched) and keeps what it computes at every
+stage."""
 
 import inspect
 import platform
@@ -45,24 +46,33 @@ def record(
     vae_tiling: bool = False,
     keep_steps: Sequence[int] | None = None,
 ) -> str:
-    """Writes the trace of one request, with the predictions of all steps or of `keep_steps`. What is left out is CUDA where there is any,
-    and bfloat16 there, float32 on a CPU. Returns what was done, in one line. Raises ValueError or FileNotFoundError, in one line, before
-    the slow work."""
+    """Writes the trace of one request, with the predictions of all steps or of `keep_steps`. What
+    is left out is CUDA where there is any, and bfloat16 there, float32 on a CPU. Returns what was
+    done, in one line. Raises ValueError or FileNotFoundError, in one line, before the slow work."""
     if (source / MANIFEST).is_file():
-        raise ValueError(f"SRC must be a diffusers folder: got {source}, a converted one; cogi2v-convert to-torch makes one of it")
+        raise ValueError(
+            f"SRC must be a diffusers folder: got {source}, a converted one; cogi2v-convert to-torch makes one of it"
+        )
     config = Source(source).config
     request = request.resolve(config)
     (video,) = request.videos
-    check_target("trace", target, (Path(video.image),) if isinstance(video.image, str | PathLike) else ())
+    check_target(
+        "trace", target, (Path(video.image),) if isinstance(video.image, str | PathLike) else ()
+    )
     tokens(config, source, [video.negative_prompt, video.prompt])
     _check_table(config, request)
     picture = read_image(video.image)
     count = request.num_inference_steps
-    tableau(config.scheduler, request.scheduler, count, request.guidance_scale, request.use_dynamic_cfg)  # some counts it can't compute
+    # Some counts it can't compute.
+    tableau(
+        config.scheduler, request.scheduler, count, request.guidance_scale, request.use_dynamic_cfg
+    )
     steps = range(count)
     kept = sorted(steps if keep_steps is None else set(keep_steps))
     if set(kept) - set(steps):
-        raise ValueError(f"keep_steps must be from 0 to {steps[-1]}: got {', '.join(map(str, keep_steps or ()))}")
+        raise ValueError(
+            f"keep_steps must be from 0 to {steps[-1]}: got {', '.join(map(str, keep_steps or ()))}"
+        )
     torch, diffusers, transformers = _reference()
     from safetensors.torch import save_file
 
@@ -74,19 +84,28 @@ def record(
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32
+    # Float32 means float32.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of the dtype's name, which not all versions call alike
-            pipe = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+            # Of the dtype's name, which not all versions call alike.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(
+                source, torch_dtype=getattr(torch, dtype)
+            )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{source} must be a whole diffusers folder: {first_line(error)}") from None
+        raise ValueError(
+            f"{source} must be a whole diffusers folder: {first_line(error)}"
+        ) from None
     pipe.to(getattr(torch, dtype))  # some versions leave a part as it was stored
     schedulers = {"dpm": diffusers.CogVideoXDPMScheduler, "ddim": diffusers.CogVideoXDDIMScheduler}
-    pipe.scheduler = schedulers[request.scheduler].from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler = schedulers[request.scheduler].from_config(
+        pipe.scheduler.config, timestep_spacing="trailing"
+    )
     if device == "cuda":
-        pipe.enable_model_cpu_offload()  # a part at a time: a 5B checkpoint needs no more than its largest
+        # A part at a time: a 5B checkpoint needs no more than its largest.
+        pipe.enable_model_cpu_offload()
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     if vae_tiling:
         pipe.vae.enable_tiling()
@@ -107,10 +126,23 @@ def record(
             output_type="pt",
         ).frames
     tensors = recorder.tensors(torch.from_numpy(np.array(picture)), frames)
-    settings = {"prompt": video.prompt, "negative_prompt": video.negative_prompt, "seed": video.seed}
+    settings = {
+        "prompt": video.prompt,
+        "negative_prompt": video.negative_prompt,
+        "seed": video.seed,
+    }
     settings |= {setting: getattr(request, setting) for setting in SETTINGS}
-    made = {"checkpoint": config.title, "dtype": dtype, "vae_tiling": vae_tiling, "kept_steps": kept}
-    made |= {"device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()}
+    made = {
+        "checkpoint": config.title,
+        "dtype": dtype,
+        "vae_tiling": vae_tiling,
+        "kept_steps": kept,
+    }
+    made |= {
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else platform.processor() or platform.machine()
+    }
     made |= {package: version(package) for package in ("torch", "diffusers", "transformers")}
     with beside(target) as part:
         part.touch()
@@ -126,27 +158,34 @@ def _reference() -> tuple[Any, Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise ValueError(f"record must have the reference: {error}; pip install 'cogi2v-jax[reference]'") from None
+        raise ValueError(
+            f"record must have the reference: {error}; pip install 'cogi2v-jax[reference]'"
+        ) from None
     return torch, diffusers, transformers
 
 
 def _check_table(config: CheckpointConfig, request: Resolved) -> None:
-    """The reference silently takes another table where frames are not the learned one's: no conversion of it could be verified."""
+    """The reference silently takes another table where frames are not the learned one's: no
+    conversion of it could be verified."""
     network = config.transformer
     frames = config.vae.decoded_frames(network.table_grid[0])
     if network.use_learned_positional_embeddings and request.num_frames != frames:
         why = "at any other count the reference leaves its learned position table"
-        raise ValueError(f"num_frames must be {frames} for a trace of {config.title} ({why}): got {request.num_frames}")
+        raise ValueError(
+            f"num_frames must be {frames} for a trace of {config.title} ({why}): got {request.num_frames}"
+        )
 
 
 class Recorder:
-    """Listens to a pipeline: its networks' inputs and results, its scheduler's steps and every draw of noise. What it stands in for keeps
-    its signature: the pipeline asks for that before it hands the generator on."""
+    """Listens to a pipeline: its networks' inputs and results, its scheduler's steps and every draw
+    of noise. What it stands in for keeps its signature: the pipeline asks for that before it hands
+    the generator on."""
 
     def __init__(self, pipe: Any, kept: Sequence[int]):
         self._pipe, self._kept = pipe, kept
         self._draws: list[Any] = []
-        self._prompts: list[tuple[Any, Any]] = []  # ids and embeddings: the prompt's, then the negative one's
+        # Ids and embeddings: the prompt's, then the negative one's.
+        self._prompts: list[tuple[Any, Any]] = []
         self._predictions: Any = None
         self._guidance: list[float] = []
         self._timesteps: list[int] = []
@@ -159,11 +198,24 @@ class Recorder:
         pipe, sample = self._pipe, DiagonalGaussianDistribution.sample
         with ExitStack() as stack:
             for module in MODULES:
-                stack.enter_context(mock.patch(f"{module}.randn_tensor", self._drawing(import_module(module).randn_tensor)))
-            stack.enter_context(mock.patch.object(DiagonalGaussianDistribution, "sample", self._sampling(sample)))
-            stack.enter_context(mock.patch.object(pipe.vae, "encode", self._encoding(pipe.vae.encode)))
-            stack.enter_context(mock.patch.object(pipe.scheduler, "step", self._stepping(pipe.scheduler.step)))
-            for network, hook in ((pipe.text_encoder, self._encoded), (pipe.transformer, self._predicted)):
+                stack.enter_context(
+                    mock.patch(
+                        f"{module}.randn_tensor", self._drawing(import_module(module).randn_tensor)
+                    )
+                )
+            stack.enter_context(
+                mock.patch.object(DiagonalGaussianDistribution, "sample", self._sampling(sample))
+            )
+            stack.enter_context(
+                mock.patch.object(pipe.vae, "encode", self._encoding(pipe.vae.encode))
+            )
+            stack.enter_context(
+                mock.patch.object(pipe.scheduler, "step", self._stepping(pipe.scheduler.step))
+            )
+            for network, hook in (
+                (pipe.text_encoder, self._encoded),
+                (pipe.transformer, self._predicted),
+            ):
                 stack.callback(network.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
@@ -172,7 +224,10 @@ class Recorder:
         import torch
 
         prompts = self._prompts[::-1]  # the network is given the negative one first
-        posterior_noise, initial = self._tensors.pop("draw.posterior"), self._tensors.pop("draw.initial")
+        posterior_noise, initial = (
+            self._tensors.pop("draw.posterior"),
+            self._tensors.pop("draw.initial"),
+        )
         return {
             "picture": picture,
             "ids": _kept(torch.cat([ids for ids, _ in prompts])),
@@ -197,7 +252,10 @@ class Recorder:
         @wraps(sample)
         def sampled(distribution: Any, *args: Any, **kwargs: Any) -> Any:
             drawn = sample(distribution, *args, **kwargs)
-            self._tensors["moments"], self._tensors["posterior"] = _kept(distribution.parameters), _kept(drawn)
+            self._tensors["moments"], self._tensors["posterior"] = (
+                _kept(distribution.parameters),
+                _kept(drawn),
+            )
             return drawn
 
         return sampled
@@ -213,7 +271,9 @@ class Recorder:
     def _encoded(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._prompts.append((args[0] if args else kwargs["input_ids"], output[0]))
 
-    def _predicted(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _predicted(
+        self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         given, channels = kwargs["hidden_states"], output[0].shape[2]
         self._tensors.setdefault("image", _kept(given[-1:, :, channels:]))
         self._predictions = output[0].split(1)
@@ -235,7 +295,13 @@ class Recorder:
             if self._draws:
                 kept["noise"] = self._draws[-1]
             if index in self._kept:
-                kept |= dict(zip(("unconditional", "conditional")[-len(self._predictions) :], self._predictions, strict=True))
+                kept |= dict(
+                    zip(
+                        ("unconditional", "conditional")[-len(self._predictions) :],
+                        self._predictions,
+                        strict=True,
+                    )
+                )
                 kept["guided"] = given["model_output"]
                 if given.get("old_pred_original_sample") is not None:
                     kept["x0_prev"] = given["old_pred_original_sample"]

@@ -1,4 +1,5 @@
-"""What weights say of themselves, by names and shapes alone: whose they are, and of which family."""
+"""What weights say of themselves, by names and shapes alone: whose they are, and of which
+family."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -40,15 +41,21 @@ def facts(shapes: Mapping[str, tuple[int, ...]]) -> Facts | None:
     proj = shapes.get("patch_embed.proj.weight", ())
     if len(proj) not in (2, 4):
         return None
-    layers = {match[1] for name in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", name))}
+    layers = {
+        match[1] for name in shapes if (match := re.match(r"transformer_blocks\.(\d+)\.", name))
+    }
     # The second generation's patches are 2x2x2 and flat.
-    family, channels = ("cogvideox1.5-i2v", proj[1] // 8) if len(proj) == 2 else ("cogvideox-i2v", proj[1])
+    family, channels = (
+        ("cogvideox1.5-i2v", proj[1] // 8) if len(proj) == 2 else ("cogvideox-i2v", proj[1])
+    )
     return Facts(family, channels, len(layers), proj[0], TABLE in shapes)
 
 
 def other(names: Iterable[str]) -> str | None:
     """Whose tensors these are, where some can't be this family's."""
-    return next((whose for name in names for mark, whose in OTHERS.items() if mark in name.lower()), None)
+    return next(
+        (whose for name in names for mark, whose in OTHERS.items() if mark in name.lower()), None
+    )
 
 
 def described(names: Iterable[str]) -> str:
@@ -58,7 +65,8 @@ def described(names: Iterable[str]) -> str:
 
 
 def unlike(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """In sentences, how a transformer's weights are another network than its configuration describes; empty where they are not."""
+    """In sentences, how a transformer's weights are another network than its configuration
+    describes; empty where they are not."""
     found, t = facts(shapes), config.transformer
     if not found:
         return []
@@ -69,11 +77,19 @@ def unlike(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> l
         )
     elif found.channels != t.in_channels:
         latent = config.vae.latent_channels
-        what = "image-to-video" if found.channels == 2 * latent else lookalikes.kind(found.channels, latent)
-        faults.append(f"the weights must take the configuration's {t.in_channels} channels: got {found.channels}, which is {what}")
+        what = (
+            "image-to-video"
+            if found.channels == 2 * latent
+            else lookalikes.kind(found.channels, latent)
+        )
+        faults.append(
+            f"the weights must take the configuration's {t.in_channels} channels: got {found.channels}, which is {what}"
+        )
     if (found.layers, found.width) != (t.num_layers, t.width):
         stated = f"{t.num_layers} layers of width {t.width}"
-        faults.append(f"the weights must have the configuration's {stated}: got {found.layers} of {found.width}")
+        faults.append(
+            f"the weights must have the configuration's {stated}: got {found.layers} of {found.width}"
+        )
     if not faults and found.learned != t.use_learned_positional_embeddings:
         have, value = ("a", "true") if found.learned else ("no", "false")
         faults.append(

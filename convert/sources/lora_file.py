@@ -1,4 +1,5 @@
-"""LoRA files as they lie on disk: their tensors, and all that is said of them in a header, or beside them."""
+"""LoRA files as they lie on disk: their tensors, and all that is said of them in a header, or
+beside them."""
 
 import hashlib
 import json
@@ -17,7 +18,13 @@ SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
 DEFAULT = "pytorch_lora_weights.safetensors"  # what a folder is asked for first
 HEADER = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
 BESIDE = "adapter_config.json"  # PEFT's own
-BASES = ("base_model_name_or_path", "base_model", "ss_base_model_version", "ss_sd_model_name", "modelspec.architecture")
+BASES = (
+    "base_model_name_or_path",
+    "base_model",
+    "ss_base_model_version",
+    "ss_sd_model_name",
+    "modelspec.architecture",
+)
 
 
 class LoraFile(NamedTuple):
@@ -28,24 +35,34 @@ class LoraFile(NamedTuple):
     sha256: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
-    settings: Mapping[str, Any]  # PEFT's: r, lora_alpha, rank_pattern, alpha_pattern, use_rslora; empty where nothing is said
+    # PEFT's: r, lora_alpha, rank_pattern, alpha_pattern, use_rslora; empty where nothing is said.
+    settings: Mapping[str, Any]
     base: str  # the model it says it was trained on; empty where it doesn't
 
 
 def open_lora(path: Path) -> LoraFile:
-    """From a file, or from a folder that has one. Raises FileNotFoundError or ValueError, in one line, for what is no file of tensors."""
+    """From a file, or from a folder that has one. Raises FileNotFoundError or ValueError, in one
+    line, for what is no file of tensors."""
     path = _locate(path)
     name = f"{path.absolute().parent.name}/{path.name}" if path.name == DEFAULT else path.name
     if path.suffix not in SUFFIXES:
         raise ValueError(f"lora must end in {', '.join(SUFFIXES)}: got {path}")
     file = open_file(path)
-    odd = [f"{tensor} of {entry.dtype}" for tensor, entry in file.entries.items() if entry.dtype not in DTYPES or entry.dtype in NARROW]
+    odd = [
+        f"{tensor} of {entry.dtype}"
+        for tensor, entry in file.entries.items()
+        if entry.dtype not in DTYPES or entry.dtype in NARROW
+    ]
     if odd:
-        raise ValueError(f"{path} must hold tensors of {', '.join(code for code in DTYPES if code not in NARROW)}: got {odd[0]}")
+        raise ValueError(
+            f"{path} must hold tensors of {', '.join(code for code in DTYPES if code not in NARROW)}: got {odd[0]}"
+        )
     shapes, head = {tensor: entry.shape for tensor, entry in file.entries.items()}, file.note
     beside = read_json(path.with_name(BESIDE)) if path.with_name(BESIDE).is_file() else {}
     settings = _settings(path, head) or beside
-    said = [str(source[key]) for source in (settings, beside, head) for key in BASES if source.get(key)]
+    said = [
+        str(source[key]) for source in (settings, beside, head) for key in BASES if source.get(key)
+    ]
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return LoraFile(path, name, digest, shapes, file.read, settings, (said or [_card(path)])[0])
@@ -59,7 +76,9 @@ def _locate(path: Path) -> Path:
     files = sorted(path.glob("*.safetensors"))
     chosen = [file for file in files if file.name == DEFAULT] or files
     if len(chosen) != 1:
-        raise FileNotFoundError(f"lora folder must hold {DEFAULT} or one safetensors file: found {len(files)} in {path}")
+        raise FileNotFoundError(
+            f"lora folder must hold {DEFAULT} or one safetensors file: found {len(files)} in {path}"
+        )
     return chosen[0]
 
 
@@ -67,9 +86,15 @@ def _settings(path: Path, head: Mapping[str, str]) -> dict[str, Any]:
     """The transformer's share of what diffusers packs of PEFT's configuration into the header."""
     try:
         packed = json.loads(head.get(HEADER, "{}"))
-        return {key.removeprefix("transformer."): value for key, value in packed.items() if not key.startswith("text_encoder")}
+        return {
+            key.removeprefix("transformer."): value
+            for key, value in packed.items()
+            if not key.startswith("text_encoder")
+        }
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{path} must have a JSON object as {HEADER} in its header: {error}") from None
+        raise ValueError(
+            f"{path} must have a JSON object as {HEADER} in its header: {error}"
+        ) from None
 
 
 def _card(path: Path) -> str:
@@ -79,5 +104,9 @@ def _card(path: Path) -> str:
     except (OSError, UnicodeDecodeError):
         return ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^base_model:[ \t]*([\w./-]+)[ \t]*$", front.group(1), re.MULTILINE) if front else None
+    found = (
+        re.search(r"^base_model:[ \t]*([\w./-]+)[ \t]*$", front.group(1), re.MULTILINE)
+        if front
+        else None
+    )
     return found.group(1) if found else ""

@@ -15,8 +15,9 @@ from cogi2v_jax.config import one_line
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of tensor: its name here and there, and its axes as an einops pattern. "{}" in the torch name is the layer index, which
-    becomes a new first axis of ours; `sizes` are the axis lengths that a pattern needs to be read backwards."""
+    """One kind of tensor: its name here and there, and its axes as an einops pattern. "{}" in the
+    torch name is the layer index, which becomes a new first axis of ours; `sizes` are the axis
+    lengths that a pattern needs to be read backwards."""
 
     torch: str
     flax: str
@@ -27,7 +28,8 @@ class Rule:
         if not self.axes:
             return tensor
         theirs, ours = self.axes.split(" -> ")
-        if theirs.endswith(" i") and ours.startswith("i "):  # whole rows are moved first, and turned last: a view, where that can be one
+        # Whole rows are moved first, and turned last: a view, where that can be one.
+        if theirs.endswith(" i") and ours.startswith("i "):
             return rearrange(tensor, f"{theirs} -> {ours.removeprefix('i ')} i", **self.sizes).T
         return rearrange(tensor, self.axes, **self.sizes)
 
@@ -39,15 +41,25 @@ class Rule:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear map's weight, convolutions of patches among them: outputs first there, inputs and outputs here."""
+        """Whether it is a linear map's weight, convolutions of patches among them: outputs first
+        there, inputs and outputs here."""
         return self.flax.endswith(".kernel")
 
     def factors(self, down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The two factors of a linear weight, [r, *inputs] and [outputs, r] there, as [inputs, r] and [r, outputs]: the product of these is
-        `to_flax` of theirs, for the pattern rearranges outputs and inputs apart from each other."""
-        (outputs, *inputs), (ours_in, ours_out) = (re.findall(r"\(.*?\)|\S+", side) for side in self.axes.split(" -> "))
-        patterns = f"rank {' '.join(inputs)} -> {ours_in} rank", f"{outputs} rank -> rank {ours_out}"
-        sizes = [{axis: size for axis, size in self.sizes.items() if axis in re.findall(r"\w+", pattern)} for pattern in patterns]
+        """The two factors of a linear weight, [r, *inputs] and [outputs, r] there, as [inputs, r]
+        and [r, outputs]: the product of these is `to_flax` of theirs, for the pattern rearranges
+        outputs and inputs apart from each other."""
+        (outputs, *inputs), (ours_in, ours_out) = (
+            re.findall(r"\(.*?\)|\S+", side) for side in self.axes.split(" -> ")
+        )
+        patterns = (
+            f"rank {' '.join(inputs)} -> {ours_in} rank",
+            f"{outputs} rank -> rank {ours_out}",
+        )
+        sizes = [
+            {axis: size for axis, size in self.sizes.items() if axis in re.findall(r"\w+", pattern)}
+            for pattern in patterns
+        ]
         return rearrange(down, patterns[0], **sizes[0]), rearrange(up, patterns[1], **sizes[1])
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -56,8 +68,8 @@ class Rule:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """In row-major order; by XLA's transposition, in a third of numpy's CPU time, where there is one (JAX_PLATFORMS may leave CPUs out)
-    and it keeps every bit (of 8 bytes it would take 4)."""
+    """In row-major order; by XLA's transposition, in a third of numpy's CPU time, where there is
+    one (JAX_PLATFORMS may leave CPUs out) and it keeps every bit (of 8 bytes it would take 4)."""
     cpu = None if array.flags.c_contiguous or array.itemsize > 4 else _cpu()
     return np.ascontiguousarray(array) if cpu is None else np.asarray(jax.device_put(array, cpu))
 
@@ -74,8 +86,8 @@ Table = tuple[Rule, ...]
 
 
 class Place(NamedTuple):
-    """Where a tensor of diffusers' lies in a file: in which of the file's, in which of so many equal cuts of its first axis, in order, and
-    what it is to be multiplied with."""
+    """Where a tensor of diffusers' lies in a file: in which of the file's, in which of so many
+    equal cuts of its first axis, in order, and what it is to be multiplied with."""
 
     name: str
     cuts: int = 1
@@ -84,7 +96,8 @@ class Place(NamedTuple):
 
 
 class Home(NamedTuple):
-    """Where a torch tensor lives with us: its rule, and its layer where the leaf is stacked over layers."""
+    """Where a torch tensor lives with us: its rule, and its layer where the leaf is stacked over
+    layers."""
 
     rule: Rule
     layer: int | None
@@ -99,8 +112,13 @@ def expand(table: Table, layers: int) -> dict[str, Home]:
     return homes
 
 
-def misfits(homes: Mapping[str, Home], leaves: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Whatever keeps the tensors `found` (name to shape) from filling the `leaves` (our name to our shape), a line each."""
+def misfits(
+    homes: Mapping[str, Home],
+    leaves: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+) -> list[str]:
+    """Whatever keeps the tensors `found` (name to shape) from filling the `leaves` (our name to our
+    shape), a line each."""
     faults = [f"{name} has no rule" for name in found if name not in homes]
     shapes: dict[int, tuple[int, ...]] = {}  # by the rule's identity: a rule's sizes don't hash
     for name, (rule, layer) in homes.items():
@@ -110,7 +128,9 @@ def misfits(homes: Mapping[str, Home], leaves: Mapping[str, tuple[int, ...]], fo
         if id(rule) not in shapes:
             shapes[id(rule)] = rule.torch_shape(leaves[rule.flax][0 if layer is None else 1 :])
         if found[name] != shapes[id(rule)]:
-            faults.append(f"{name} must have the shape {list(shapes[id(rule)])}: got {list(found[name])}")
+            faults.append(
+                f"{name} must have the shape {list(shapes[id(rule)])}: got {list(found[name])}"
+            )
     return faults
 
 
@@ -119,7 +139,9 @@ def refuse(where: str, faults: Iterable[str], shown: int = 20) -> None:
     faults = list(faults)
     if faults:
         more = f"; and {len(faults) - shown} more" if len(faults) > shown else ""
-        raise ValueError(one_line(f"{where} must fit the network: " + "; ".join(faults[:shown]) + more))
+        raise ValueError(
+            one_line(f"{where} must fit the network: " + "; ".join(faults[:shown]) + more)
+        )
 
 
 def linear(torch: str, flax: str, bias: bool = True) -> Table:

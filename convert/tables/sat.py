@@ -1,4 +1,5 @@
-"""SAT's names (the code that CogVideoX was trained with) beside diffusers': some of its tensors hold several of theirs."""
+"""SAT's names (the code that CogVideoX was trained with) beside diffusers': some of its tensors
+hold several of theirs."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +9,8 @@ from .rules import Place
 
 
 class Alias(NamedTuple):
-    """A SAT module and a diffusers one, whose weight and bias are some of so many cuts of its; "{}" is an index."""
+    """A SAT module and a diffusers one, whose weight and bias are some of so many cuts of its; "{}"
+    is an index."""
 
     sat: str
     torch: str
@@ -24,9 +26,17 @@ TRANSFORMER = (
     Alias("time_embed.2", "time_embedding.linear_2"),
     Alias("ofs_embed.0", "ofs_embedding.linear_1"),
     Alias("ofs_embed.2", "ofs_embedding.linear_2"),
-    # Twelve rows of modulation a layer: shift, scale and gate of attention, then of the MLP, for the video; then the same for the text.
-    Alias("mixins.adaln_layer.adaLN_modulations.{}.1", f"{BLOCK}.norm1.linear", 12, (0, 1, 2, 6, 7, 8)),
-    Alias("mixins.adaln_layer.adaLN_modulations.{}.1", f"{BLOCK}.norm2.linear", 12, (3, 4, 5, 9, 10, 11)),
+    # Twelve rows of modulation a layer: shift, scale and gate of attention, then of the MLP, for
+    # the video; then the same for the text.
+    Alias(
+        "mixins.adaln_layer.adaLN_modulations.{}.1", f"{BLOCK}.norm1.linear", 12, (0, 1, 2, 6, 7, 8)
+    ),
+    Alias(
+        "mixins.adaln_layer.adaLN_modulations.{}.1",
+        f"{BLOCK}.norm2.linear",
+        12,
+        (3, 4, 5, 9, 10, 11),
+    ),
     Alias("mixins.adaln_layer.query_layernorm_list.{}", f"{BLOCK}.attn1.norm_q"),
     Alias("mixins.adaln_layer.key_layernorm_list.{}", f"{BLOCK}.attn1.norm_k"),
     Alias(f"{LAYER}.input_layernorm", f"{BLOCK}.norm1.norm"),
@@ -42,15 +52,18 @@ TRANSFORMER = (
     Alias("mixins.final_layer.adaLN_modulation.1", "norm_out.linear"),
     Alias("mixins.final_layer.linear", "proj_out"),
 )
-WHOLE = {"mixins.pos_embed.pos_embedding": "patch_embed.pos_embedding"}  # tensors that are no module's weight or bias
-# Tables that are computed, and embeddings of tokens and positions that a SAT model has and this network does not use.
+# Tensors that are no module's weight or bias.
+WHOLE = {"mixins.pos_embed.pos_embedding": "patch_embed.pos_embedding"}
+# Tables that are computed, and embeddings of tokens and positions that a SAT model has and this
+# network does not use.
 UNUSED = re.compile(r"freqs_(sin|cos)$|position_embeddings?\b|embed_tokens\b|word_embeddings\b")
 
 LEVELS = 4  # decoder stages are counted from the other end
 
 
 def transformer(names: Iterable[str]) -> dict[str, Place]:
-    """Diffusers' name of every tensor. What has no place keeps its name, so that it is refused by it."""
+    """Diffusers' name of every tensor. What has no place keeps its name, so that it is refused by
+    it."""
     aliases: dict[str, list[Alias]] = {}
     for alias in TRANSFORMER:
         aliases.setdefault(alias.sat, []).append(alias)
@@ -59,12 +72,19 @@ def transformer(names: Iterable[str]) -> dict[str, Place]:
         module, _, kind = name.rpartition(".")
         index = re.search(r"\.(\d+)(?=\.|$)", module)
         # The first number in a name is its layer, unless the name is in the table as it is.
-        template = module if module in aliases or not index else f"{module[: index.start(1)]}{{}}{module[index.end(1) :]}"
+        template = (
+            module
+            if module in aliases or not index
+            else f"{module[: index.start(1)]}{{}}{module[index.end(1) :]}"
+        )
         layer = index.group(1) if index else ""
         if name in WHOLE:
             found[WHOLE[name]] = Place(name)
         elif template in aliases:
-            found |= {f"{alias.torch.format(layer)}.{kind}": Place(name, alias.cuts, alias.taken) for alias in aliases[template]}
+            found |= {
+                f"{alias.torch.format(layer)}.{kind}": Place(name, alias.cuts, alias.taken)
+                for alias in aliases[template]
+            }
         elif not UNUSED.search(name):
             found[name] = Place(name)
     return found
@@ -77,8 +97,14 @@ def vae(names: Iterable[str]) -> dict[str, Place]:
 
 def _vae_name(name: str) -> str:
     name = re.sub(r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1.", name)
-    name = re.sub(r"^decoder\.up\.(\d+)\.", lambda level: f"decoder.up_blocks.{LEVELS - 1 - int(level[1])}.", name)
-    name = re.sub(r"\.mid\.block_(\d)\.", lambda block: f".mid_block.resnets.{int(block[1]) - 1}.", name)
+    name = re.sub(
+        r"^decoder\.up\.(\d+)\.",
+        lambda level: f"decoder.up_blocks.{LEVELS - 1 - int(level[1])}.",
+        name,
+    )
+    name = re.sub(
+        r"\.mid\.block_(\d)\.", lambda block: f".mid_block.resnets.{int(block[1]) - 1}.", name
+    )
     name = re.sub(r"(_blocks\.\d+)\.block\.(\d+)\.", r"\1.resnets.\2.", name)
     name = re.sub(r"(_blocks\.\d+)\.(down|up)sample\.", r"\1.\2samplers.0.", name)
     return name.replace(".nin_shortcut.", ".conv_shortcut.")

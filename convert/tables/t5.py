@@ -13,7 +13,9 @@ def table(config: TextEncoderConfig) -> Table:
     block = "encoder.block.{}.layer"
     return (
         Rule("shared.weight", "embedding"),
-        Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "position_bias"),
+        Rule(
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "position_bias"
+        ),
         Rule(f"{block}.0.layer_norm.weight", "blocks.attn_norm.scale"),
         *linear(f"{block}.0.SelfAttention.q", "blocks.attn.q", bias=False),
         *linear(f"{block}.0.SelfAttention.k", "blocks.attn.k", bias=False),

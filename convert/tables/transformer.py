@@ -4,7 +4,8 @@ from cogi2v_jax.config import TransformerConfig
 
 from .rules import Rule, Table, linear, norm
 
-# A head's rotary channel pairs are interleaved there and half a head apart here (see models.transformer.rotate).
+# A head's rotary channel pairs are interleaved there and half a head apart here (see
+# models.transformer.rotate).
 TURNED = "(n k r)"
 HALVES = "(n r k)"
 
@@ -31,14 +32,28 @@ def table(config: TransformerConfig) -> Table:
     return (
         Rule("patch_embed.proj.weight", "video_in.kernel", "o c p q -> (p q c) o", {"p": p, "q": q})
         if flat
-        else Rule("patch_embed.proj.weight", "video_in.kernel", "o (c t p q) -> (t p q c) o", patch),
+        else Rule(
+            "patch_embed.proj.weight", "video_in.kernel", "o (c t p q) -> (t p q c) o", patch
+        ),
         *([Rule("patch_embed.proj.bias", "video_in.bias")] if has_bias else []),
         *linear("patch_embed.text_proj", "text_in"),
-        *([Rule("patch_embed.pos_embedding", "table", "1 s d -> s d")] if config.use_learned_positional_embeddings else []),
+        *(
+            [Rule("patch_embed.pos_embedding", "table", "1 s d -> s d")]
+            if config.use_learned_positional_embeddings
+            else []
+        ),
         *linear("time_embedding.linear_1", "modulation.time.linear_1"),
         *linear("time_embedding.linear_2", "modulation.time.linear_2"),
-        *(linear("ofs_embedding.linear_1", "modulation.ofs.linear_1") if config.ofs_embed_dim else ()),
-        *(linear("ofs_embedding.linear_2", "modulation.ofs.linear_2") if config.ofs_embed_dim else ()),
+        *(
+            linear("ofs_embedding.linear_1", "modulation.ofs.linear_1")
+            if config.ofs_embed_dim
+            else ()
+        ),
+        *(
+            linear("ofs_embedding.linear_2", "modulation.ofs.linear_2")
+            if config.ofs_embed_dim
+            else ()
+        ),
         *linear("transformer_blocks.{}.norm1.linear", "modulation.blocks.attn"),
         *norm("transformer_blocks.{}.norm1.norm", "blocks.attn_norm"),
         *turned("transformer_blocks.{}.attn1.to_q", "blocks.attn.q"),

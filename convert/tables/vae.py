@@ -10,7 +10,9 @@ from .rules import Rule, Table, norm
 def table(config: VAEConfig) -> Table:
     widths = config.block_out_channels
     encoder = [((widths[0], *widths)[level], width) for level, width in enumerate(widths)]
-    decoder = [((widths[-1], *widths[::-1])[level], width) for level, width in enumerate(widths[::-1])]
+    decoder = [
+        ((widths[-1], *widths[::-1])[level], width) for level, width in enumerate(widths[::-1])
+    ]
     rules = [
         *causal("encoder.conv_in", "encoder.conv_in"),
         *resnets("encoder.mid_block", "encoder.middle", [False] * 2, norm),
@@ -23,16 +25,30 @@ def table(config: VAEConfig) -> Table:
     ]
     for level, (inputs, outputs) in enumerate(encoder):
         there, here = f"encoder.down_blocks.{level}", f"encoder.stages.{level}"
-        rules += resnets(there, here, [inputs != outputs] + [False] * (config.layers_per_block - 1), norm)
-        rules += conv(f"{there}.downsamplers.0.conv", f"{here}.resample.conv") if level < len(widths) - 1 else ()
+        rules += resnets(
+            there, here, [inputs != outputs] + [False] * (config.layers_per_block - 1), norm
+        )
+        rules += (
+            conv(f"{there}.downsamplers.0.conv", f"{here}.resample.conv")
+            if level < len(widths) - 1
+            else ()
+        )
     for level, (inputs, outputs) in enumerate(decoder):
         there, here = f"decoder.up_blocks.{level}", f"decoder.stages.{level}"
-        rules += resnets(there, here, [inputs != outputs] + [False] * config.layers_per_block, spatial_norm)
-        rules += conv(f"{there}.upsamplers.0.conv", f"{here}.resample.conv") if level < len(widths) - 1 else ()
+        rules += resnets(
+            there, here, [inputs != outputs] + [False] * config.layers_per_block, spatial_norm
+        )
+        rules += (
+            conv(f"{there}.upsamplers.0.conv", f"{here}.resample.conv")
+            if level < len(widths) - 1
+            else ()
+        )
     return tuple(rules)
 
 
-def resnets(torch: str, flax: str, shortcuts: list[bool], norm: Callable[[str, str], Table]) -> Table:
+def resnets(
+    torch: str, flax: str, shortcuts: list[bool], norm: Callable[[str, str], Table]
+) -> Table:
     """Resnets with their kind of norm; `shortcuts` says which of them change their width."""
     rules: list[Rule] = []
     for index, shortcut in enumerate(shortcuts):
@@ -53,12 +69,18 @@ def spatial_norm(torch: str, flax: str) -> Table:
 
 
 def causal(torch: str, flax: str) -> Table:
-    return Rule(f"{torch}.conv.weight", f"{flax}.kernel", "o i t h w -> t h w i o"), Rule(f"{torch}.conv.bias", f"{flax}.bias")
+    return Rule(f"{torch}.conv.weight", f"{flax}.kernel", "o i t h w -> t h w i o"), Rule(
+        f"{torch}.conv.bias", f"{flax}.bias"
+    )
 
 
 def pointwise(torch: str, flax: str) -> Table:
-    return Rule(f"{torch}.weight", f"{flax}.kernel", "o i 1 1 1 -> i o"), Rule(f"{torch}.bias", f"{flax}.bias")
+    return Rule(f"{torch}.weight", f"{flax}.kernel", "o i 1 1 1 -> i o"), Rule(
+        f"{torch}.bias", f"{flax}.bias"
+    )
 
 
 def conv(torch: str, flax: str) -> Table:
-    return Rule(f"{torch}.weight", f"{flax}.kernel", "o i h w -> h w i o"), Rule(f"{torch}.bias", f"{flax}.bias")
+    return Rule(f"{torch}.weight", f"{flax}.kernel", "o i h w -> h w i o"), Rule(
+        f"{torch}.bias", f"{flax}.bias"
+    )

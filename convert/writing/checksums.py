@@ -1,4 +1,5 @@
-"""Checksums: of source files while they are converted, and of the converted leaves, which `check` reads again."""
+"""Checksums: of source files while they are converted, and of the converted leaves, which `check`
+reads again."""
 
 import hashlib
 import math
@@ -25,7 +26,9 @@ class Digests:
     def __init__(self, files: Iterable[Path], known: Mapping[Path, str] | None = None):
         self._worker = ThreadPoolExecutor(1)
         self._known = known or {}
-        self._found: dict[Path, Future[str]] = {file: self._worker.submit(digest, file) for file in files if file not in self._known}
+        self._found: dict[Path, Future[str]] = {
+            file: self._worker.submit(digest, file) for file in files if file not in self._known
+        }
 
     def __enter__(self) -> "Digests":
         return self
@@ -37,7 +40,9 @@ class Digests:
         """A file's name, size and SHA-256. Raises ValueError where the hub gave it another."""
         found, blob = self._known.get(file) or self._found[file].result(), file.resolve()
         if HUB.fullmatch(blob.name) and blob.name != found:
-            raise ValueError(f"{file} must have the SHA-256 {blob.name}, as the hub says: got {found}; delete {blob} and fetch it again")
+            raise ValueError(
+                f"{file} must have the SHA-256 {blob.name}, as the hub says: got {found}; delete {blob} and fetch it again"
+            )
         return {"file": file.name, "bytes": file.stat().st_size, "sha256": found}
 
 
@@ -47,12 +52,17 @@ def digest(file: Path) -> str:
 
 
 def sums(leaves: Mapping[str, np.ndarray]) -> Sums:
-    return {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "crc32": crc32(leaf)} for name, leaf in leaves.items()}
+    return {
+        name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "crc32": crc32(leaf)}
+        for name, leaf in leaves.items()
+    }
 
 
 def size_of(sums: Sums) -> int:
     """Bytes of the leaves."""
-    return sum(math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in sums.values())
+    return sum(
+        math.prod(leaf["shape"]) * jnp.dtype(leaf["dtype"]).itemsize for leaf in sums.values()
+    )
 
 
 def crc32(array: np.ndarray) -> str:
@@ -69,7 +79,11 @@ def _is_finite(values: np.ndarray) -> bool:
 def check_finite(name: str, array: np.ndarray) -> None:
     """Raises ValueError for NaN and infinities."""
     flat = array.reshape(-1)
-    fine = array.dtype.kind in "iu" or all(_is_finite(flat[first : first + BLOCK]) for first in range(0, flat.size, BLOCK))
+    fine = array.dtype.kind in "iu" or all(
+        _is_finite(flat[first : first + BLOCK]) for first in range(0, flat.size, BLOCK)
+    )
     if not fine:
-        where = tuple(int(index) for index in np.argwhere(~np.isfinite(array.astype(np.float32)))[0])
+        where = tuple(
+            int(index) for index in np.argwhere(~np.isfinite(array.astype(np.float32)))[0]
+        )
         raise ValueError(f"{name} must be finite: got {array[where]} at {list(where)}")

@@ -1,5 +1,6 @@
-"""A folder in the making: hidden beside its name, filled by one process at a time, and renamed when it is complete. What a killed process
-left is gone on with where it was made of the same things, and removed where not."""
+"""A folder in the making: hidden beside its name, filled by one process at a time, and renamed when
+it is complete. What a killed process left is gone on with where it was made of the same things, and
+removed where not."""
 
 import fcntl
 import json
@@ -19,9 +20,10 @@ Sums = dict[str, dict[str, Any]]  # of a unit's leaves: dtype, shape and CRC-32
 
 @contextmanager
 def appearing(destination: Path | str, wait: bool = False, again: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes its final name only if all went well; otherwise nothing is left. Where another process is filling it,
-    that is an error, or is waited for. `again` keeps what a killed one left. One at gs:// is filled here and copied there. Raises
-    FileExistsError where the destination exists, also by the time that the wait is over."""
+    """A folder to fill, which takes its final name only if all went well; otherwise nothing is
+    left. Where another process is filling it, that is an error, or is waited for. `again` keeps
+    what a killed one left. One at gs:// is filled here and copied there. Raises FileExistsError
+    where the destination exists, also by the time that the wait is over."""
     if bucket.is_bucket(destination):
         with bucket.uploading(destination, MANIFEST) as folder:
             yield folder
@@ -31,7 +33,9 @@ def appearing(destination: Path | str, wait: bool = False, again: bool = False) 
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise type(error)(f"{destination} must lie in a folder that can be made: {error.strerror}: {error.filename}") from None
+        raise type(error)(
+            f"{destination} must lie in a folder that can be made: {error.strerror}: {error.filename}"
+        ) from None
     folder = destination.parent / f".{destination.name}.part"
     with _held(folder, destination, wait):
         try:
@@ -44,7 +48,8 @@ def appearing(destination: Path | str, wait: bool = False, again: bool = False) 
 
 
 def _check_free(destination: Path) -> None:
-    if destination.is_dir() and destination.samefile(Path.cwd()):  # whoever stands in a folder does not see another one take its place
+    # Whoever stands in a folder does not see another one take its place.
+    if destination.is_dir() and destination.samefile(Path.cwd()):
         raise FileExistsError(f"{destination} must be a new name: got the current folder")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} must not exist yet: found it")
@@ -63,7 +68,9 @@ def _held(folder: Path, destination: Path, wait: bool) -> Iterator[None]:
                 yield
                 return
         except BlockingIOError:
-            raise FileExistsError(f"{destination} must not be in the making: another program is at it") from None
+            raise FileExistsError(
+                f"{destination} must not be in the making: another program is at it"
+            ) from None
         finally:
             os.close(lock)
         _check_free(destination)  # it was renamed or removed by whoever had it
@@ -73,7 +80,9 @@ def _rename(folder: Path, destination: Path) -> None:
     try:
         os.rename(folder, destination)
     except OSError:
-        raise FileExistsError(f"{destination} must not exist yet: another program made it meanwhile") from None
+        raise FileExistsError(
+            f"{destination} must not exist yet: another program made it meanwhile"
+        ) from None
     sync(destination.parent)
 
 
@@ -83,7 +92,8 @@ def _empty(folder: Path) -> None:
 
 
 class Journal:
-    """The units of a folder that are on disk, a line each, written when their files are. `made_of` is all that decides what they hold."""
+    """The units of a folder that are on disk, a line each, written when their files are. `made_of`
+    is all that decides what they hold."""
 
     def __init__(self, folder: Path, made_of: Mapping[str, Any]):
         self._folder, self._path = folder, folder / JOURNAL

@@ -1,4 +1,5 @@
-"""Kernels as int8, by qwix: what a unit's leaves become, how far off they are, and what they stand for on the way back."""
+"""Kernels as int8, by qwix: what a unit's leaves become, how far off they are, and what they stand
+for on the way back."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,8 @@ from ..tables.rules import Home
 from .folder import Sums
 
 SHOWN = 3  # of a part's tensors: those that are furthest off
-REST = np.dtype(ml_dtypes.bfloat16)  # what has no int8 form, and what an int8 folder is given back in
+# What has no int8 form, and what an int8 folder is given back in.
+REST = np.dtype(ml_dtypes.bfloat16)
 
 
 def check_library() -> None:
@@ -28,14 +30,17 @@ def check_library() -> None:
 
 
 def kernels(config: CheckpointConfig, part: str) -> set[str]:
-    """The leaves that are int8 in a network whose blocks are: those of 2-D kernels in its blocks."""
+    """The leaves that are int8 in a network whose blocks are: those of 2-D kernels in its
+    blocks."""
     network = abstract(dataclasses.replace(config, int8=BLOCKS), part, jnp.dtype(jnp.float32))
     return {name for name, leaf in leaf_names(network).items() if leaf.dtype == jnp.int8}
 
 
-def quantised(leaves: Mapping[str, np.ndarray], kernels: set[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """A unit's leaves with its `kernels` as int8 and a float32 scale for each output, and the kernels' relative errors. All are
-    finite."""
+def quantised(
+    leaves: Mapping[str, np.ndarray], kernels: set[str]
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """A unit's leaves with its `kernels` as int8 and a float32 scale for each output, and the
+    kernels' relative errors. All are finite."""
     import qwix
 
     made, errors = dict(leaves), {}
@@ -47,7 +52,9 @@ def quantised(leaves: Mapping[str, np.ndarray], kernels: set[str]) -> tuple[dict
     return made, errors
 
 
-def errors(homes: Mapping[str, Home], part: str, units: Mapping[tuple[str, int | None], Sums]) -> dict[str, float]:
+def errors(
+    homes: Mapping[str, Home], part: str, units: Mapping[tuple[str, int | None], Sums]
+) -> dict[str, float]:
     """The relative error of every torch tensor of a part that became int8."""
     leaves = ((name, units[part, home.layer][home.rule.flax]) for name, home in homes.items())
     return {name: leaf["error"] for name, leaf in leaves if "error" in leaf}
@@ -62,7 +69,8 @@ def dequantised(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def report(folder: Path) -> list[str]:
-    """How far a converted folder's int8 kernels are from what they were: a part's mean, and its worst. Nothing of any other folder."""
+    """How far a converted folder's int8 kernels are from what they were: a part's mean, and its
+    worst. Nothing of any other folder."""
     return [line for part, errors in int8_errors(folder).items() for line in _lines(part, errors)]
 
 
@@ -82,7 +90,8 @@ def _scale(kernel: str) -> str:
 
 
 def _error(kernel: Float[np.ndarray, "i o"], approximate: Float[np.ndarray, "i o"]) -> float:
-    """|approximate - kernel| / |kernel|; 0 where both are nothing. In units of the largest number, whose square float32 may not hold."""
+    """|approximate - kernel| / |kernel|; 0 where both are nothing. In units of the largest number,
+    whose square float32 may not hold."""
     largest = np.abs(kernel).max()
     return _norm((approximate - kernel) / largest) / _norm(kernel / largest) if largest else 0.0
 

@@ -43,8 +43,8 @@ def write_part(
     journal: Journal,
     meter: Meter,
 ) -> None:
-    """All units that the journal hasn't, of the tensors that `read` gives by name, with `kernels` as int8. Raises ValueError for one that
-    is not finite."""
+    """All units that the journal hasn't, of the tensors that `read` gives by name, with `kernels`
+    as int8. Raises ValueError for one that is not finite."""
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
         for layer in layers:
@@ -54,7 +54,10 @@ def write_part(
                 meter.add(part, size_of(known))
                 continue
             kinds = {name: None if homes[name].rule.flax in kernels else cast for name in names}
-            leaves = {homes[name].rule.flax: _converted(name, homes[name], read(name), kinds[name]) for name in names}
+            leaves = {
+                homes[name].rule.flax: _converted(name, homes[name], read(name), kinds[name])
+                for name in names
+            }
             leaves, errors = int8.quantised(leaves, kernels) if kernels else (leaves, {})
             found = sums(leaves)
             for name, error in errors.items():
@@ -75,7 +78,15 @@ def _converted(name: str, home: Home, tensor: np.ndarray, cast: np.dtype[Any] | 
     return contiguous(home.rule.to_flax(tensor))
 
 
-def _write(folder: Path, part: str, layer: int | None, leaves: Leaves, found: Sums, journal: Journal, meter: Meter) -> None:
+def _write(
+    folder: Path,
+    part: str,
+    layer: int | None,
+    leaves: Leaves,
+    found: Sums,
+    journal: Journal,
+    meter: Meter,
+) -> None:
     size = size_of(found)
     journal.start(part, layer)
     # Asked before each: once the disk is full, orbax fills the screen too.

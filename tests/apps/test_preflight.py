@@ -32,7 +32,15 @@ SAME = {
 def rows(monkeypatch):
     """A table in which all phases fit eight chips, and one chip until a test changes a row."""
     table = [
-        {**SAME, "phase": phase, "mesh": mesh, "fits": True, "peak_gib": 9.0, "static_seconds_floor": 1.0, "static_seconds": 2.0}
+        {
+            **SAME,
+            "phase": phase,
+            "mesh": mesh,
+            "fits": True,
+            "peak_gib": 9.0,
+            "static_seconds_floor": 1.0,
+            "static_seconds": 2.0,
+        }
         for mesh in ("v5e-1", "v5e-8")
         for phase in plan.PHASES
     ]
@@ -71,7 +79,10 @@ def test_without_an_accelerator_a_released_checkpoint_is_refused_with_the_way_ou
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"ram_gib": 6.0}, "memory must be 8 GiB for cogvideox-5b-i2v: got 6.0; choose a machine with more of it"),
+        (
+            {"ram_gib": 6.0},
+            "memory must be 8 GiB for cogvideox-5b-i2v: got 6.0; choose a machine with more of it",
+        ),
         (
             {"disk_gib": 41.0},
             "disk must have 42 GiB free for cogvideox-5b-i2v (20 to fetch, 20 to convert): got 41; "
@@ -106,7 +117,9 @@ def test_a_machine_on_which_the_compiler_saw_a_phase_overflow_is_refused(rows):
 
 def test_everything_that_is_lacking_is_said_at_once(rows):
     rows[3]["fits"] = False
-    assert len(faults(MODEL, V5E_1._replace(ram_gib=6.0, disk_gib=5.0, libtpu="0.0.17"), WEIGHTS)) == 4
+    assert (
+        len(faults(MODEL, V5E_1._replace(ram_gib=6.0, disk_gib=5.0, libtpu="0.0.17"), WEIGHTS)) == 4
+    )
 
 
 def test_what_is_already_on_the_disk_needs_no_room():
@@ -151,7 +164,9 @@ def test_auto_takes_the_embedded_model_where_the_disk_is_too_small_and_says_so(o
     assert "so this takes cogi2v-tiny" in out
 
 
-@pytest.mark.parametrize(("machine", "word"), [(LAPTOP, "accelerator"), (V5E_1._replace(disk_gib=30.0), "disk must")])
+@pytest.mark.parametrize(
+    ("machine", "word"), [(LAPTOP, "accelerator"), (V5E_1._replace(disk_gib=30.0), "disk must")]
+)
 def test_a_released_checkpoint_that_was_chosen_stops_where_it_does_not_fit(on, machine, word):
     on(machine)
     with pytest.raises(Unfit, match=word):
@@ -174,7 +189,10 @@ def test_the_embedded_model_and_strangers_are_taken_as_they_are(on, wanted):
 def test_a_machine_for_which_nothing_was_compiled_is_told_so(on, capsys):
     on(V5E_1._replace(chips=4))
     assert check(MODEL) == MODEL
-    assert capsys.readouterr().out.splitlines()[-1] == f"{MODEL}: was not compiled for this machine, so whether it fits is not known"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"{MODEL}: was not compiled for this machine, so whether it fits is not known"
+    )
 
 
 # the facts
@@ -239,7 +257,8 @@ def test_a_hub_that_does_not_answer_is_said_and_stops_nothing(capsys):
 
 def test_a_conversion_in_the_cache_is_found_by_its_architecture(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(loading, "keep_compilations", lambda: None)  # compilations stay where the other tests have theirs
+    # Compilations stay where the other tests have theirs.
+    monkeypatch.setattr(loading, "keep_compilations", lambda: None)
     assert not preflight.is_converted("cogi2v-tiny")
     models = loading.load("cogi2v-tiny", say=lambda line: None)
     assert Path(models.folder).is_relative_to(tmp_path)

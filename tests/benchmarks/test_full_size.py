@@ -1,4 +1,5 @@
-"""The full-size benchmark, at its small size: its two sides are the same model, and it says so where they are not."""
+"""The full-size benchmark, at its small size: its two sides are the same model, and it says so
+where they are not."""
 
 import json
 import subprocess
@@ -19,7 +20,10 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def measured(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert full_size.main([*arguments, "--size=small", "--json", str(tmp_path / "result.json")]) == code
+    assert (
+        full_size.main([*arguments, "--size=small", "--json", str(tmp_path / "result.json")])
+        == code
+    )
     return json.loads((tmp_path / "result.json").read_text())
 
 
@@ -27,19 +31,32 @@ def measured(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
     ("model", "stages"),
     [
         (full_size.MODELS[1], ("text", "DiT forward", "denoising step")),
-        *(pytest.param(model, full_size.STAGES, marks=pytest.mark.slow) for model in full_size.MODELS),
+        *(
+            pytest.param(model, full_size.STAGES, marks=pytest.mark.slow)
+            for model in full_size.MODELS
+        ),
     ],
 )
-def test_every_stage_is_the_references_in_both_dtypes(tmp_path: Path, model: str, stages: tuple[str, ...]) -> None:
+def test_every_stage_is_the_references_in_both_dtypes(
+    tmp_path: Path, model: str, stages: tuple[str, ...]
+) -> None:
     found = measured(tmp_path, "parity", "--model", model, "--stages", *stages)
     assert [row["stage"] for row in found["rows"]] == list(stages)
     assert found["faults"] == []
     for row in found["rows"]:
-        assert 0 < row["float32"] < 1e-5 < row["bfloat16"] <= full_size.RATIO * row["reference_bfloat16"]
+        assert (
+            0
+            < row["float32"]
+            < 1e-5
+            < row["bfloat16"]
+            <= full_size.RATIO * row["reference_bfloat16"]
+        )
         assert 0.3 < row["rms"] < 3  # activations neither died nor blew up
 
 
-def test_a_network_that_differs_fails_the_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_network_that_differs_fails_the_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     ours = full_stages.ours
 
     def nudged(*given: Any) -> Any:
@@ -48,14 +65,20 @@ def test_a_network_that_differs_fails_the_comparison(tmp_path: Path, monkeypatch
         return network
 
     monkeypatch.setattr(full_stages, "ours", nudged)
-    (fault,) = measured(tmp_path, "parity", "--stages", "text", "--dtypes", "float32", code=1)["faults"]
+    (fault,) = measured(tmp_path, "parity", "--stages", "text", "--dtypes", "float32", code=1)[
+        "faults"
+    ]
     assert fault.startswith("text must be within 1e-05 of the reference in float32: got ")
     assert fault in capsys.readouterr().out
 
 
-def test_both_sides_are_timed_and_a_kernel_that_is_not_here_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_both_sides_are_timed_and_a_kernel_that_is_not_here_is_said_to_be_missing(
+    tmp_path: Path,
+) -> None:
     variants = ("eager", "eager, cuDNN attention")
-    found = measured(tmp_path, "speed", "--stages", "denoising step", "--variants", *variants, "--repeats", "2")
+    found = measured(
+        tmp_path, "speed", "--stages", "denoising step", "--variants", *variants, "--repeats", "2"
+    )
     rows = {row["variant"]: row for row in found["rows"]}
     assert rows.keys() == {full_size.OURS, *variants}
     assert "refused" in rows["eager, cuDNN attention"]
@@ -67,7 +90,9 @@ def test_both_sides_are_timed_and_a_kernel_that_is_not_here_is_said_to_be_missin
     assert len(found["table"]) == 4
 
 
-def test_tuning_tries_every_backend_and_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_tries_every_backend_and_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trials = (("auto", None), ("cudnn", None), ("auto", {"xla_cpu_enable_fast_math": "true"}))
     monkeypatch.setattr(full_size.full_tuning, "TRIALS", trials)
     rows = measured(tmp_path, "tune", "--repeats", "1")["rows"]
@@ -77,7 +102,16 @@ def test_tuning_tries_every_backend_and_option(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_a_profile_names_the_kernels_of_both_sides(tmp_path: Path) -> None:
     """In a process of its own: two profilers in one that has done much else can end it."""
-    command = [sys.executable, full_size.__file__, "profile", "--size=small", "--variants", "eager", "--json", tmp_path / "result.json"]
+    command = [
+        sys.executable,
+        full_size.__file__,
+        "profile",
+        "--size=small",
+        "--variants",
+        "eager",
+        "--json",
+        tmp_path / "result.json",
+    ]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     found = json.loads((tmp_path / "result.json").read_text())["rows"]
     for side in ("cogi2v-jax", "reference, eager"):
@@ -91,18 +125,30 @@ def test_the_whole_path_runs_by_its_command_lines_and_is_found_again(tmp_path: P
     folder = tmp_path / "path"
     folder.mkdir()
     found = measured(tmp_path, "path", "--folder", str(folder))
-    assert [row["step"] for row in found["rows"]] == ["weights written", "to-flax", "sample", "record", "verify"]
+    assert [row["step"] for row in found["rows"]] == [
+        "weights written",
+        "to-flax",
+        "sample",
+        "record",
+        "verify",
+    ]
     assert found["rows"][-1]["said"][-1].startswith("pass: ")
     assert all(2**27 < row["peak"] < 2**31 for row in found["rows"][1:])
     assert (folder / "out.mp4").stat().st_size > 1000
     assert measured(tmp_path, "path", "--folder", str(folder))["rows"] == []
 
 
-def test_results_become_tables_between_marks_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_become_tables_between_marks_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- benchmarks/full_size.py -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(full_size, "README", page)
-    result = {"title": "parity", "table": [["stage", "error"], ["text", "1e-6"]], "machine": ["a machine"]}
+    result = {
+        "title": "parity",
+        "table": [["stage", "error"], ["text", "1e-6"]],
+        "machine": ["a machine"],
+    }
     (tmp_path / "one.json").write_text(json.dumps(result))
     full_size.main(["readme", str(tmp_path / "one.json")])
     text = page.read_text()

@@ -1,5 +1,5 @@
-"""The TPU compiler's word: that it is read aright, on programs whose costs can be counted by hand, and that it holds for the released
-checkpoints at full size."""
+"""The TPU compiler's word: that it is read aright, on programs whose costs can be counted by hand,
+and that it holds for the released checkpoints at full size."""
 
 import json
 import math
@@ -16,7 +16,10 @@ import tpu_kernel
 import tpu_phase
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed: it exists for Linux on x86-64 alone")
+pytestmark = pytest.mark.skipif(
+    find_spec("libtpu") is None,
+    reason="libtpu is not installed: it exists for Linux on x86-64 alone",
+)
 MIB = 2**20
 
 
@@ -25,7 +28,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each of `tpu_programs.PROGRAMS`."""
     folder, schedules = tmp_path_factory.mktemp("programs"), tmp_path_factory.mktemp("schedules")
     command = [sys.executable, ROOT / "tests" / "support" / "tpu_programs.py", folder, schedules]
-    subprocess.run(command, env=tpu_compile.environment(schedules), check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command, env=tpu_compile.environment(schedules), check=True, stderr=subprocess.DEVNULL
+    )
     return folder
 
 
@@ -44,7 +49,9 @@ def kernel_cost(program: Path) -> tuple[tpu_kernel.Kernel, float]:
 
 def test_a_product_in_nested_loops_counts_once_for_every_trip(programs: Path) -> None:
     costs = {outer: cost(programs / f"nested-{outer}") for outer in (3, 6, 12)}
-    assert {outer: found.flops for outer, found in costs.items()} == {outer: outer * 5 * 2 * 256 * 512 * 512 for outer in costs}
+    assert {outer: found.flops for outer, found in costs.items()} == {
+        outer: outer * 5 * 2 * 256 * 512 * 512 for outer in costs
+    }
     assert costs[12].cycles - costs[6].cycles == 2 * (costs[6].cycles - costs[3].cycles) > 0
 
 
@@ -54,9 +61,17 @@ def test_a_convolutions_taps_on_its_padding_do_not_count(programs: Path) -> None
 
 @pytest.mark.parametrize(
     ("collective", "sent"),  # by each of four chips, for one MiB that each of them holds
-    [("all-to-all", 3 / 4), ("all-gather", 3), ("reduce-scatter", 3 / 4), ("all-reduce", 2 * 3 / 4), ("collective-permute", 1)],
+    [
+        ("all-to-all", 3 / 4),
+        ("all-gather", 3),
+        ("reduce-scatter", 3 / 4),
+        ("all-reduce", 2 * 3 / 4),
+        ("collective-permute", 1),
+    ],
 )
-def test_a_collectives_bytes_are_those_that_leave_one_chip(programs: Path, collective: str, sent: float) -> None:
+def test_a_collectives_bytes_are_those_that_leave_one_chip(
+    programs: Path, collective: str, sent: float
+) -> None:
     found = cost(programs / collective)
     assert found.sent == 7 * sent * MIB
     assert found.flops == 0
@@ -75,12 +90,19 @@ def test_a_kernels_products_are_read_from_its_own_program(programs: Path) -> Non
         assert kernel.flops == 4 * (2 * rows * keys * 64) * 2
 
 
-def test_a_kernels_cycles_grow_with_its_grid_but_not_those_that_run_once_a_row_of_it(programs: Path) -> None:
-    cycles = {size: kernel_cost(programs / f"attention-{size[0]}-{size[1]}")[1] for size in ((1024, 1024), (2048, 1024), (1024, 2048))}
-    assert cycles[2048, 1024] == pytest.approx(2 * cycles[1024, 1024], rel=0.005)  # but for what comes before the first step
+def test_a_kernels_cycles_grow_with_its_grid_but_not_those_that_run_once_a_row_of_it(
+    programs: Path,
+) -> None:
+    cycles = {
+        size: kernel_cost(programs / f"attention-{size[0]}-{size[1]}")[1]
+        for size in ((1024, 1024), (2048, 1024), (1024, 2048))
+    }
+    # But for what comes before the first step.
+    assert cycles[2048, 1024] == pytest.approx(2 * cycles[1024, 1024], rel=0.005)
     # Beginning and finishing a row of the grid takes the same time however many keys are in it.
     assert 1.6 < cycles[1024, 2048] / cycles[1024, 1024] < 1.95
-    # 512 x 512 logits of 64 + 64 multiplications each, in four units of 128 x 128 that the narrow heads fill by half.
+    # 512 x 512 logits of 64 + 64 multiplications each, in four units of 128 x 128 that the narrow
+    # heads fill by half.
     assert cycles[1024, 1024] > 16 * 512 * 512 / (4 * 128) * 2
 
 
@@ -94,7 +116,12 @@ def test_a_program_that_does_not_fit_says_how_much_it_needs(programs: Path) -> N
 
 
 def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
-    for name in ("9-splash.1-01", "10-splash.1-01", "11-splash.11-01", "12-splash.1-00-schedule-analysis_"):
+    for name in (
+        "9-splash.1-01",
+        "10-splash.1-01",
+        "11-splash.11-01",
+        "12-splash.1-00-schedule-analysis_",
+    ):
         (tmp_path / f"{name}-packed-bundles-post-ra.txt".replace("_-", "_")).write_text(name)
     assert tpu_phase.schedule_of("splash.1", tmp_path) == "10-splash.1-01"
     with pytest.raises(ValueError, match=r"a schedule of splash\.2: got none"):
@@ -145,15 +172,20 @@ ENTRY %main (x.1: f32[8], n: s32[]) -> (s32[], f32[8]) {
 def test_a_loop_runs_as_often_as_its_counter_says() -> None:
     computations, entry = tpu_hlo.parse(LOOP)
     start = tpu_hlo.Reader(computations).known(computations[entry], "start", None)
-    assert tpu_hlo.Reader(computations).trips(computations[entry].instructions["loop"], start) == 4  # 1, 3, 5, 7
+    # 1, 3, 5, 7.
+    assert tpu_hlo.Reader(computations).trips(computations[entry].instructions["loop"], start) == 4
 
 
 def test_a_loop_that_counts_to_what_only_the_run_knows_is_an_error() -> None:
-    with pytest.raises(ValueError, match="a loop must count to a constant of at most 100000: got loop"):
+    with pytest.raises(
+        ValueError, match="a loop must count to a constant of at most 100000: got loop"
+    ):
         tpu_hlo.read(LOOP.replace("tuple(%first", "tuple(%n"))
 
 
-def test_rows_are_written_as_they_are_read_and_made_anew_for_another_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_written_as_they_are_read_and_made_anew_for_another_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tpu_compile, "PLANS", tmp_path / "plans.toml")
     rows = [ROW, REFUSED]
     assert tpu_compile.kept() == []
@@ -163,13 +195,37 @@ def test_rows_are_written_as_they_are_read_and_made_anew_for_another_compiler(tm
     assert tpu_compile.kept() == []
 
 
-ROW = {"model": "m", "mesh": "v5e-8", "phase": "denoise", "height": 480, "guided": True, "fits": True, "peak_gib": 9.5, "flops": 4.25e15}
-ROW |= {"collective_mib_per_layer": 79.0, "static_seconds_floor": 44.5, "static_seconds": 50.25, "compile_seconds": 61.0}
-REFUSED = {"model": "m", "mesh": "v5e-1", "phase": "denoise", "height": 768, "guided": True, "fits": False, "peak_gib": 16.5}
+ROW = {
+    "model": "m",
+    "mesh": "v5e-8",
+    "phase": "denoise",
+    "height": 480,
+    "guided": True,
+    "fits": True,
+    "peak_gib": 9.5,
+    "flops": 4.25e15,
+}
+ROW |= {
+    "collective_mib_per_layer": 79.0,
+    "static_seconds_floor": 44.5,
+    "static_seconds": 50.25,
+    "compile_seconds": 61.0,
+}
+REFUSED = {
+    "model": "m",
+    "mesh": "v5e-1",
+    "phase": "denoise",
+    "height": 768,
+    "guided": True,
+    "fits": False,
+    "peak_gib": 16.5,
+}
 
 
 def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
-    table = tpu_compile.markdown({"made": {"jax": "1", "libtpu": "2", "date": "2030-01-01"}, "row": [ROW, REFUSED]}).splitlines()
+    table = tpu_compile.markdown(
+        {"made": {"jax": "1", "libtpu": "2", "date": "2030-01-01"}, "row": [ROW, REFUSED]}
+    ).splitlines()
     assert table[2] == "| m | v5e-8 | denoise | yes | 9.50 | 4250.0 | 79.0 | 44.5 - 50.2 | 61 |"
     assert table[3] == "| m | v5e-1 | denoise | no | 16.50 | - | - | - | - |"
     assert table[-1] == "Compiled with jax 1, libtpu 2, 2030-01-01."
@@ -188,10 +244,27 @@ def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
     ],
 )
 def test_a_released_checkpoint_keeps_within_its_bounds(
-    model: str, mesh: str, phase: str, most_gib: float, most_mib: float, most_seconds: float, tmp_path: Path
+    model: str,
+    mesh: str,
+    phase: str,
+    most_gib: float,
+    most_mib: float,
+    most_seconds: float,
+    tmp_path: Path,
 ) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "tpu_compile.py", "--model", model, "--mesh", mesh, "--phase", phase]
-    done = subprocess.run([*command, "--json", tmp_path / "row.json"], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "tpu_compile.py",
+        "--model",
+        model,
+        "--mesh",
+        mesh,
+        "--phase",
+        phase,
+    ]
+    done = subprocess.run(
+        [*command, "--json", tmp_path / "row.json"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "row.json").read_text())
     assert row["fits"], row

@@ -26,7 +26,10 @@ def pipelines():
 @pytest.fixture(scope="module")
 def saved(pipelines, tmp_path_factory):
     """One diffusers folder a family; to be copied, not changed."""
-    return {family: twins.save(pipeline, tmp_path_factory.mktemp(family)) for family, pipeline in pipelines.items()}
+    return {
+        family: twins.save(pipeline, tmp_path_factory.mktemp(family))
+        for family, pipeline in pipelines.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -69,24 +72,37 @@ def test_shards_come_back_as_they_were_and_diffusers_loads_them(family, pipeline
     for part in PARTS:
         assert raw(back, part) == raw(source, part)
         for index in (source / part).glob("*.index.json"):
-            ours, theirs = (json.loads((folder / part / index.name).read_text()) for folder in (back, source))
+            ours, theirs = (
+                json.loads((folder / part / index.name).read_text()) for folder in (back, source)
+            )
             assert ours["weight_map"] == theirs["weight_map"]
             assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
     assert left(back / "transformer") == left(source / "transformer")
     loaded = CogVideoXImageToVideoPipeline.from_pretrained(back)
     for part in PARTS:
-        ours, theirs = getattr(loaded, part).state_dict(), getattr(pipelines[family], part).state_dict()
+        ours, theirs = (
+            getattr(loaded, part).state_dict(),
+            getattr(pipelines[family], part).state_dict(),
+        )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert loaded.scheduler.config.snr_shift_scale == pipelines[family].scheduler.config.snr_shift_scale
-    assert loaded.tokenizer("the cyan triangle").input_ids == pipelines[family].tokenizer("the cyan triangle").input_ids
+    assert (
+        loaded.scheduler.config.snr_shift_scale
+        == pipelines[family].scheduler.config.snr_shift_scale
+    )
+    assert (
+        loaded.tokenizer("the cyan triangle").input_ids
+        == pipelines[family].tokenizer("the cyan triangle").input_ids
+    )
 
 
 def test_a_single_shard_keeps_its_index(source, tmp_path):
     one = "diffusion_pytorch_model-00001-of-00001.safetensors"
     file = weights(source, "vae").rename(source / "vae" / one)
     index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), one)}
-    (source / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (source / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps(index)
+    )
     back = to_torch(to_flax(source, tmp_path / "flax"), tmp_path / "back")
     assert raw(back, "vae") == raw(source, "vae")
     assert left(back / "vae") == left(source / "vae")
@@ -97,8 +113,13 @@ def test_shards_of_any_name_get_the_index_that_diffusers_looks_for(source, pipel
     weights(source, "vae").unlink()
     weight_map = {name: f"part-0{number % 2}.safetensors" for number, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, source / "vae" / file)
-    (source / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if weight_map[name] == file},
+            source / "vae" / file,
+        )
+    (source / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     back = to_torch(to_flax(source, tmp_path / "flax"), tmp_path / "back")
     assert raw(back, "vae") == raw(source, "vae")
     assert left(back / "vae") == left(source / "vae")
@@ -108,7 +129,9 @@ def test_variants_beside_the_weights_are_left_alone(source, tmp_path):
     for part in PARTS:
         shutil.copyfile(weights(source, part), source / part / f"{FILES[part]}.fp16.safetensors")
     recorded = json.loads((to_flax(source, tmp_path / "flax") / MANIFEST).read_text())["tensors"]
-    assert {entry["file"] for part in PARTS for entry in recorded[part].values()} == {f"{name}.safetensors" for name in FILES.values()}
+    assert {entry["file"] for part in PARTS for entry in recorded[part].values()} == {
+        f"{name}.safetensors" for name in FILES.values()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -130,7 +153,9 @@ def test_no_unit_holds_more_than_one_layer(converted):
         unit = read_unit(converted, "transformer", layer)
         assert unit["blocks.attn.q.kernel"].shape == (96, 96)
         assert all("blocks" in name for name in unit)
-    assert not any("blocks" in name.split(".") for name in read_unit(converted, "transformer", None))
+    assert not any(
+        "blocks" in name.split(".") for name in read_unit(converted, "transformer", None)
+    )
 
 
 def test_progress_counts_the_bytes_of_all_parts_to_their_end(source, tmp_path):
@@ -193,7 +218,9 @@ def test_the_name_appears_only_when_all_is_written(source, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("error", "code"), [(OSError("disk full"), 1), (KeyboardInterrupt(), 130)])
-def test_the_command_says_in_one_line_what_stopped_it(error, code, source, tmp_path, monkeypatch, capsys):
+def test_the_command_says_in_one_line_what_stopped_it(
+    error, code, source, tmp_path, monkeypatch, capsys
+):
     def fail(*_):
         raise error
 
@@ -205,13 +232,17 @@ def test_the_command_says_in_one_line_what_stopped_it(error, code, source, tmp_p
 
 @pytest.mark.parametrize("command", ["to-flax", "to-torch"])
 @pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_destination_that_exists_is_refused_and_untouched(command, kind, saved, converted, tmp_path, capsys):
+def test_a_destination_that_exists_is_refused_and_untouched(
+    command, kind, saved, converted, tmp_path, capsys
+):
     destination = tmp_path / "there"
     if kind == "folder":
         destination.mkdir()
     file = destination / "mine.txt" if kind == "folder" else destination
     file.write_text("mine")
-    line = one_line(capsys, [command, saved["1.0"] if command == "to-flax" else converted, destination])
+    line = one_line(
+        capsys, [command, saved["1.0"] if command == "to-flax" else converted, destination]
+    )
     assert "must not exist yet: found it" in line  # before an hour of work, not after
     assert file.read_text() == "mine"
     assert left(tmp_path) == {"there"}
@@ -236,11 +267,17 @@ def test_the_command_converts_there_and_back_and_says_where(saved, tmp_path, cap
 
 def test_the_command_casts_if_asked(saved, tmp_path):
     assert main(["to-flax", str(saved["1.0"]), str(tmp_path / "flax"), "--dtype", "bfloat16"]) == 0
-    dtypes = {leaf.dtype.name for part in PARTS for leaf in read_unit(tmp_path / "flax", part, None).values()}
+    dtypes = {
+        leaf.dtype.name
+        for part in PARTS
+        for leaf in read_unit(tmp_path / "flax", part, None).values()
+    }
     assert dtypes == {"bfloat16"}
 
 
-@pytest.mark.parametrize("arguments", [[], ["to-flax", "x"], ["to-flax", "x", "y", "--dtype", "float16"], ["sing"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["to-flax", "x"], ["to-flax", "x", "y", "--dtype", "float16"], ["sing"]]
+)
 def test_wrong_arguments_end_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)

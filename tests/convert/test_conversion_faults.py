@@ -55,7 +55,12 @@ def indexed(change):
     """An index over the VAE's one file, changed."""
 
     def make(folder):
-        index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights(folder, "vae")), "diffusion_pytorch_model.safetensors")}
+        index = {
+            "metadata": {},
+            "weight_map": dict.fromkeys(
+                load_file(weights(folder, "vae")), "diffusion_pytorch_model.safetensors"
+            ),
+        }
         text = change(index) or json.dumps(index)
         (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
 
@@ -110,12 +115,23 @@ def no_tokenizer_model(folder):
 
 
 def recast(dtype):
-    return edit("transformer", lambda tensors: tensors.update({"proj_out.bias": tensors["proj_out.bias"].to(dtype)}))
+    return edit(
+        "transformer",
+        lambda tensors: tensors.update({"proj_out.bias": tensors["proj_out.bias"].to(dtype)}),
+    )
 
 
 def several(folder):
-    rewrite(folder, "transformer", lambda tensors: tensors.update({"extra": tensors.pop("proj_out.bias")}))
-    rewrite(folder, "vae", lambda tensors: tensors.update({"encoder.conv_out.conv.bias": torch.zeros(3)}))
+    rewrite(
+        folder,
+        "transformer",
+        lambda tensors: tensors.update({"extra": tensors.pop("proj_out.bias")}),
+    )
+    rewrite(
+        folder,
+        "vae",
+        lambda tensors: tensors.update({"encoder.conv_out.conv.bias": torch.zeros(3)}),
+    )
     rewrite(folder, "text_encoder", lambda tensors: tensors.pop("encoder.final_layer_norm.weight"))
 
 
@@ -130,25 +146,53 @@ def text_to_video(folder):
 
 
 FAULTS = {
-    "missing shard": (point("gone-00002.safetensors"), r"vae must hold every shard its index names: missing gone-00002"),
-    "truncated": (truncate, r"vae/diffusion_pytorch_model.safetensors must be a whole safetensors file"),
-    "garbage": (replace_weights("vae", b"garbage" * 99), r"diffusion_pytorch_model.safetensors must be a whole safetensors file"),
-    "empty": (replace_weights("vae", b""), r"diffusion_pytorch_model.safetensors must be a whole safetensors file"),
+    "missing shard": (
+        point("gone-00002.safetensors"),
+        r"vae must hold every shard its index names: missing gone-00002",
+    ),
+    "truncated": (
+        truncate,
+        r"vae/diffusion_pytorch_model.safetensors must be a whole safetensors file",
+    ),
+    "garbage": (
+        replace_weights("vae", b"garbage" * 99),
+        r"diffusion_pytorch_model.safetensors must be a whole safetensors file",
+    ),
+    "empty": (
+        replace_weights("vae", b""),
+        r"diffusion_pytorch_model.safetensors must be a whole safetensors file",
+    ),
     "index above its folder": (
         point("../transformer/diffusion_pytorch_model.safetensors"),
         r"must name files of its own folder: got \.\./",
     ),
-    "index elsewhere": (point("/etc/passwd"), r"must name files of its own folder: got /etc/passwd"),
-    "index of broken JSON": (indexed(lambda _: '{"weight_map": '), r"index.json must be a JSON file"),
+    "index elsewhere": (
+        point("/etc/passwd"),
+        r"must name files of its own folder: got /etc/passwd",
+    ),
+    "index of broken JSON": (
+        indexed(lambda _: '{"weight_map": '),
+        r"index.json must be a JSON file",
+    ),
     "index without a map": (indexed(lambda _: "{}"), r"index.json must have a weight_map from"),
     "index of a list": (indexed(lambda _: "[]"), r"index.json must hold a JSON object"),
     "index of numbers": (point(3), r"index.json must have a weight_map from"),
     "index that promises": (
-        indexed(lambda index: index["weight_map"].update({"decoder.new": "diffusion_pytorch_model.safetensors"})),
+        indexed(
+            lambda index: index["weight_map"].update(
+                {"decoder.new": "diffusion_pytorch_model.safetensors"}
+            )
+        ),
         r"vae: decoder.new is in the index and in no shard",
     ),
-    "promised tensor missing": (promised_and_missing, r"must fit the network: vae: encoder.conv_in.conv.bias is missing$"),
-    "tensor twice": (in_two_shards, r"must be in one file: got it in again.safetensors and diffusion_pytorch_model.safetensors"),
+    "promised tensor missing": (
+        promised_and_missing,
+        r"must fit the network: vae: encoder.conv_in.conv.bias is missing$",
+    ),
+    "tensor twice": (
+        in_two_shards,
+        r"must be in one file: got it in again.safetensors and diffusion_pytorch_model.safetensors",
+    ),
     "missing tensor": (
         edit("vae", lambda tensors: tensors.pop("encoder.conv_in.conv.bias")),
         r"vae: encoder.conv_in.conv.bias is missing$",
@@ -157,7 +201,10 @@ FAULTS = {
         edit("text_encoder", no_last_layer),
         r"text_encoder: encoder.block.2.layer.0.layer_norm.weight is missing; .*block.2.layer.1.DenseReluDense.wo.weight is missing$",
     ),
-    "extra tensor": (edit("transformer", lambda tensors: tensors.update(new=torch.zeros(3))), r"network: transformer: new has no rule$"),
+    "extra tensor": (
+        edit("transformer", lambda tensors: tensors.update(new=torch.zeros(3))),
+        r"network: transformer: new has no rule$",
+    ),
     "wrong shape": (
         edit("transformer", lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3)})),
         r"transformer: proj_out.bias must have the shape \[16\]: got \[3\]$",
@@ -179,25 +226,47 @@ FAULTS = {
         edit("text_encoder", other_zero),
         r"encoder.embed_tokens.weight must equal shared.weight, its other name",
     ),
-    "integers": (recast(torch.int8), r"proj_out.bias must be one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2: got I8$"),
-    "a .bin of something else": (other_bin, r"transformer/pytorch_model.bin must be a whole safetensors file"),
-    "no weights": (drop("vae/diffusion_pytorch_model.safetensors"), r"vae must hold one safetensors file or an index .*: found 0 files$"),
+    "integers": (
+        recast(torch.int8),
+        r"proj_out.bias must be one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2: got I8$",
+    ),
+    "a .bin of something else": (
+        other_bin,
+        r"transformer/pytorch_model.bin must be a whole safetensors file",
+    ),
+    "no weights": (
+        drop("vae/diffusion_pytorch_model.safetensors"),
+        r"vae must hold one safetensors file or an index .*: found 0 files$",
+    ),
     "two weights": (
-        lambda folder: shutil.copyfile(weights(folder, "vae"), folder / "vae" / "other.safetensors"),
+        lambda folder: shutil.copyfile(
+            weights(folder, "vae"), folder / "vae" / "other.safetensors"
+        ),
         r"vae must hold one safetensors file or an index of shards: found 2 files$",
     ),
     "no scheduler": (drop("scheduler"), r"scheduler must hold scheduler_config.json: found none$"),
-    "no tokenizer": (drop("tokenizer"), r"tokenizer must hold spiece.model or tokenizer.json: found neither$"),
-    "tokenizer without its model": (no_tokenizer_model, r"tokenizer must hold spiece.model or tokenizer.json: found neither$"),
+    "no tokenizer": (
+        drop("tokenizer"),
+        r"tokenizer must hold spiece.model or tokenizer.json: found neither$",
+    ),
+    "tokenizer without its model": (
+        no_tokenizer_model,
+        r"tokenizer must hold spiece.model or tokenizer.json: found neither$",
+    ),
     "no text encoder": (drop("text_encoder"), r"text_encoder must hold config.json: found none$"),
-    "broken config": (lambda folder: (folder / "vae" / "config.json").write_text("{"), r"vae/config.json must be a JSON file"),
+    "broken config": (
+        lambda folder: (folder / "vae" / "config.json").write_text("{"),
+        r"vae/config.json must be a JSON file",
+    ),
     "VAE of another width": (other_width, r"vae: .* must have the shape .*; and \d+ more$"),
     "text to video": (text_to_video, r"which is a text-to-video checkpoint$"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_source_at_fault_is_refused_in_one_line_and_nothing_is_made(fault, source, tmp_path, capsys):
+def test_a_source_at_fault_is_refused_in_one_line_and_nothing_is_made(
+    fault, source, tmp_path, capsys
+):
     change, expected = FAULTS[fault]
     change(source)
     line = one_line(capsys, ["to-flax", source, tmp_path / "flax"])
@@ -207,7 +276,9 @@ def test_a_source_at_fault_is_refused_in_one_line_and_nothing_is_made(fault, sou
 
 
 def test_the_errors_of_the_library_are_python_s_own(source, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"SRC must be a folder, a file, a hub id or one of .*: found no"):
+    with pytest.raises(
+        FileNotFoundError, match=r"SRC must be a folder, a file, a hub id or one of .*: found no"
+    ):
         to_flax(tmp_path / "nothing", tmp_path / "flax")
     several(source)
     with pytest.raises(ValueError, match="must fit the network"):
@@ -249,22 +320,48 @@ def entry(manifest):
 
 
 BROKEN = {
-    "no record": (forge(lambda manifest: manifest.pop("tensors")), "must record the tensors of this transformer"),
-    "record of nothing": (forge(lambda manifest: manifest["tensors"].update(vae=[])), "must record the tensors of this vae"),
-    "a tensor less": (forge(lambda manifest: manifest["tensors"]["vae"].popitem()), "must record the tensors of this vae"),
+    "no record": (
+        forge(lambda manifest: manifest.pop("tensors")),
+        "must record the tensors of this transformer",
+    ),
+    "record of nothing": (
+        forge(lambda manifest: manifest["tensors"].update(vae=[])),
+        "must record the tensors of this vae",
+    ),
+    "a tensor less": (
+        forge(lambda manifest: manifest["tensors"]["vae"].popitem()),
+        "must record the tensors of this vae",
+    ),
     "a tensor more": (
         forge(lambda manifest: manifest["tensors"]["vae"].update(new=entry(manifest))),
         "must record the tensors of this vae",
     ),
-    "a file elsewhere": (forge(lambda manifest: entry(manifest).update(file="../../x.safetensors")), "must give encoder.conv_in.conv.bias"),
-    "a file of another kind": (forge(lambda manifest: entry(manifest).update(file="config.json")), "must give encoder.conv_in.conv.bias"),
-    "a dtype there isn't": (forge(lambda manifest: entry(manifest).update(dtype="int8")), "must give encoder.conv_in.conv.bias"),
-    "an entry of text": (
-        forge(lambda manifest: manifest["tensors"]["vae"].update({"encoder.conv_in.conv.bias": "x"})),
+    "a file elsewhere": (
+        forge(lambda manifest: entry(manifest).update(file="../../x.safetensors")),
         "must give encoder.conv_in.conv.bias",
     ),
-    "another format": (forge(lambda manifest: manifest.update(format=0)), "must have format 2: got 0"),
-    "no format": (lambda folder: (folder / MANIFEST).write_text("{}"), "must have format 2: got None"),
+    "a file of another kind": (
+        forge(lambda manifest: entry(manifest).update(file="config.json")),
+        "must give encoder.conv_in.conv.bias",
+    ),
+    "a dtype there isn't": (
+        forge(lambda manifest: entry(manifest).update(dtype="int8")),
+        "must give encoder.conv_in.conv.bias",
+    ),
+    "an entry of text": (
+        forge(
+            lambda manifest: manifest["tensors"]["vae"].update({"encoder.conv_in.conv.bias": "x"})
+        ),
+        "must give encoder.conv_in.conv.bias",
+    ),
+    "another format": (
+        forge(lambda manifest: manifest.update(format=0)),
+        "must have format 2: got 0",
+    ),
+    "no format": (
+        lambda folder: (folder / MANIFEST).write_text("{}"),
+        "must have format 2: got None",
+    ),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), " must "),
 }
 
@@ -274,7 +371,9 @@ BROKEN = {
 def test_a_converted_folder_at_fault_is_refused_in_one_line(command, fault, flax, tmp_path, capsys):
     change, expected = BROKEN[fault]
     change(flax)
-    assert expected in one_line(capsys, [command, flax] + [tmp_path / "back"] * (command == "to-torch"))
+    assert expected in one_line(
+        capsys, [command, flax] + [tmp_path / "back"] * (command == "to-torch")
+    )
     assert left(tmp_path) == {"flax"}
 
 
@@ -302,15 +401,21 @@ def test_inspect_tells_what_a_source_is_and_that_all_of_it_fits(family, saved, c
     for part in PARTS:
         tensors = raw(saved[family], part)
         count = sum(int(np.prod(shape)) for _, _, shape, _ in tensors.values())
-        dtypes = "float32, float64" if (family, part) == ("1.0", "transformer") else "float32"  # diffusers saves the position table so
-        assert f"{part}: {count:,} parameters, {len(tensors)} of {len(tensors)} tensors matched, {dtypes}\n" in out
+        # Diffusers saves the position table so.
+        dtypes = "float32, float64" if (family, part) == ("1.0", "transformer") else "float32"
+        assert (
+            f"{part}: {count:,} parameters, {len(tensors)} of {len(tensors)} tensors matched, {dtypes}\n"
+            in out
+        )
     assert ("learned table of 87 rows" in out) == (family == "1.0")
     assert ("ofs" in out) == (family == "1.5")
     assert "!" not in out
 
 
 @pytest.mark.parametrize("kind", ["mixed", "embedding by its other name", "embedding twice"])
-def test_inspect_says_of_a_converted_folder_what_it_says_of_its_source(kind, source, tmp_path, capsys):
+def test_inspect_says_of_a_converted_folder_what_it_says_of_its_source(
+    kind, source, tmp_path, capsys
+):
     KINDS[kind](source)
     to_flax(source, tmp_path / "flax")
     code, theirs, _ = inspect(capsys, source, "--keys")
@@ -344,13 +449,20 @@ def test_inspect_names_all_faults_where_a_conversion_shows_a_screenful(source, c
     assert sum("must have the shape" in line for line in out.splitlines()) > 20
     total = len(raw(source, "vae"))
     matched = int(out.split("vae: ")[1].split("parameters, ")[1].split(" of ")[0])
-    assert matched == total - sum("!" in line and "is missing" not in line for line in out.splitlines())
+    assert matched == total - sum(
+        "!" in line and "is missing" not in line for line in out.splitlines()
+    )
 
 
 def test_inspect_lists_each_tensor_with_its_place_if_asked(saved, capsys):
     _, out, _ = inspect(capsys, saved["1.0"], "--keys")
-    assert "  transformer_blocks.2.attn1.to_q.weight -> blocks.attn.q.kernel (n k r) i -> i (n r k)\n" in out
+    assert (
+        "  transformer_blocks.2.attn1.to_q.weight -> blocks.attn.q.kernel (n k r) i -> i (n r k)\n"
+        in out
+    )
     assert "  shared.weight -> embedding\n" in out
-    assert sum(" -> " in line for line in out.splitlines()) == sum(len(raw(saved["1.0"], part)) for part in PARTS)
+    assert sum(" -> " in line for line in out.splitlines()) == sum(
+        len(raw(saved["1.0"], part)) for part in PARTS
+    )
     _, short, _ = inspect(capsys, saved["1.0"])
     assert not any(line.startswith("  transformer_blocks") for line in short.splitlines())

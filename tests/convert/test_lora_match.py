@@ -1,4 +1,5 @@
-"""LoRA files that are refused, each in one line that says why; whose they are; and the table of what one changes."""
+"""LoRA files that are refused, each in one line that says why; whose they are; and the table of
+what one changes."""
 
 import json
 import math
@@ -45,7 +46,9 @@ def changed(change: Any) -> Any:
 
 
 def stating(**settings: Any) -> Any:
-    return lambda folder, made: loras.save(folder / "a.safetensors", loras.peft(made), loras.header(**settings))
+    return lambda folder, made: loras.save(
+        folder / "a.safetensors", loras.peft(made), loras.header(**settings)
+    )
 
 
 def spoilt(value: float, side: str) -> Any:
@@ -53,8 +56,14 @@ def spoilt(value: float, side: str) -> Any:
 
 
 FAULTS = {
-    "A alone": (changed(lambda t: t.pop(f"{Q}.lora_B.weight")), rf"{Q}.lora_A.weight must come with the B of its weight: got none$"),
-    "B alone": (changed(lambda t: t.pop(f"{Q}.lora_A.weight")), rf"{Q}.lora_B.weight must come with the A of its weight: got none$"),
+    "A alone": (
+        changed(lambda t: t.pop(f"{Q}.lora_B.weight")),
+        rf"{Q}.lora_A.weight must come with the B of its weight: got none$",
+    ),
+    "B alone": (
+        changed(lambda t: t.pop(f"{Q}.lora_A.weight")),
+        rf"{Q}.lora_B.weight must come with the A of its weight: got none$",
+    ),
     "alpha alone": (
         changed(lambda t: t.update({"transformer.proj_out.alpha": torch.ones(())})),
         r"transformer.proj_out.alpha must come with the A of its weight: got none$",
@@ -65,7 +74,10 @@ FAULTS = {
         changed(lambda t: t.update({f"{Q}.alpha": torch.tensor(math.nan)})),
         rf"{Q}.alpha must be finite: got nan$",
     ),
-    "alphas": (changed(lambda t: t.update({f"{Q}.alpha": torch.ones(2)})), rf"{Q}.alpha must be one number: got the shape \[2\]$"),
+    "alphas": (
+        changed(lambda t: t.update({f"{Q}.alpha": torch.ones(2)})),
+        rf"{Q}.alpha must be one number: got the shape \[2\]$",
+    ),
     "inputs": (
         changed(lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(RANK, 97)})),
         rf"{Q}.lora_A.weight must have the shape \[rank, 96\]: got \[4, 97\]$",
@@ -86,13 +98,18 @@ FAULTS = {
         changed(lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(0, 96)})),
         r"must have the shape \[rank, 96\]: got \[0, 96\]$",
     ),
-    "a number": (changed(lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(())})), r"must have the shape \[rank, 96\]: got \[\]$"),
+    "a number": (
+        changed(lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(())})),
+        r"must have the shape \[rank, 96\]: got \[\]$",
+    ),
     "twice": (
         changed(lambda t: t.update({f"{Q}.lora_A.other.weight": torch.zeros(RANK, 96)})),
         rf"{Q}.lora_A.weight must be the only A of its weight: got {Q}.lora_A.other.weight too$",
     ),
     "layers": (
-        changed(lambda t: t.update({Q.replace(".1.", ".3.") + ".lora_A.weight": torch.zeros(RANK, 96)})),
+        changed(
+            lambda t: t.update({Q.replace(".1.", ".3.") + ".lora_A.weight": torch.zeros(RANK, 96)})
+        ),
         r"blocks.3.attn1.to_q.lora_A.weight must be of a weight that this network has: it has none of this name$",
     ),
     "another rank stated": (
@@ -103,10 +120,18 @@ FAULTS = {
         stating(r=RANK, lora_alpha="much"),
         r"must have a number as lora_alpha, alpha_pattern a number for each module: could not",
     ),
-    "no pattern": (stating(r=RANK, alpha_pattern={"(": 1}), r"must have a number as lora_alpha, alpha_pattern a number for each module: "),
-    "endless alpha": (stating(lora_alpha=math.inf), r"must have a finite number as lora_alpha: got inf; and 11 more$"),
+    "no pattern": (
+        stating(r=RANK, alpha_pattern={"(": 1}),
+        r"must have a number as lora_alpha, alpha_pattern a number for each module: ",
+    ),
+    "endless alpha": (
+        stating(lora_alpha=math.inf),
+        r"must have a finite number as lora_alpha: got inf; and 11 more$",
+    ),
     "header": (
-        lambda folder, made: loras.save(folder / "a.safetensors", loras.peft(made), {"lora_adapter_metadata": "[1]"}),
+        lambda folder, made: loras.save(
+            folder / "a.safetensors", loras.peft(made), {"lora_adapter_metadata": "[1]"}
+        ),
         r"must have a JSON object as lora_adapter_metadata in its header: ",
     ),
     "nothing": (
@@ -114,27 +139,45 @@ FAULTS = {
         r"none of its 0 tensors changes a weight of it: .* is empty$",
     ),
     "a model": (
-        lambda folder, made: loras.save(folder / "a.safetensors", {"transformer_blocks.0.attn1.to_q.weight": torch.zeros(96, 96)}),
+        lambda folder, made: loras.save(
+            folder / "a.safetensors",
+            {"transformer_blocks.0.attn1.to_q.weight": torch.zeros(96, 96)},
+        ),
         r"none of its 1 tensors changes a weight of it: transformer_blocks.0.attn1.to_q.weight is not a LoRA's tensor$",
     ),
     "another family's": (
-        lambda folder, made: loras.save(folder / "a.safetensors", {"transformer.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 96)}),
+        lambda folder, made: loras.save(
+            folder / "a.safetensors",
+            {"transformer.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 96)},
+        ),
         r"none of its 1 tensors changes a weight of it: transformer.blocks.0.self_attn.q.lora_A.weight is of no linear weight of this",
     ),
     "numbers for first and last weights": (
         changed(
-            lambda t: t.update({"transformer.patch_embed.proj.lora_A.weight": torch.zeros(()), "proj_out.lora_B.weight": torch.zeros(())})
+            lambda t: t.update(
+                {
+                    "transformer.patch_embed.proj.lora_A.weight": torch.zeros(()),
+                    "proj_out.lora_B.weight": torch.zeros(()),
+                }
+            )
         ),
         r"proj_out.lora_B.weight must come with the A of its weight: got none; and 1 more$",
     ),
     "a layer without a number": (
         changed(
-            lambda t: t.update({"transformer_blocks.x.attn1.to_q.lora_A.weight": torch.zeros(2), f"{Q}.lora_A.weight": torch.zeros(2)})
+            lambda t: t.update(
+                {
+                    "transformer_blocks.x.attn1.to_q.lora_A.weight": torch.zeros(2),
+                    f"{Q}.lora_A.weight": torch.zeros(2),
+                }
+            )
         ),
         rf"{Q}.lora_A.weight must have the shape \[rank, 96\]: got \[2\]; and 1 more$",
     ),
     "integers": (
-        lambda folder, made: loras.save(folder / "a.safetensors", {f"{Q}.lora_A.weight": torch.zeros(4, 96, dtype=torch.int8)}),
+        lambda folder, made: loras.save(
+            folder / "a.safetensors", {f"{Q}.lora_A.weight": torch.zeros(4, 96, dtype=torch.int8)}
+        ),
         r"must hold tensors of F64, F32, F16, BF16: got .* of I8$",
     ),
 }
@@ -143,7 +186,11 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
 def test_a_fault_is_one_line_before_anything_slow(
-    fault: str, attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: str,
+    attention: loras.Pairs,
+    config: CheckpointConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write, expected = FAULTS[fault]
     pairs = {name: (a.clone(), b.clone()) for name, (a, b) in attention.items()}
@@ -172,7 +219,9 @@ UNSAFE = {
 def test_what_torch_saved_is_tensors_or_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     if content in ("pickle", "list"):
-        torch.save({"module": {}, "args": Thing()} if content == "pickle" else [torch.zeros(2)], path)
+        torch.save(
+            {"module": {}, "args": Thing()} if content == "pickle" else [torch.zeros(2)], path
+        )
     else:
         path.write_bytes(b"garbage" if content == "garbage" else b"")
     with pytest.raises(ValueError, match=UNSAFE[content]) as caught:
@@ -180,10 +229,15 @@ def test_what_torch_saved_is_tensors_or_refused(content: str, tmp_path: Path) ->
     assert "\n" not in str(caught.value)
 
 
-def test_without_torch_a_pickled_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_a_pickled_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save({"x": torch.zeros(2)}, tmp_path / "a.bin")
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ValueError, match=r"a.bin must be safetensors where torch is missing: got a torch file; pip install torch"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.bin must be safetensors where torch is missing: got a torch file; pip install torch",
+    ):
         open_lora(tmp_path / "a.bin")
 
 
@@ -197,7 +251,9 @@ def test_half_a_safetensors_file_is_one_line(attention: loras.Pairs, tmp_path: P
 # whose it is
 
 
-def file_of(shapes: dict[str, tuple[int, ...]], base: str = "", settings: dict[str, Any] | None = None) -> LoraFile:
+def file_of(
+    shapes: dict[str, tuple[int, ...]], base: str = "", settings: dict[str, Any] | None = None
+) -> LoraFile:
     """A file of these shapes, at any size; zeros, of which none takes memory."""
 
     def read(name: str) -> np.ndarray:
@@ -207,14 +263,28 @@ def file_of(shapes: dict[str, tuple[int, ...]], base: str = "", settings: dict[s
 
 
 def official(model: str, rank: int = 128, patch: bool = True) -> dict[str, tuple[int, ...]]:
-    """What trainers make for a published model: its attention, and its first and last weight if asked for."""
+    """What trainers make for a published model: its attention, and its first and last weight if
+    asked for."""
     width, layers, inputs, outputs, _ = MODELS[model]
-    stems = [f"transformer.transformer_blocks.{layer}.attn1.{name}" for layer in range(layers) for name in loras.ATTENTION]
-    shapes = {f"{stem}.lora_{side}.weight": (rank, width) if side == "A" else (width, rank) for stem in stems for side in "AB"}
+    stems = [
+        f"transformer.transformer_blocks.{layer}.attn1.{name}"
+        for layer in range(layers)
+        for name in loras.ATTENTION
+    ]
+    shapes = {
+        f"{stem}.lora_{side}.weight": (rank, width) if side == "A" else (width, rank)
+        for stem in stems
+        for side in "AB"
+    }
     if patch:
         shapes |= {"transformer.patch_embed.proj.lora_A.weight": (rank, *inputs)}
-        shapes |= {"transformer.patch_embed.proj.lora_B.weight": (width, rank, *[1] * (len(inputs) - 1))}
-        shapes |= {"transformer.proj_out.lora_A.weight": (rank, width), "transformer.proj_out.lora_B.weight": (outputs, rank)}
+        shapes |= {
+            "transformer.patch_embed.proj.lora_B.weight": (width, rank, *[1] * (len(inputs) - 1))
+        }
+        shapes |= {
+            "transformer.proj_out.lora_A.weight": (rank, width),
+            "transformer.proj_out.lora_B.weight": (outputs, rank),
+        }
     return shapes
 
 
@@ -223,8 +293,15 @@ PUBLISHED = {"cogvideox-5b-i2v": "CogVideoX-5B-I2V", "cogvideox1.5-5b-i2v": "Cog
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_models_loras_match_to_the_last_tensor(name: str) -> None:
-    found = match(file_of(official(PUBLISHED[name], patch=False), settings={"r": 128, "lora_alpha": 64}), named(name), 0.8)
-    assert found.line() == "lora a.safetensors: 336 of 336 tensors matched, rank 128, alpha 64, weight 0.8"
+    found = match(
+        file_of(official(PUBLISHED[name], patch=False), settings={"r": 128, "lora_alpha": 64}),
+        named(name),
+        0.8,
+    )
+    assert (
+        found.line()
+        == "lora a.safetensors: 336 of 336 tensors matched, rank 128, alpha 64, weight 0.8"
+    )
     assert len(found.checked().factors) == 168
     assert match(file_of(official(PUBLISHED[name])), named(name)).faults == []
 
@@ -236,7 +313,8 @@ def test_another_published_models_lora_is_refused_by_its_name(name: str, model: 
         return
     found = match(file_of(official(model)), named(name))
     with pytest.raises(
-        ValueError, match=rf"^lora a.safetensors must fit {name}: its shapes are those of {model}; transformer.* must "
+        ValueError,
+        match=rf"^lora a.safetensors must fit {name}: its shapes are those of {model}; transformer.* must ",
     ) as caught:
         found.checked()
     assert "\n" not in str(caught.value)
@@ -248,40 +326,68 @@ def test_the_small_one_is_told_by_its_attention_alone() -> None:
 
 
 def test_flat_patches_are_another_generations_however_many_numbers_they_have() -> None:
-    """As those of CogVideoX1.5-5B, of which [128, 128] has all that the convolution of CogVideoX-5B-I2V takes."""
-    shapes = {name: shape for name, shape in official("CogVideoX1.5-5B").items() if "proj_out" not in name}
-    assert match(file_of(shapes), named("cogvideox-5b-i2v")).general == ["its shapes are those of CogVideoX1.5-5B"]
+    """As those of CogVideoX1.5-5B, of which [128, 128] has all that the convolution of
+    CogVideoX-5B-I2V takes."""
+    shapes = {
+        name: shape for name, shape in official("CogVideoX1.5-5B").items() if "proj_out" not in name
+    }
+    assert match(file_of(shapes), named("cogvideox-5b-i2v")).general == [
+        "its shapes are those of CogVideoX1.5-5B"
+    ]
 
 
 @pytest.mark.parametrize(("family", "other"), [("1.0", "1.5"), ("1.5", "1.0")], indirect=["family"])
-def test_another_generations_lora_is_refused_whatever_its_size(family: str, other: str, config: CheckpointConfig, tmp_path: Path) -> None:
+def test_another_generations_lora_is_refused_whatever_its_size(
+    family: str, other: str, config: CheckpointConfig, tmp_path: Path
+) -> None:
     made = loras.pairs(twins.transformer(**twins.FAMILIES[other]), EVERY)
     found = match(open_lora(loras.diffusers(tmp_path, made, RANK)), config)
     assert found.general == [f"it was made for CogVideoX {other}, and this is CogVideoX {family}"]
-    with pytest.raises(ValueError, match=r"^lora a.safetensors must fit this cogvideox.*-i2v checkpoint: it was made for CogVideoX "):
+    with pytest.raises(
+        ValueError,
+        match=r"^lora a.safetensors must fit this cogvideox.*-i2v checkpoint: it was made for CogVideoX ",
+    ):
         found.checked()
 
 
-BASES = ["THUDM/CogVideoX-5b-I2V", "zai-org/CogVideoX1.5-5B-I2V", "/data/v1.5/CogVideoX-5b", "alibaba-pai/CogVideoX-Fun-V1.5-5b-InP"]
+BASES = [
+    "THUDM/CogVideoX-5b-I2V",
+    "zai-org/CogVideoX1.5-5B-I2V",
+    "/data/v1.5/CogVideoX-5b",
+    "alibaba-pai/CogVideoX-Fun-V1.5-5b-InP",
+]
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("where", ["header", "adapter_config.json", "card"])
 def test_what_a_lora_says_of_its_base_is_believed(
-    base: str, where: str, attention: loras.Pairs, family: str, config: CheckpointConfig, tmp_path: Path
+    base: str,
+    where: str,
+    attention: loras.Pairs,
+    family: str,
+    config: CheckpointConfig,
+    tmp_path: Path,
 ) -> None:
     if where == "adapter_config.json":
-        (tmp_path / where).write_text(json.dumps({"base_model_name_or_path": base, "r": RANK, "lora_alpha": RANK}))
+        (tmp_path / where).write_text(
+            json.dumps({"base_model_name_or_path": base, "r": RANK, "lora_alpha": RANK})
+        )
     elif where == "card":
-        (tmp_path / "README.md").write_text(f"---\nlicense: other\nbase_model: {base}\ntags:\n- lora\n---\n# A LoRA\n")
+        (tmp_path / "README.md").write_text(
+            f"---\nlicense: other\nbase_model: {base}\ntags:\n- lora\n---\n# A LoRA\n"
+        )
     stated = loras.header(base_model_name_or_path=base) if where == "header" else None
-    found = match(open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(attention), stated)), config)
+    found = match(
+        open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(attention), stated)), config
+    )
     its = "1.5" if base in (BASES[1], BASES[3]) else "1.0"
     if its == family:
         assert found.faults == []
         assert found.line().endswith(f", weight 1, made for {base}")
     else:
-        assert found.faults == [f"it says that it was made for {base}, of CogVideoX {its}, and this is CogVideoX {family}"]
+        assert found.faults == [
+            f"it says that it was made for {base}, of CogVideoX {its}, and this is CogVideoX {family}"
+        ]
 
 
 # the commands
@@ -291,23 +397,32 @@ def test_what_a_lora_says_of_its_base_is_believed(
 def tiny(tmp_path: Path) -> Path:
     config = named("cogi2v-tiny").transformer
     shapes = {"A": (RANK, config.width), "B": (config.width, RANK)}
-    stems = [f"transformer.transformer_blocks.{layer}.attn1.to_q" for layer in range(config.num_layers)]
-    tensors = {f"{stem}.lora_{side}.weight": torch.full(shape, 0.01) for stem in stems for side, shape in shapes.items()}
-    return loras.save(tmp_path / "tiny.safetensors", tensors | {"text_encoder.x.lora_A.weight": torch.zeros(1)})
+    stems = [
+        f"transformer.transformer_blocks.{layer}.attn1.to_q" for layer in range(config.num_layers)
+    ]
+    tensors = {
+        f"{stem}.lora_{side}.weight": torch.full(shape, 0.01)
+        for stem in stems
+        for side, shape in shapes.items()
+    }
+    return loras.save(
+        tmp_path / "tiny.safetensors", tensors | {"text_encoder.x.lora_A.weight": torch.zeros(1)}
+    )
 
 
 def test_inspect_prints_the_table(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     count = 2 * named("cogi2v-tiny").transformer.num_layers
-    line = (
-        f"lora tiny.safetensors: {count} of {count + 1} tensors matched, rank 4, alpha 4 (not stated: as the rank), weight 1 (cogi2v-tiny)"
-    )
+    line = f"lora tiny.safetensors: {count} of {count + 1} tensors matched, rank 4, alpha 4 (not stated: as the rank), weight 1 (cogi2v-tiny)"
     unmatched = "  ! text_encoder.x.lora_A.weight is of a text encoder, which stays as it is"
     assert convert.main(["inspect", str(tiny), "--model", "cogi2v-tiny"]) == 0
     assert capsys.readouterr().out.splitlines() == [line, unmatched]
     assert convert.main(["inspect", str(tiny), "--model", str(twins.TINY), "--keys"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == [line, unmatched]
-    assert "  transformer.transformer_blocks.1.attn1.to_q.lora_B.weight -> blocks.attn.q.kernel[1]" in lines
+    assert (
+        "  transformer.transformer_blocks.1.attn1.to_q.lora_B.weight -> blocks.attn.q.kernel[1]"
+        in lines
+    )
     assert len(lines) == 2 + count
 
 
@@ -315,11 +430,17 @@ def test_inspect_says_why_one_would_be_refused(tiny: Path, capsys: pytest.Captur
     assert convert.main(["inspect", str(tiny), "--model", "THUDM/CogVideoX-5b-I2V"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("0 of 11 tensors matched, weight 1 (cogvideox-5b-i2v)")
-    assert "  ! transformer.transformer_blocks.0.attn1.to_q.lora_A.weight must have the shape [rank, 3072]: got [4, 160]" in lines
+    assert (
+        "  ! transformer.transformer_blocks.0.attn1.to_q.lora_A.weight must have the shape [rank, 3072]: got [4, 160]"
+        in lines
+    )
 
 
 def test_inspect_asks_for_the_model(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     assert convert.main(["inspect", str(tiny)]) == 1
-    assert "got a LoRA, which is no network but a change of one: inspect it with --model NAME" in capsys.readouterr().err
+    assert (
+        "got a LoRA, which is no network but a change of one: inspect it with --model NAME"
+        in capsys.readouterr().err
+    )
     assert convert.main(["inspect", str(tiny), "--model", "gone"]) == 1
     assert "model must be a folder or one of cogi2v-tiny, " in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Compiler options: those of a device kind, the user's over them, and what a compiler doesn't take."""
+"""Compiler options: those of a device kind, the user's over them, and what a compiler doesn't
+take."""
 
 import jax
 import numpy as np
@@ -29,23 +30,37 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
         ("xla_absent=", {"xla_one": "1", "xla_two": "true"}),
     ],
 )
-def test_the_user_s_options_lie_over_those_of_the_device(chosen, options, table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_s_options_lie_over_those_of_the_device(
+    chosen, options, table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if chosen is not None:
         monkeypatch.setenv(VARIABLE, chosen)
     assert compiler_options("TPU v9") == options
 
 
-def test_the_loop_has_options_of_its_own_and_the_user_s_lie_over_these_too(table, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compiler_options("TPU v9", loop=True) == {"xla_one": "1", "xla_two": "false", "xla_four": "4"}
+def test_the_loop_has_options_of_its_own_and_the_user_s_lie_over_these_too(
+    table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compiler_options("TPU v9", loop=True) == {
+        "xla_one": "1",
+        "xla_two": "false",
+        "xla_four": "4",
+    }
     monkeypatch.setenv(VARIABLE, "xla_two=maybe xla_four=")
     assert compiler_options("TPU v9", loop=True) == {"xla_one": "1", "xla_two": "maybe"}
 
 
-def test_the_loop_s_options_reach_the_loop_s_compiler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_s_options_reach_the_loop_s_compiler_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "LOOP", {"cpu": {"xla_cpu_enable_fast_math": "false"}})
     seen, compile_ = [], jax.stages.Lowered.compile
     monkeypatch.setattr(
-        jax.stages.Lowered, "compile", lambda self, compiler_options=None: seen.append(compiler_options) or compile_(self, compiler_options)
+        jax.stages.Lowered,
+        "compile",
+        lambda self, compiler_options=None: (
+            seen.append(compiler_options) or compile_(self, compiler_options)
+        ),
     )
     for loop in (False, True):
         Program(lambda x: x + 2, loop=loop).compile(jax.ShapeDtypeStruct((), float))
@@ -54,20 +69,28 @@ def test_the_loop_s_options_reach_the_loop_s_compiler_alone(monkeypatch: pytest.
     assert not programs.DECODE.loop
 
 
-def test_an_unknown_device_has_the_user_s_options_alone(table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_device_has_the_user_s_options_alone(
+    table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert compiler_options("TPU v10") == {}
     monkeypatch.setenv(VARIABLE, "xla_one=5")
     assert compiler_options("TPU v10") == {"xla_one": "5"}
 
 
 @pytest.mark.parametrize("chosen", ["xla_one", "xla_one=1 =2", "xla_one 1", "--xla_one=1"])
-def test_what_is_no_option_is_refused_by_its_word(chosen: str, table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_option_is_refused_by_its_word(
+    chosen: str, table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLE, chosen)
-    with pytest.raises(ValueError, match=f"^{VARIABLE} must be name=value pairs with spaces between them: got '"):
+    with pytest.raises(
+        ValueError, match=f"^{VARIABLE} must be name=value pairs with spaces between them: got '"
+    ):
         compiler_options("TPU v9")
 
 
-def test_the_report_says_what_is_handed_over_and_who_chose_it(table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_says_what_is_handed_over_and_who_chose_it(
+    table, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert report("TPU v9") == [
         "compiler options for TPU v9:",
         "  xla_one=1",
@@ -92,26 +115,49 @@ def lowered(shift: float = 1.0) -> jax.stages.Lowered:
 def test_options_reach_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, compile_ = [], jax.stages.Lowered.compile
     monkeypatch.setattr(
-        jax.stages.Lowered, "compile", lambda self, compiler_options=None: seen.append(compiler_options) or compile_(self, compiler_options)
+        jax.stages.Lowered,
+        "compile",
+        lambda self, compiler_options=None: (
+            seen.append(compiler_options) or compile_(self, compiler_options)
+        ),
     )
-    monkeypatch.setenv(VARIABLE, "xla_cpu_enable_fast_math=true xla_backend_optimization_level=1 xla_dump_hlo_as_text=False")
+    monkeypatch.setenv(
+        VARIABLE,
+        "xla_cpu_enable_fast_math=true xla_backend_optimization_level=1 xla_dump_hlo_as_text=False",
+    )
     assert float(Program(lambda x: x + 1).compile(jax.ShapeDtypeStruct((), float))(1.0)) == 2
-    assert seen == [{"xla_cpu_enable_fast_math": True, "xla_backend_optimization_level": "1", "xla_dump_hlo_as_text": False}]
+    assert seen == [
+        {
+            "xla_cpu_enable_fast_math": True,
+            "xla_backend_optimization_level": "1",
+            "xla_dump_hlo_as_text": False,
+        }
+    ]
 
 
 @pytest.mark.parametrize("option", ["xla_no_such_option=1", "xla_cpu_enable_fast_math=perhaps"])
-def test_an_option_of_the_user_s_that_the_compiler_does_not_take_is_one_error(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_of_the_user_s_that_the_compiler_does_not_take_is_one_error(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLE, option)
-    with pytest.raises(ValueError, match=f"^{VARIABLE} must name options that this compiler takes: got {option}") as caught:
+    with pytest.raises(
+        ValueError, match=f"^{VARIABLE} must name options that this compiler takes: got {option}"
+    ) as caught:
         compile_with(compiler_options("cpu"), lowered())
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_option_of_ours_that_the_compiler_does_not_take_is_left_out_in_one_line(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "OPTIONS", {"cpu": {"xla_cpu_enable_fast_math": "true", "xla_no_such_option": "1"}})
+def test_an_option_of_ours_that_the_compiler_does_not_take_is_left_out_in_one_line(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        module, "OPTIONS", {"cpu": {"xla_cpu_enable_fast_math": "true", "xla_no_such_option": "1"}}
+    )
     assert float(compile_with(compiler_options("cpu"), lowered())(1.0)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("compiler option must be one that this compiler takes: got xla_no_such_option=1 ")
+    assert line.startswith(
+        "compiler option must be one that this compiler takes: got xla_no_such_option=1 "
+    )
 
 
 def test_other_failures_of_the_compiler_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,8 +180,15 @@ def test_a_tpu_s_compiler_takes_every_option_of_its_row(name: str, capsys) -> No
 
 
 def test_a_tpu_s_compiler_s_refusals_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = jax.ShapeDtypeStruct((256, 256), np.float32, sharding=NamedSharding(chip("v5e"), PartitionSpec()))
+    x = jax.ShapeDtypeStruct(
+        (256, 256), np.float32, sharding=NamedSharding(chip("v5e"), PartitionSpec())
+    )
     for option in ("xla_tpu_no_such_option=1", "xla_tpu_scoped_vmem_limit_kib=much"):
         monkeypatch.setenv(VARIABLE, option)
-        with pytest.raises(ValueError, match=f"^{VARIABLE} must name options that this compiler takes: got {option}"):
-            compile_with(compiler_options("TPU v5 lite", loop=True), jax.jit(lambda x: x @ x).lower(x))
+        with pytest.raises(
+            ValueError,
+            match=f"^{VARIABLE} must name options that this compiler takes: got {option}",
+        ):
+            compile_with(
+                compiler_options("TPU v5 lite", loop=True), jax.jit(lambda x: x @ x).lower(x)
+            )

@@ -14,7 +14,11 @@ from jax import monitoring
 
 from cogi2v_jax.devices.compiling import Program, Stopwatch, keep_compilations
 
-FOLDER, ENABLED, LEAST = "jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs"
+FOLDER, ENABLED, LEAST = (
+    "jax_compilation_cache_dir",
+    "jax_enable_compilation_cache",
+    "jax_persistent_cache_min_compile_time_secs",
+)
 
 
 @pytest.fixture
@@ -76,7 +80,8 @@ def test_new_values_compile_nothing(program, compiles):
     again = program.compile(*arguments(by=5.0), shift=1, kind="sum")
     assert again is first
     assert float(again(*arguments(by=5.0))) == 18
-    assert program.compile(*on_device, kind="sum", shift=1) is first  # static values in another order, too
+    # Static values in another order, too.
+    assert program.compile(*on_device, kind="sum", shift=1) is first
     assert len(compiles) == 1
 
 
@@ -237,7 +242,11 @@ print(len(hits), len(misses), float(np.asarray(Program(step).compile(x)(x)).sum(
 
 
 def entries(cache: Path) -> set[str]:
-    return {path.name for path in (cache / "cogi2v-jax" / "xla").iterdir() if path.name.endswith("-cache")}
+    return {
+        path.name
+        for path in (cache / "cogi2v-jax" / "xla").iterdir()
+        if path.name.endswith("-cache")
+    }
 
 
 def test_a_second_process_finds_what_the_first_compiled(tmp_path):
@@ -245,7 +254,13 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path):
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def run() -> list[str]:
-        done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 

@@ -1,4 +1,5 @@
-"""Executables that outlive their process: found again, never wrong, and no worse than none when their file is broken."""
+"""Executables that outlive their process: found again, never wrong, and no worse than none when
+their file is broken."""
 
 import os
 import pickle
@@ -25,9 +26,13 @@ WORDS = np.array([[1, 2], [3, 4]], np.uint32)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where executables are kept. What jax itself remembers of a program would keep XLA from compiling it afresh."""
+    """Where executables are kept. What jax itself remembers of a program would keep XLA from
+    compiling it afresh."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    folder, least = jax.config.values["jax_compilation_cache_dir"], jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    folder, least = (
+        jax.config.values["jax_compilation_cache_dir"],
+        jax.config.values["jax_persistent_cache_min_compile_time_secs"],
+    )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     jax.clear_caches()
     yield user_cache_path("cogi2v-jax") / "executables"
@@ -115,7 +120,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_file_that_is_of_no_use_is_one_line_and_replaced(fault: str, folder: Path, lowered: list, capfd) -> None:
+def test_a_file_that_is_of_no_use_is_one_line_and_replaced(
+    fault: str, folder: Path, lowered: list, capfd
+) -> None:
     right = drawn()
     (file,) = kept(folder)
     FAULTS[fault](file)
@@ -132,7 +139,9 @@ def test_a_file_that_is_of_no_use_is_one_line_and_replaced(fault: str, folder: P
         assert capfd.readouterr().err == ""
 
 
-def test_a_file_of_another_user_is_not_unpickled(folder: Path, lowered: list, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_user_is_not_unpickled(
+    folder: Path, lowered: list, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = drawn()
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
@@ -142,7 +151,9 @@ def test_a_file_of_another_user_is_not_unpickled(folder: Path, lowered: list, ca
     assert f"others can write (owner {user}" in capfd.readouterr().err
 
 
-def test_nothing_is_kept_or_read_where_jax_s_cache_is_switched_off(folder: Path, lowered: list) -> None:
+def test_nothing_is_kept_or_read_where_jax_s_cache_is_switched_off(
+    folder: Path, lowered: list
+) -> None:
     before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -159,7 +170,9 @@ def test_nothing_is_kept_or_read_where_jax_s_cache_is_switched_off(folder: Path,
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def test_without_a_place_to_keep_them_programs_compile_silently(folder: Path, lowered: list, capfd) -> None:
+def test_without_a_place_to_keep_them_programs_compile_silently(
+    folder: Path, lowered: list, capfd
+) -> None:
     folder.parent.parent.mkdir(exist_ok=True)
     folder.parent.write_text("in the way")
     assert drawn().shape == (2, 2, 3)
@@ -175,7 +188,9 @@ def test_what_has_no_name_compiles_silently(folder: Path, lowered: list, capfd) 
     assert capfd.readouterr().err == ""
 
 
-def test_what_can_t_be_serialised_compiles_silently(folder: Path, lowered: list, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_t_be_serialised_compiles_silently(
+    folder: Path, lowered: list, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(compiling, "fingerprint", lambda *_: "0" * 64)
     one = np.ones(2, np.float32)
     for _ in range(2):
@@ -186,7 +201,9 @@ def test_what_can_t_be_serialised_compiles_silently(folder: Path, lowered: list,
     assert capfd.readouterr().err == ""
 
 
-def test_a_program_over_eight_devices_is_loaded_onto_the_same_eight(folder: Path, lowered: list) -> None:
+def test_a_program_over_eight_devices_is_loaded_onto_the_same_eight(
+    folder: Path, lowered: list
+) -> None:
     mesh = Mesh(np.array(jax.devices()).reshape(1, 2, 4), ("data", "pair", "context"))
     sharding = NamedSharding(mesh, PartitionSpec("pair", "context"))
     x = jax.device_put(np.arange(32, dtype=np.float32).reshape(4, 8), sharding)
@@ -213,7 +230,9 @@ def test_shapes_compile_what_arrays_then_find(folder: Path, lowered: list) -> No
     np.testing.assert_array_equal(again(x), ahead(x))
 
 
-def test_threads_that_ask_for_one_program_get_one_executable(lowered: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_ask_for_one_program_get_one_executable(
+    lowered: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared, found, build = Program(lambda x: 2 * x), [], Program._build
     entered, release = threading.Event(), threading.Event()
 
@@ -223,7 +242,10 @@ def test_threads_that_ask_for_one_program_get_one_executable(lowered: list, monk
         return build(self, *given)
 
     monkeypatch.setattr(Program, "_build", slowly)
-    threads = [threading.Thread(target=lambda: found.append(shared.compile(np.ones(3, np.float32)))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(shared.compile(np.ones(3, np.float32))))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     assert entered.wait(60)
@@ -248,7 +270,9 @@ def test_a_failure_is_told_to_all_who_wait_and_tried_again(monkeypatch: pytest.M
     with pytest.raises(MemoryError, match="too large"):
         shared.compile(np.ones(3, np.float32))
     monkeypatch.setattr(Program, "_build", build)
-    np.testing.assert_array_equal(shared.compile(np.ones(3, np.float32))(np.ones(3, np.float32)), [2, 2, 2])
+    np.testing.assert_array_equal(
+        shared.compile(np.ones(3, np.float32))(np.ones(3, np.float32)), [2, 2, 2]
+    )
 
 
 SCRIPT = """
@@ -269,12 +293,20 @@ print(*seen, float(np.asarray(executable(None, words)[0]).sum()))
 """
 
 
-def test_a_second_process_neither_traces_nor_compiles_and_a_third_that_finds_jax_s_cache_alone_is_right(tmp_path: Path) -> None:
+def test_a_second_process_neither_traces_nor_compiles_and_a_third_that_finds_jax_s_cache_alone_is_right(
+    tmp_path: Path,
+) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def run() -> tuple[list[int], str]:
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
         *counts, value = done.stdout.split()
@@ -286,7 +318,8 @@ def test_a_second_process_neither_traces_nor_compiles_and_a_third_that_finds_jax
     assert run() == ([0, 0, 0], value)
     (file,) = kept(folder)
     file.unlink()
-    # XLA:CPU would write an executable from here that loads and then doesn't run, so none may be kept.
+    # XLA:CPU would write an executable from here that loads and then doesn't run, so none may be
+    # kept.
     for _ in range(2):
         (traced, compiles, hits), again = run()
         assert (traced > 0, compiles, hits, again) == (True, 1, 1, value)

@@ -1,4 +1,5 @@
-"""What decides an executable changes its fingerprint, what doesn't doesn't, and what no other process could name has none."""
+"""What decides an executable changes its fingerprint, what doesn't doesn't, and what no other
+process could name has none."""
 
 import os
 import subprocess
@@ -74,7 +75,10 @@ ONE = jax.ShapeDtypeStruct((3,), np.float32)
         (((ONE,), {"slab": 1}), ((ONE,), {"slab": 2})),
         (((ONE,), {"slab": 1}), ((ONE,), {"slab": True})),
         (((ONE,), {"attend": attention.xla}), ((ONE,), {"attend": attention.cudnn})),
-        (((ONE,), {"attend": partial(attention.xla, k=1)}), ((ONE,), {"attend": partial(attention.xla, k=2)})),
+        (
+            ((ONE,), {"attend": partial(attention.xla, k=1)}),
+            ((ONE,), {"attend": partial(attention.xla, k=2)}),
+        ),
         (((ONE,), {"mesh": mesh(1, 2, 4)}), ((ONE,), {"mesh": mesh(1, 4, 2)})),
         (((ONE,), {"mesh": mesh(1, 2, 4)}), ((ONE,), {"mesh": mesh(1, 2, 4, reverse=True)})),
         (((ONE,), {}, {"option": "1"}), ((ONE,), {}, {"option": "2"})),
@@ -93,7 +97,10 @@ def test_whatever_decides_an_executable_changes_its_fingerprint(one: tuple, othe
     [
         (np.ones(3, np.float32), ONE),
         (jnp.ones(3, np.float32), ONE),
-        (jax.device_put(np.ones((8, 4), np.float32), spread("context").sharding), spread("context")),
+        (
+            jax.device_put(np.ones((8, 4), np.float32), spread("context").sharding),
+            spread("context"),
+        ),
         (spread("context"), spread(("context",), None)),
         (spread("context"), spread(("data", "context"))),  # an axis of one device
         (spread(sizes=(1, 1, 1)), spread("data", sizes=(1, 1, 1))),
@@ -120,13 +127,17 @@ def test_values_of_arguments_are_not_looked_at() -> None:
         lambda patch: patch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_scoped_vmem_limit_kib=1"),
     ],
 )
-def test_software_flags_and_the_machine_are_part_of_it(change, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_software_flags_and_the_machine_are_part_of_it(
+    change, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = print_of((ONE,))
     change(monkeypatch)
     assert None is not print_of((ONE,)) != before
 
 
-@pytest.mark.parametrize(("setting", "value"), [("jax_default_matmul_precision", "bfloat16"), ("jax_enable_x64", True)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("jax_default_matmul_precision", "bfloat16"), ("jax_enable_x64", True)]
+)
 def test_settings_of_jax_that_change_numbers_are_part_of_it(setting: str, value) -> None:
     before, fingerprint_before = jax.config.values[setting], print_of((ONE,))
     jax.config.update(setting, value)
@@ -161,8 +172,17 @@ def test_what_another_process_could_not_name_has_no_fingerprint(given: dict) -> 
     assert print_of(**given) is None
 
 
-def test_several_processes_on_gpus_have_none_because_they_tune_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Mock(spec=jax.Device, platform="gpu", device_kind="NVIDIA H100 80GB HBM3", id=0, coords=None, process_index=0)
+def test_several_processes_on_gpus_have_none_because_they_tune_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = Mock(
+        spec=jax.Device,
+        platform="gpu",
+        device_kind="NVIDIA H100 80GB HBM3",
+        id=0,
+        coords=None,
+        process_index=0,
+    )
     gpu.client.platform_version = "cuda 12090"
     monkeypatch.setattr(fingerprint, "devices", lambda args: [gpu])
     monkeypatch.setattr(jax, "devices", lambda platform: [gpu])
@@ -173,7 +193,17 @@ def test_several_processes_on_gpus_have_none_because_they_tune_together(monkeypa
 
 @pytest.mark.parametrize(
     "value",
-    [None, 1.5, "xla", (1, "a"), {"b": 1, "a": 2}, np.float32(1), jnp.dtype(jnp.bfloat16), lax.Precision.HIGHEST, PartitionSpec("data")],
+    [
+        None,
+        1.5,
+        "xla",
+        (1, "a"),
+        {"b": 1, "a": 2},
+        np.float32(1),
+        jnp.dtype(jnp.bfloat16),
+        lax.Precision.HIGHEST,
+        PartitionSpec("data"),
+    ],
 )
 def test_plain_values_have_words(value) -> None:
     assert describe(value) == describe(value)
@@ -195,7 +225,9 @@ def test_two_partials_of_the_same_parts_are_described_alike() -> None:
 
 def test_devices_are_in_the_order_of_the_mesh() -> None:
     turned = mesh(1, 2, 4, reverse=True)
-    assert devices((ONE, over(NamedSharding(turned, PartitionSpec("context"))))) == list(turned.devices.flat)
+    assert devices((ONE, over(NamedSharding(turned, PartitionSpec("context"))))) == list(
+        turned.devices.flat
+    )
     assert devices((ONE,)) == jax.devices()[:1]
 
 
@@ -226,7 +258,13 @@ print(fingerprint(phases.decode_latents, (network, np.ones(3)), {"attend": parti
 def test_two_processes_find_the_same_fingerprint() -> None:
     def run(seed: str) -> str:
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 

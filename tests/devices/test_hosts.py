@@ -33,7 +33,9 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"
 def announce(monkeypatch: pytest.MonkeyPatch):
     """Sets the variables given, and no others that could announce anything."""
     for name in os.environ:
-        if name.startswith(("COGI2V_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_")):
+        if name.startswith(
+            ("COGI2V_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setattr(hosts, "_metadata", lambda key: pytest.fail("the network was asked"))
     return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
@@ -52,17 +54,25 @@ def test_an_ipv6_coordinator_stands_in_brackets(announce) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"COGI2V_PROCESS": ""}, "COGI2V_COORDINATOR, COGI2V_PROCESSES, COGI2V_PROCESS must be set together: got only "),
+        (
+            {"COGI2V_PROCESS": ""},
+            "COGI2V_COORDINATOR, COGI2V_PROCESSES, COGI2V_PROCESS must be set together: got only ",
+        ),
         ({"COGI2V_PROCESS": "4"}, "COGI2V_PROCESS must be a number from 0 to 3: got '4'"),
         ({"COGI2V_PROCESS": "-1"}, "COGI2V_PROCESS must be a number from 0 to 3: got '-1'"),
         ({"COGI2V_PROCESSES": "0"}, "COGI2V_PROCESSES must be a number from 1: got '0'"),
         ({"COGI2V_PROCESSES": "four"}, "COGI2V_PROCESSES must be a number from 1: got 'four'"),
         ({"COGI2V_COORDINATOR": "node-1"}, "COGI2V_COORDINATOR must be HOST:PORT: got 'node-1'"),
         ({"COGI2V_COORDINATOR": ":8476"}, "COGI2V_COORDINATOR must be HOST:PORT: got ':8476'"),
-        ({"COGI2V_COORDINATOR": "node-1:65536"}, "COGI2V_COORDINATOR must be HOST:PORT: got 'node-1:65536'"),
+        (
+            {"COGI2V_COORDINATOR": "node-1:65536"},
+            "COGI2V_COORDINATOR must be HOST:PORT: got 'node-1:65536'",
+        ),
     ],
 )
-def test_what_is_announced_wrongly_is_one_line(announce, changes: dict[str, str], line: str) -> None:
+def test_what_is_announced_wrongly_is_one_line(
+    announce, changes: dict[str, str], line: str
+) -> None:
     announce(BY_HAND | changes)
     with pytest.raises(ValueError, match=r"^COGI2V_") as caught:
         hosts.announced()
@@ -87,14 +97,19 @@ def test_a_pod_announces_its_workers(announce, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))  # which has nothing of several slices
+    # Which has nothing of several slices.
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
     announce(POD)
     assert hosts.announced() == Seat("localhost", 8482, 2, 1)
 
 
-def test_a_pod_without_variables_is_known_by_its_metadata(announce, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pod_without_variables_is_known_by_its_metadata(
+    announce, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hosts, "_holds_tpus", lambda: True)
-    monkeypatch.setattr(hosts, "_metadata", {"worker-network-endpoints": "a:b:10.0.0.1,a:b:10.0.0.2"}.get)
+    monkeypatch.setattr(
+        hosts, "_metadata", {"worker-network-endpoints": "a:b:10.0.0.1,a:b:10.0.0.2"}.get
+    )
     assert hosts._hint() == "worker-network-endpoints"
     monkeypatch.setattr(hosts, "_metadata", {"worker-network-endpoints": "a:b:10.0.0.1"}.get)
     assert hosts._hint() is None
@@ -113,8 +128,12 @@ def test_a_pod_without_variables_is_known_by_its_metadata(announce, monkeypatch:
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
     ],
 )
-def test_one_process_is_alone_and_neither_jax_nor_the_network_is_asked(announce, monkeypatch, variables: dict[str, str]) -> None:
-    monkeypatch.setattr(hosts, "_as_jax_sees_it", lambda hint: pytest.fail(f"jax was asked for {hint}"))
+def test_one_process_is_alone_and_neither_jax_nor_the_network_is_asked(
+    announce, monkeypatch, variables: dict[str, str]
+) -> None:
+    monkeypatch.setattr(
+        hosts, "_as_jax_sees_it", lambda hint: pytest.fail(f"jax was asked for {hint}")
+    )
     announce(variables)
     assert hosts.announced() is None
 
@@ -137,9 +156,13 @@ def test_a_kubernetes_job_that_jax_cannot_ask_is_alone(announce) -> None:
         ),
     ],
 )
-def test_a_cluster_that_jax_cannot_number_is_one_line(announce, variables: dict[str, str], line: str) -> None:
+def test_a_cluster_that_jax_cannot_number_is_one_line(
+    announce, variables: dict[str, str], line: str
+) -> None:
     announce(variables)
-    with pytest.raises(ValueError, match=r"; set COGI2V_COORDINATOR, .* or COGI2V_PROCESSES=1 to stay alone$") as caught:
+    with pytest.raises(
+        ValueError, match=r"; set COGI2V_COORDINATOR, .* or COGI2V_PROCESSES=1 to stay alone$"
+    ) as caught:
         hosts.announced()
     assert str(caught.value).startswith(line)
 
@@ -150,11 +173,19 @@ def test_metadata_that_nobody_serves_is_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_joining_alone_costs_nothing(tmp_path: Path) -> None:
-    script = (
-        "import sys; from cogi2v_jax import hosts; hosts.join(); assert hosts.leads(); hosts.meet('here'); sys.exit('jax' in sys.modules)"
+    script = "import sys; from cogi2v_jax import hosts; hosts.join(); assert hosts.leads(); hosts.meet('here'); sys.exit('jax' in sys.modules)"
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "OMPI_", "TPU_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "TPU_"))}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -172,8 +203,12 @@ def test_a_program_alone_is_as_it_was() -> None:
         program(-1)
 
 
-def test_joining_needs_somebody_who_ends_the_program(announce, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joining_needs_somebody_who_ends_the_program(
+    announce, monkeypatch: pytest.MonkeyPatch
+) -> None:
     announce(BY_HAND)
     monkeypatch.setattr(hosts, "_under_together", False)
-    with pytest.raises(RuntimeError, match=r"^join must be called by a program under hosts\.together"):
+    with pytest.raises(
+        RuntimeError, match=r"^join must be called by a program under hosts\.together"
+    ):
         hosts.join()

@@ -18,7 +18,10 @@ ENDLESS = 10**9
 
 @contextmanager
 def started(count: int, steps: int, *fault: str) -> Iterator[list[subprocess.Popen]]:
-    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    settings = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
     members = [
         subprocess.Popen(
             [sys.executable, PROGRAM, str(steps), *fault],
@@ -51,12 +54,18 @@ def ended(member: subprocess.Popen) -> tuple[int, str, str]:
 def test_a_run_of_several_ends_well_and_process_0_alone_speaks(count: int) -> None:
     with started(count, 3) as members:
         first, *others = [ended(member) for member in members]
-        assert first == (0, f"step 0\nstep 1\nstep 2\nprocess 0 of {count} with {2 * count} devices\n", "")
+        assert first == (
+            0,
+            f"step 0\nstep 1\nstep 2\nprocess 0 of {count} with {2 * count} devices\n",
+            "",
+        )
         assert others == [(0, "", "")] * (count - 1)
 
 
 @pytest.mark.parametrize(("count", "killed"), [(2, 0), (2, 1), (4, 0), (4, 3)])
-def test_when_a_process_is_killed_the_others_stop_with_one_sentence(count: int, killed: int) -> None:
+def test_when_a_process_is_killed_the_others_stop_with_one_sentence(
+    count: int, killed: int
+) -> None:
     with started(count, ENDLESS) as members:
         in_the_loop(members)
         members[killed].kill()
@@ -82,9 +91,16 @@ def test_a_terminated_process_ends_and_the_others_with_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "who", "code", "words"), [("raise", 1, 1, "ValueError: image must be an image\n"), ("exit", 0, 3, ""), ("return", 1, 4, "")]
+    ("fault", "who", "code", "words"),
+    [
+        ("raise", 1, 1, "ValueError: image must be an image\n"),
+        ("exit", 0, 3, ""),
+        ("return", 1, 4, ""),
+    ],
 )
-def test_a_process_that_fails_says_why_and_the_others_stop(fault: str, who: int, code: int, words: str) -> None:
+def test_a_process_that_fails_says_why_and_the_others_stop(
+    fault: str, who: int, code: int, words: str
+) -> None:
     with started(2, ENDLESS, fault, str(who)) as members:
         failed, other = ended(members[who]), ended(members[1 - who])
         assert failed[0] == code

@@ -1,4 +1,5 @@
-"""`--plan`: read off a small table of our own, whose every number is easy to tell; and the shipped table's own sense."""
+"""`--plan`: read off a small table of our own, whose every number is easy to tell; and the shipped
+table's own sense."""
 
 import shutil
 import subprocess
@@ -37,10 +38,22 @@ generation = "cpu"
 
 
 def row(phase: str, mesh: str, gib: float, floor: float, **changes: object) -> str:
-    values = {"phase": phase, "mesh": mesh, "attention": "splash", "fits": True, "peak_gib": gib, "static_seconds_floor": floor}
+    values = {
+        "phase": phase,
+        "mesh": mesh,
+        "attention": "splash",
+        "fits": True,
+        "peak_gib": gib,
+        "static_seconds_floor": floor,
+    }
     values |= {"static_seconds": 1.25 * floor, "compile_seconds": 9.0} | changes
-    own = "\n".join(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in values.items())
-    rest = "".join(line + "\n" for line in COMMON.splitlines() if line.split(" = ")[0] not in changes)
+    own = "\n".join(
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        for key, value in values.items()
+    )
+    rest = "".join(
+        line + "\n" for line in COMMON.splitlines() if line.split(" = ")[0] not in changes
+    )
     return f"[[row]]\n{rest}{own}\n"
 
 
@@ -77,7 +90,9 @@ def columns(line: str) -> list[str]:
 def test_a_compiled_request_has_its_mesh_its_phases_their_sum_and_a_verdict(whole):
     mesh, request, _, _, *phases, blank, verdict, static, compiler = plan.lines(MODEL, "v5e-8")
     assert mesh == "v5e-8: 8 chips of TPU v5 lite (2x4), split over data 1, pair 2, context 4"
-    assert request == f"{MODEL}: one video of 49 frames of 480x720, 50 steps with guidance, bfloat16"
+    assert (
+        request == f"{MODEL}: one video of 49 frames of 480x720, 50 steps with guidance, bfloat16"
+    )
     assert [columns(line) for line in phases] == [
         ["text", "5.00", "0.25", "0.31"],
         ["encode", "3.00", "0.50", "0.62"],
@@ -87,7 +102,10 @@ def test_a_compiled_request_has_its_mesh_its_phases_their_sum_and_a_verdict(whol
     ]
     assert phases[2].endswith("splash attention")
     assert blank == ""
-    assert verdict == "fits: no phase takes more than 9.00 of the 15.75 GiB that a program can use of a chip"
+    assert (
+        verdict
+        == "fits: no phase takes more than 9.00 of the 15.75 GiB that a program can use of a chip"
+    )
     assert "static" in static
     assert static.endswith("no time was measured on a TPU")
     assert compiler == "compiled with jax 0.10.2 and libtpu 0.0.52 on 2026-11-24"
@@ -104,7 +122,10 @@ def test_steps_scale_the_seconds_of_denoising_alone_and_the_plan_says_so(whole):
 
 def test_a_phase_too_large_for_a_chip_is_named(whole):
     lines = plan.lines(MODEL, "v5e-1")
-    assert "does not fit: decode would take more than the 15.75 GiB that a program can use of a chip" in lines
+    assert (
+        "does not fit: decode would take more than the 15.75 GiB that a program can use of a chip"
+        in lines
+    )
     assert not any(line.startswith("together") for line in lines)
 
 
@@ -118,11 +139,16 @@ def test_what_was_not_compiled_is_not_guessed(tables):
     tables()
     lines = plan.lines(MODEL, "v5e-8")
     assert lines[4:8] == [f"{phase:10}not compiled; nor is anything near" for phase in plan.PHASES]
-    assert lines[-1] == "whether it fits is not known: not compiled for it: text, encode, denoise, decode"
+    assert (
+        lines[-1]
+        == "whether it fits is not known: not compiled for it: text, encode, denoise, decode"
+    )
 
 
 def test_the_nearest_is_the_same_machine_at_another_size_before_any_other_machine(tables):
-    smaller = [row("denoise", "v5e-8", gib, 10, num_frames=frames) for frames, gib in ((9, 6), (17, 8))]
+    smaller = [
+        row("denoise", "v5e-8", gib, 10, num_frames=frames) for frames, gib in ((9, 6), (17, 8))
+    ]
     tables(row("denoise", "v5e-16", 5, 20), *smaller)
     assert plan.lines(MODEL, "v5e-8")[6] == (
         "denoise   not compiled; nearest is v5e-8, 17 frames of 480x720 with guidance, bfloat16, splash attention: 8.00 GiB a chip"
@@ -141,7 +167,17 @@ def test_without_the_machine_the_nearest_is_the_one_of_the_most_similar_size(tab
         ({"num_frames": 41}, {"denoise", "decode"}),
         ({"dtype": "float32"}, {"text", "encode", "denoise", "decode"}),
         ({"attention": "xla"}, {"denoise"}),
-        ({"attention": "splash", "seed": 7, "scheduler": "ddim", "fps": 24, "fit": "pad", "use_dynamic_cfg": False}, set()),
+        (
+            {
+                "attention": "splash",
+                "seed": 7,
+                "scheduler": "ddim",
+                "fps": 24,
+                "fit": "pad",
+                "use_dynamic_cfg": False,
+            },
+            set(),
+        ),
     ],
 )
 def test_a_phase_needs_a_row_for_just_what_its_program_depends_on(whole, settings, missing):
@@ -150,10 +186,14 @@ def test_a_phase_needs_a_row_for_just_what_its_program_depends_on(whole, setting
 
 
 def test_a_row_of_another_checkpoint_is_never_near(whole):
-    assert "text      not compiled; nor is anything near" in plan.lines("cogvideox1.5-5b-i2v", "v5e-8")
+    assert "text      not compiled; nor is anything near" in plan.lines(
+        "cogvideox1.5-5b-i2v", "v5e-8"
+    )
 
 
-@pytest.mark.parametrize("name", ["zai-org/CogVideoX-5b-I2V", "THUDM/CogVideoX-5b-I2V", "zai-org/cogvideox-5b-i2v"])
+@pytest.mark.parametrize(
+    "name", ["zai-org/CogVideoX-5b-I2V", "THUDM/CogVideoX-5b-I2V", "zai-org/cogvideox-5b-i2v"]
+)
 def test_a_hub_id_is_planned_as_its_checkpoint(whole, name):
     assert plan.lines(name, "v5e-8") == plan.lines(MODEL, "v5e-8")
 
@@ -161,8 +201,14 @@ def test_a_hub_id_is_planned_as_its_checkpoint(whole, name):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((MODEL, "v7x-8"), "mesh must be one of v5e-1, v5e-8, v5e-16, cpu to be planned: got 'v7x-8'"),
-        (("sora", "v5e-8"), "model must be one of cogi2v-tiny, cogvideox-5b-i2v, cogvideox1.5-5b-i2v to be planned: got 'sora'"),
+        (
+            (MODEL, "v7x-8"),
+            "mesh must be one of v5e-1, v5e-8, v5e-16, cpu to be planned: got 'v7x-8'",
+        ),
+        (
+            ("sora", "v5e-8"),
+            "model must be one of cogi2v-tiny, cogvideox-5b-i2v, cogvideox1.5-5b-i2v to be planned: got 'sora'",
+        ),
     ],
 )
 def test_an_unknown_name_is_one_line_with_the_known_ones(whole, arguments, error):
@@ -172,7 +218,10 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(whole, arguments, error
 
 
 def test_what_the_network_cannot_compute_is_refused_as_for_a_request(whole):
-    with pytest.raises(ValueError, match=r"num_frames must be 8k\+1 and at most 49 for cogvideox-5b-i2v .* got 50; nearest is 49"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_frames must be 8k\+1 and at most 49 for cogvideox-5b-i2v .* got 50; nearest is 49",
+    ):
         plan.lines(MODEL, "v5e-8", num_frames=50)
 
 
@@ -189,7 +238,9 @@ from cogi2v_jax import plan
 print(*plan.lines({MODEL!r}, "v5e-8"), sep="\\n")
 sys.exit(str(heavy) if (heavy := sys.modules.keys() & {{"jax", "flax", "orbax", "torch"}}) else 0)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("v5e-8: 8 chips")
 
@@ -199,6 +250,8 @@ def test_a_shipped_row_is_of_a_known_mesh_and_checkpoint_and_fits_as_it_says(num
     row = plan.table()["row"][number]
     assert row["model"] in config.names()
     assert row["phase"] in plan.PHASES
-    assert row["fits"] == (row.get("peak_gib", float("inf")) <= plan.generation(row["mesh"])["hbm_gib"])
+    assert row["fits"] == (
+        row.get("peak_gib", float("inf")) <= plan.generation(row["mesh"])["hbm_gib"]
+    )
     if row["fits"]:
         assert 0 < row["static_seconds_floor"] <= row["static_seconds"]

@@ -14,13 +14,30 @@ from tolerances import assert_close
 import cogi2v_jax
 from cogi2v_jax import Models, Request, config, pipeline
 from cogi2v_jax.devices.compiling import Stopwatch
-from cogi2v_jax.devices.mesh import Sizes, Work, by_squares, choose_sizes, make_mesh, misfits, sizes_of, spatial, work_of
+from cogi2v_jax.devices.mesh import (
+    Sizes,
+    Work,
+    by_squares,
+    choose_sizes,
+    make_mesh,
+    misfits,
+    sizes_of,
+    spatial,
+    work_of,
+)
 from cogi2v_jax.devices.sharding import fetch, put, split
 from cogi2v_jax.weights.pieces import bytes_per_device, piece, placed
 
 FLOAT32 = jnp.dtype(jnp.float32)
-EIGHT = [Sizes(data, pair, context) for data in (1, 2, 4, 8) for pair in (1, 2) for context in (1, 2, 4, 8) if data * pair * context == 8]
-FEW = (Sizes(1, 1, 8), Sizes(1, 2, 4), Sizes(2, 2, 2))  # in them every axis is split, alone or beside others
+EIGHT = [
+    Sizes(data, pair, context)
+    for data in (1, 2, 4, 8)
+    for pair in (1, 2)
+    for context in (1, 2, 4, 8)
+    if data * pair * context == 8
+]
+# In them every axis is split, alone or beside others.
+FEW = (Sizes(1, 1, 8), Sizes(1, 2, 4), Sizes(2, 2, 2))
 
 
 class Device(types.SimpleNamespace):
@@ -36,7 +53,10 @@ def device(index: int = 0, platform: str = "tpu", process: int = 0, **attributes
 
 def grid(*extents: int) -> list[Any]:
     """A TPU slice's devices in the order jax lists them: x fastest."""
-    return [device(number, coords=tuple(reversed(place))) for number, place in enumerate(np.ndindex(*reversed(extents)))]
+    return [
+        device(number, coords=tuple(reversed(place)))
+        for number, place in enumerate(np.ndindex(*reversed(extents)))
+    ]
 
 
 # names
@@ -51,10 +71,25 @@ def test_a_mesh_is_named_or_spelled_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "v5e-9", "pair", "pair=", "pair=0", "pair=-1", "pair=2,pair=2", "rows=2", "pair=2;context=4", "context=1.5"]
+    "text",
+    [
+        "",
+        "v5e-9",
+        "pair",
+        "pair=",
+        "pair=0",
+        "pair=-1",
+        "pair=2,pair=2",
+        "rows=2",
+        "pair=2;context=4",
+        "context=1.5",
+    ],
 )
 def test_what_is_no_mesh_is_refused_with_the_known_ones(text: str) -> None:
-    with pytest.raises(ValueError, match=r"mesh must be auto, v5e-1, .*cpu, or sizes like data=1,pair=2,context=4: got"):
+    with pytest.raises(
+        ValueError,
+        match=r"mesh must be auto, v5e-1, .*cpu, or sizes like data=1,pair=2,context=4: got",
+    ):
         sizes_of(text)
 
 
@@ -98,13 +133,17 @@ def asked(videos: int = 1, guided: bool = True, heads: int = 48) -> list[Work]:
         (8, asked(heads=7, guided=True), Sizes(1, 1, 7)),
     ],
 )
-def test_auto_takes_videos_first_then_the_pair_then_the_sequence(devices: int, work: list[Work], sizes: Sizes) -> None:
+def test_auto_takes_videos_first_then_the_pair_then_the_sequence(
+    devices: int, work: list[Work], sizes: Sizes
+) -> None:
     assert choose_sizes("auto", work, [device(number) for number in range(devices)]) == sizes
 
 
 def test_auto_does_not_split_the_threads_of_one_cpu_but_takes_every_process() -> None:
     assert choose_sizes("auto", asked(), [device(number, "cpu") for number in range(8)]) == Sizes()
-    assert choose_sizes("auto", asked(), [device(number, "cpu", process=number // 2) for number in range(8)]) == Sizes(1, 2, 2)
+    assert choose_sizes(
+        "auto", asked(), [device(number, "cpu", process=number // 2) for number in range(8)]
+    ) == Sizes(1, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -115,13 +154,23 @@ def test_auto_does_not_split_the_threads_of_one_cpu_but_takes_every_process() ->
             asked(),
             "transformer blocks.attn: axis heads of size 48 must divide by 5 (context) for mesh data=1,pair=1,context=5",
         ),
-        ("data=2", asked(), "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1"),
-        ("v5e-8", asked(guided=False), "request: axis pair of size 1 must divide by 2 (pair) for mesh data=1,pair=2,context=4"),
+        (
+            "data=2",
+            asked(),
+            "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1",
+        ),
+        (
+            "v5e-8",
+            asked(guided=False),
+            "request: axis pair of size 1 must divide by 2 (pair) for mesh data=1,pair=2,context=4",
+        ),
         ("v5e-16", asked(), "mesh v5e-16 must have at most the 8 devices that there are: got 16"),
         ("context=7,pair=2", asked(), "mesh context=7,pair=2 must have at most"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(text: str, work: list[Work], line: str) -> None:
+def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(
+    text: str, work: list[Work], line: str
+) -> None:
     with pytest.raises(ValueError, match="nearest mesh that works is ") as caught:
         choose_sizes(text, work, [device(number) for number in range(8)])
     assert line in str(caught.value)
@@ -130,7 +179,9 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(text: st
     assert sizes_of(nearest).devices <= 8
 
 
-@pytest.mark.parametrize(("devices", "nearest"), [(16, "pair=2,context=6"), (8, "pair=2,context=4")])
+@pytest.mark.parametrize(
+    ("devices", "nearest"), [(16, "pair=2,context=6"), (8, "pair=2,context=4")]
+)
 def test_the_nearest_mesh_is_near(devices: int, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"is data=1,{nearest}$"):
         choose_sizes("pair=2,context=5", asked(), [device(number) for number in range(devices)])
@@ -138,12 +189,15 @@ def test_the_nearest_mesh_is_near(devices: int, nearest: str) -> None:
 
 def test_a_parameter_that_does_not_divide_is_named_and_not_all_of_its_kind() -> None:
     checkpoint = config.named("cogi2v-tiny")
-    work = work_of(checkpoint, {"text_encoder": piece(checkpoint, "text_encoder", FLOAT32)}, videos=1, guided=True)
+    work = work_of(
+        checkpoint,
+        {"text_encoder": piece(checkpoint, "text_encoder", FLOAT32)},
+        videos=1,
+        guided=True,
+    )
     with pytest.raises(ValueError, match="5 more like it") as caught:
         choose_sizes("context=5", work, [device(number) for number in range(8)])
-    line = (
-        "text_encoder blocks.attn.k.kernel: axis heads of size 64 must divide by 5 (data x pair x context) for mesh data=1,pair=1,context=5"
-    )
+    line = "text_encoder blocks.attn.k.kernel: axis heads of size 64 must divide by 5 (data x pair x context) for mesh data=1,pair=1,context=5"
     assert str(caught.value).startswith(line)
 
 
@@ -152,9 +206,18 @@ def test_a_parameter_that_does_not_divide_is_named_and_not_all_of_its_kind() -> 
 
 @pytest.mark.parametrize(
     ("extents", "group", "block"),
-    [((2, 4), 4, (2, 2)), ((4, 4), 8, (2, 4)), ((4, 4), 4, (2, 2)), ((4, 4), 2, (1, 2)), ((2, 2, 1), 2, (1, 2, 1)), ((2, 4), 8, (2, 4))],
+    [
+        ((2, 4), 4, (2, 2)),
+        ((4, 4), 8, (2, 4)),
+        ((4, 4), 4, (2, 2)),
+        ((4, 4), 2, (1, 2)),
+        ((2, 2, 1), 2, (1, 2, 1)),
+        ((2, 4), 8, (2, 4)),
+    ],
 )
-def test_a_sequence_group_is_a_compact_block_of_the_grid(extents: tuple[int, ...], group: int, block: tuple[int, ...]) -> None:
+def test_a_sequence_group_is_a_compact_block_of_the_grid(
+    extents: tuple[int, ...], group: int, block: tuple[int, ...]
+) -> None:
     devices = by_squares(grid(*extents), group)
     assert sorted(d.id for d in devices) == list(range(len(devices)))
     for start in range(0, len(devices), group):
@@ -162,7 +225,9 @@ def test_a_sequence_group_is_a_compact_block_of_the_grid(extents: tuple[int, ...
         assert tuple(places.max(0) - places.min(0) + 1) == block
 
 
-@pytest.mark.parametrize("devices", [grid(2, 4)[:7], [device(number) for number in range(8)], grid(2, 3)])
+@pytest.mark.parametrize(
+    "devices", [grid(2, 4)[:7], [device(number) for number in range(8)], grid(2, 3)]
+)
 def test_devices_without_a_whole_grid_keep_their_order(devices: list[Any]) -> None:
     assert by_squares(devices, 4) == devices
 
@@ -184,7 +249,9 @@ def test_what_a_mesh_leaves_over_is_idle_in_one_process_and_repeats_the_work_in_
         (Sizes(1, 1, 8), (3, 8), (1, 8)),
     ],
 )
-def test_an_image_is_split_as_far_as_its_sides_divide(sizes: Sizes, image: tuple[int, int], ways: tuple[int, int]) -> None:
+def test_an_image_is_split_as_far_as_its_sides_divide(
+    sizes: Sizes, image: tuple[int, int], ways: tuple[int, int]
+) -> None:
     mesh = make_mesh(sizes, jax.devices())
     view = spatial(mesh, *image)
     assert (view.shape["rows"], view.shape["columns"]) == ways
@@ -227,7 +294,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A checkpoint whose every axis divides by eight, but for a sequence that does not."""
     pipe = twins.pipeline("1.0")
     heads = {"num_attention_heads": 8, "attention_head_dim": 16, "num_layers": 2}
-    pipe.transformer = twins.transformer(**{**twins.FAMILIES["1.0"], **heads, "sample_height": 8, "sample_width": 8, "sample_frames": 9})
+    pipe.transformer = twins.transformer(
+        **{
+            **twins.FAMILIES["1.0"],
+            **heads,
+            "sample_height": 8,
+            "sample_width": 8,
+            "sample_frames": 9,
+        }
+    )
     pipe.text_encoder = twins.t5(1, d_ff=40)
     pipe.vae = twins.vae(2, layers_per_block=1)
     return twins.save(pipe, tmp_path_factory.mktemp("source") / "even")
@@ -236,12 +311,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def request_of_eight() -> Request:
     pictures = np.random.default_rng(0).integers(0, 256, (VIDEOS, 64, 64, 3), dtype=np.uint8)
-    prompts = ["the red circle", "a blue square", "grows", "spins", "the", "a", "moves left", "stays still"]
-    return Request([Image.fromarray(p) for p in pictures], prompts, seed=list(range(VIDEOS)), num_inference_steps=2, num_frames=9)
+    prompts = [
+        "the red circle",
+        "a blue square",
+        "grows",
+        "spins",
+        "the",
+        "a",
+        "moves left",
+        "stays still",
+    ]
+    return Request(
+        [Image.fromarray(p) for p in pictures],
+        prompts,
+        seed=list(range(VIDEOS)),
+        num_inference_steps=2,
+        num_frames=9,
+    )
 
 
 def stages(models: Models, request: Request, given: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Every stage's result on the host, each from the same inputs: those `given`, or what the stages before it made."""
+    """Every stage's result on the host, each from the same inputs: those `given`, or what the
+    stages before it made."""
     prepared = pipeline.prepare(models, request)
     phases, mesh, results = prepared.phases, prepared.phases.mesh, {}
 
@@ -269,21 +360,36 @@ def unsharded(folder: Any, request_of_eight: Request) -> dict[str, Any]:
     return stages(cogi2v_jax.load(folder, "float32"), request_of_eight)
 
 
-@pytest.mark.parametrize("sizes", [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes not in FEW)) for sizes in EIGHT], ids=str)
-def test_no_stage_depends_on_the_mesh(sizes: Sizes, folder: Any, request_of_eight: Request, unsharded: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes not in FEW)) for sizes in EIGHT],
+    ids=str,
+)
+def test_no_stage_depends_on_the_mesh(
+    sizes: Sizes, folder: Any, request_of_eight: Request, unsharded: dict[str, Any]
+) -> None:
     models = cogi2v_jax.load(folder, "float32", mesh=str(sizes))
     sharded = stages(models, request_of_eight, unsharded)
-    assert pipeline.prepare(models, request_of_eight).phases.mesh.shape == {"copies": 1, **sizes._asdict()}
+    assert pipeline.prepare(models, request_of_eight).phases.mesh.shape == {
+        "copies": 1,
+        **sizes._asdict(),
+    }
     for name in ("text", "moments", "image"):
         assert_close(sharded[name], unsharded[name], 1e-5)
-    for ours, theirs in zip(jax.tree.leaves(sharded["shifts"]), jax.tree.leaves(unsharded["shifts"]), strict=True):
+    for ours, theirs in zip(
+        jax.tree.leaves(sharded["shifts"]), jax.tree.leaves(unsharded["shifts"]), strict=True
+    ):
         assert_close(ours, theirs, 1e-5)
-    np.testing.assert_array_equal(sharded["start"][0], unsharded["start"][0])  # a seed's noise is the same anywhere
+    # A seed's noise is the same anywhere.
+    np.testing.assert_array_equal(sharded["start"][0], unsharded["start"][0])
     assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
-    assert np.abs(sharded["video"].astype(int) - unsharded["video"]).max() <= 1  # a rounding to bytes may fall either way
+    # A rounding to bytes may fall either way.
+    assert np.abs(sharded["video"].astype(int) - unsharded["video"]).max() <= 1
 
 
-def test_the_same_seed_is_the_same_video_on_any_mesh(folder: Any, request_of_eight: Request) -> None:
+def test_the_same_seed_is_the_same_video_on_any_mesh(
+    folder: Any, request_of_eight: Request
+) -> None:
     first, *_ = request_of_eight.batches(1)
     alone = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32"), first)
     for mesh in ("pair=2,context=4", "context=8"):
@@ -293,7 +399,10 @@ def test_the_same_seed_is_the_same_video_on_any_mesh(folder: Any, request_of_eig
 
 
 def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
-    folder: Any, request_of_eight: Request, unsharded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    folder: Any,
+    request_of_eight: Request,
+    unsharded: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cogi2v_jax.checkpoint.WHOLE", 0.0)
     placed.cache_clear()
@@ -301,7 +410,10 @@ def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
     phases = pipeline.prepare(models, request_of_eight).phases
     assert not phases.layout.whole
     network = phases.network("transformer")
-    assert bytes_per_device(network) < bytes_per_device(piece(models.config, "transformer", FLOAT32)) / 4
+    assert (
+        bytes_per_device(network)
+        < bytes_per_device(piece(models.config, "transformer", FLOAT32)) / 4
+    )
     sharded = stages(models, request_of_eight, unsharded)
     assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
     placed.cache_clear()
@@ -309,7 +421,11 @@ def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
 
 @pytest.mark.parametrize("mesh", ["cpu", "data=2,pair=2"])
 def test_long_sequences_go_in_turn_with_the_same_result(
-    mesh: str, folder: Any, request_of_eight: Request, unsharded: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    mesh: str,
+    folder: Any,
+    request_of_eight: Request,
+    unsharded: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cogi2v_jax.phases.LONG", 1)
     results = stages(cogi2v_jax.load(folder, "float32", mesh=mesh), request_of_eight, unsharded)

@@ -1,4 +1,5 @@
-"""Coming together, meeting and missing each other, without jax: every process is a thread of this one."""
+"""Coming together, meeting and missing each other, without jax: every process is a thread of this
+one."""
 
 import contextlib
 import queue
@@ -38,13 +39,24 @@ class Run:
 
     def __init__(self, count: int, silence: float = 30.0):
         port = watch.free_port()
-        others = [lambda process=process: watch.come(("localhost", port), process, count) for process in range(1, count)]
-        first, *rest = [future.result() for future in together(lambda: watch.gather(port, count, 4321), *others)]
+        others = [
+            lambda process=process: watch.come(("localhost", port), process, count)
+            for process in range(1, count)
+        ]
+        first, *rest = [
+            future.result() for future in together(lambda: watch.gather(port, count, 4321), *others)
+        ]
         self.services = [service for _, _, service in rest]
         self.links = [first[0], *(links for links, *_ in rest)]
         self.said: list[queue.Queue[str]] = [queue.Queue() for _ in range(count)]
         self.watches = [
-            watch.Watch(process, links, first[1], silence, lambda line, said=said: (said.put(line), threading.Event().wait()))
+            watch.Watch(
+                process,
+                links,
+                first[1],
+                silence,
+                lambda line, said=said: (said.put(line), threading.Event().wait()),
+            )
             for process, (links, said) in enumerate(zip(self.links, self.said, strict=True))
         ]
 
@@ -56,7 +68,8 @@ class Run:
         self.mute(process)
         for link in self.links[process].values():
             with contextlib.suppress(OSError):  # closed already
-                link._channel.shutdown(socket.SHUT_RDWR)  # what a kernel does for a process that is no more
+                # What a kernel does for a process that is no more.
+                link._channel.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("gone", [0, 2])
@@ -71,7 +84,11 @@ def test_all_others_say_who_is_gone(gone: int) -> None:
 def test_the_first_end_is_the_one_that_is_told() -> None:
     run = Run(3)
     run.die(2)
-    assert run.said[0].get(timeout=20) == run.said[1].get(timeout=20) == f"process 2 of 3 (host {HOST}) is gone; this one stops too"
+    assert (
+        run.said[0].get(timeout=20)
+        == run.said[1].get(timeout=20)
+        == f"process 2 of 3 (host {HOST}) is gone; this one stops too"
+    )
     run.die(1)  # as it would, having said so
     with pytest.raises(queue.Empty):
         run.said[0].get(timeout=2 * watch.LINGER)
@@ -83,7 +100,10 @@ def test_silence_is_an_end_too(silent: int) -> None:
     with pytest.raises(queue.Empty):  # pulses keep the links alive for longer than that
         run.said[1 - silent].get(timeout=3.0)
     run.mute(silent)
-    assert run.said[1 - silent].get(timeout=20) == f"process {silent} of 2 (host {HOST}) is gone; this one stops too"
+    assert (
+        run.said[1 - silent].get(timeout=20)
+        == f"process {silent} of 2 (host {HOST}) is gone; this one stops too"
+    )
 
 
 def test_nobody_leaves_a_meeting_before_all_are_there() -> None:
@@ -116,15 +136,23 @@ def test_after_the_end_nobody_is_missed() -> None:
 
 def test_who_does_not_come_is_named_to_all() -> None:
     port = watch.free_port()
-    futures = together(lambda: watch.gather(port, 4, 0, seconds=1.0), lambda: watch.come(("localhost", port), 2, 4))
+    futures = together(
+        lambda: watch.gather(port, 4, 0, seconds=1.0), lambda: watch.come(("localhost", port), 2, 4)
+    )
     for future in futures:
-        with pytest.raises(OSError, match=r"^all 4 processes must come within 1 s: 1, 3 did not; start them together$"):
+        with pytest.raises(
+            OSError,
+            match=r"^all 4 processes must come within 1 s: 1, 3 did not; start them together$",
+        ):
             future.result()
 
 
 def test_process_0_must_be_there() -> None:
     port = watch.free_port()
-    with pytest.raises(TimeoutError, match=rf"^process 0 must answer at localhost:{port} within 0.5 s: got .*; start all together$"):
+    with pytest.raises(
+        TimeoutError,
+        match=rf"^process 0 must answer at localhost:{port} within 0.5 s: got .*; start all together$",
+    ):
         watch.come(("localhost", port), 1, 2, seconds=0.5)
 
 
@@ -137,9 +165,13 @@ def test_who_leaves_before_all_have_come_is_missed_at_once() -> None:
         time.sleep(0.5)  # heard by then
         link.close()
 
-    first, second, _ = together(lambda: watch.gather(port, 4, 0), lambda: watch.come(("localhost", port), 2, 4), leave)
+    first, second, _ = together(
+        lambda: watch.gather(port, 4, 0), lambda: watch.come(("localhost", port), 2, 4), leave
+    )
     for future in (first, second):
-        with pytest.raises(ConnectionError, match=r"^process 1 of 4 \(host a\) is gone; this one stops too$"):
+        with pytest.raises(
+            ConnectionError, match=r"^process 1 of 4 \(host a\) is gone; this one stops too$"
+        ):
             future.result()
 
 
@@ -150,14 +182,24 @@ def test_a_number_is_given_once(process: int, count: int) -> None:
 
     def stray() -> Any:
         time.sleep(0.5)
-        with pytest.raises(ValueError, match=rf"^processes must be 0 to 2, each once: got another process {process} of {count}$"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^processes must be 0 to 2, each once: got another process {process} of {count}$",
+        ):
             watch.come(("localhost", port), process, count)
         return watch.come(("localhost", port), 2, 3)  # now all are there
 
-    close(together(lambda: watch.gather(port, 3, 0), lambda: watch.come(("localhost", port), 1, 3), stray))
+    close(
+        together(
+            lambda: watch.gather(port, 3, 0), lambda: watch.come(("localhost", port), 1, 3), stray
+        )
+    )
 
 
-@pytest.mark.parametrize("words", [b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": [1], "processes": 2, "host": "a"}\n'])
+@pytest.mark.parametrize(
+    "words",
+    [b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b'{"process": [1], "processes": 2, "host": "a"}\n'],
+)
 def test_strangers_do_not_matter(words: bytes) -> None:
     port = watch.free_port()
 
@@ -174,14 +216,19 @@ def test_strangers_do_not_matter(words: bytes) -> None:
 def test_a_port_in_use_is_said() -> None:
     with (
         watch._listener(0) as taken,
-        pytest.raises(OSError, match=r"^process 0 must be able to listen on port \d+: got Address already in use$"),
+        pytest.raises(
+            OSError,
+            match=r"^process 0 must be able to listen on port \d+: got Address already in use$",
+        ),
     ):
         watch.gather(taken.getsockname()[1], 2, 0)
 
 
 def test_a_shield_passes_everything_on_and_outlives_what_is_behind_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as service:
-        near = socket.create_connection(("127.0.0.1", watch.shield(service.getsockname())), timeout=20)
+        near = socket.create_connection(
+            ("127.0.0.1", watch.shield(service.getsockname())), timeout=20
+        )
         far = service.accept()[0]
     near.sendall(b"question")
     assert far.recv(99) == b"question"
@@ -198,7 +245,9 @@ def test_a_shield_passes_everything_on_and_outlives_what_is_behind_it() -> None:
 
 def test_a_shield_closes_what_is_behind_it_after_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as service:
-        near = socket.create_connection(("127.0.0.1", watch.shield(service.getsockname())), timeout=20)
+        near = socket.create_connection(
+            ("127.0.0.1", watch.shield(service.getsockname())), timeout=20
+        )
         far = service.accept()[0]
     near.close()
     far.settimeout(20)

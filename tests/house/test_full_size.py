@@ -1,4 +1,5 @@
-"""The released checkpoints at full size, without their weights: every phase is traced with shapes alone."""
+"""The released checkpoints at full size, without their weights: every phase is traced with shapes
+alone."""
 
 from functools import partial
 
@@ -22,8 +23,14 @@ HALF = jnp.dtype(jnp.bfloat16)
 def traced(call: programs.Call, place: programs.Phases) -> object:
     """Shapes and dtypes of a program's results."""
     network = () if call.piece is None else (place.network(call.piece),)
-    function = {program: function for function, program in vars(programs).items() if isinstance(program, programs.Program)}
-    results = jax.eval_shape(partial(PROGRAMS[function[call.program]], **call.static), *network, *call.args)
+    function = {
+        program: function
+        for function, program in vars(programs).items()
+        if isinstance(program, programs.Program)
+    }
+    results = jax.eval_shape(
+        partial(PROGRAMS[function[call.program]], **call.static), *network, *call.args
+    )
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), results)
 
 
@@ -41,7 +48,9 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("mesh", ["cpu", "v5e-8"])
 @pytest.mark.parametrize("name", NATIVE)
-def test_every_phase_of_a_released_checkpoint_has_its_published_shapes(name: str, mesh: str) -> None:
+def test_every_phase_of_a_released_checkpoint_has_its_published_shapes(
+    name: str, mesh: str
+) -> None:
     latents, video, tokens = NATIVE[name]
     checkpoint = config.named(name)
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
@@ -58,7 +67,10 @@ def test_every_phase_of_a_released_checkpoint_has_its_published_shapes(name: str
     shifts, start, loop = (traced(call, place) for call in calls["denoise"])
     assert shifts.blocks == ((50, 42, 6, 2, 3072), "bfloat16")
     assert start == loop == (((1, *latents), "float32"),) * 2
-    assert [traced(call, place) for call in calls["decode"]] == [((1, *video), "bfloat16"), ((1, *video), "uint8")]
+    assert [traced(call, place) for call in calls["decode"]] == [
+        ((1, *video), "bfloat16"),
+        ((1, *video), "uint8"),
+    ]
 
 
 @pytest.mark.parametrize("mesh", config.meshes()["meshes"])
@@ -74,8 +86,12 @@ def test_a_split_sequence_is_evened_out_and_no_more(name: str) -> None:
     checkpoint = config.named(name)
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
     for ways in (1, 2, 4, 8):
-        where = programs.mesh_for(checkpoint, HALF, f"context={ways}", 1, True, jax.devices(), 2**40)
+        where = programs.mesh_for(
+            checkpoint, HALF, f"context={ways}", 1, True, jax.devices(), 2**40
+        )
         layout = programs.Phases(checkpoint, HALF, where, 2**40, request, "xla").layout
         assert layout.padded == -(-NATIVE[name][2] // ways) * ways
-        where = jax.eval_shape(partial(programs.positions, checkpoint.transformer, NATIVE[name][0][:3], layout.padded))
+        where = jax.eval_shape(
+            partial(programs.positions, checkpoint.transformer, NATIVE[name][0][:3], layout.padded)
+        )
         assert where.cos.shape[0] == where.is_text.shape[0] == layout.padded

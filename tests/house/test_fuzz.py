@@ -1,4 +1,5 @@
-"""Headers, indexes and configurations that anything may have happened to: each is read, or refused in one line, and nothing is made."""
+"""Headers, indexes and configurations that anything may have happened to: each is read, or refused
+in one line, and nothing is made."""
 
 import json
 import shutil
@@ -21,13 +22,18 @@ from hypothesis import strategies as st
 from cogi2v_jax import config
 from cogi2v_jax.weights.pieces import NETWORKS
 
-# A fixed number of the same cases every time, and no minimising of what is found: a case is a file's worth of work.
+# A fixed number of the same cases every time, and no minimising of what is found: a case is a
+# file's worth of work.
 CASES = settings(
     max_examples=100,
     deadline=None,
     database=None,
     phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
 )
 
 SCALARS = st.one_of(
@@ -37,18 +43,44 @@ SCALARS = st.one_of(
     st.floats(),
     st.text(max_size=8),
     st.sampled_from(
-        [0, 1, -1, 2**60, 2**63, "..", "../../etc/passwd", "/etc/passwd", "", "F32", "BF16", "F8_E4M3", "I64", "gelu", "model"]
+        [
+            0,
+            1,
+            -1,
+            2**60,
+            2**63,
+            "..",
+            "../../etc/passwd",
+            "/etc/passwd",
+            "",
+            "F32",
+            "BF16",
+            "F8_E4M3",
+            "I64",
+            "gelu",
+            "model",
+        ]
     ),
 )
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=6
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
 )
 
 
 def paths(value: Any, here: tuple = ()) -> list[tuple]:
     """Every place in a JSON value."""
     found = [here] if here else []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in items:
         found += paths(inner, (*here, key))
     return found
@@ -89,9 +121,24 @@ def spoilt(draw: Callable[..., Any], data: bytes) -> bytes:
 
 @st.composite
 def headers(draw: Callable[..., Any], header: dict[str, Any], rest: bytes) -> bytes:
-    """A safetensors file whose header is changed as JSON, as bytes, or in what it says of its length."""
+    """A safetensors file whose header is changed as JSON, as bytes, or in what it says of its
+    length."""
     text = json.dumps(changed(draw, header)).encode()
-    length = draw(st.sampled_from([len(text), len(text), len(text), len(text) + 1, len(text) - 1, 0, 2**60, 2**64 - 1, 2**63]))
+    length = draw(
+        st.sampled_from(
+            [
+                len(text),
+                len(text),
+                len(text),
+                len(text) + 1,
+                len(text) - 1,
+                0,
+                2**60,
+                2**64 - 1,
+                2**63,
+            ]
+        )
+    )
     data = struct.pack("<Q", length) + text + rest
     return spoilt(draw, data[: len(text) + 8]) + rest if draw(st.integers(0, 3)) == 0 else data
 
@@ -129,7 +176,12 @@ def holds(source: Path) -> None:
 def replaced(saved: Path, name: str, data: bytes) -> tempfile.TemporaryDirectory:
     """The folder, by links, with one file's bytes in place of its own."""
     folder = tempfile.TemporaryDirectory()
-    shutil.copytree(saved, folder.name, dirs_exist_ok=True, copy_function=lambda there, here: Path(here).symlink_to(there))
+    shutil.copytree(
+        saved,
+        folder.name,
+        dirs_exist_ok=True,
+        copy_function=lambda there, here: Path(here).symlink_to(there),
+    )
     (Path(folder.name) / name).unlink()
     (Path(folder.name) / name).write_bytes(data)
     return folder
@@ -167,7 +219,13 @@ def test_an_index_is_read_or_refused(saved: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["transformer/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json", "model_index.json"],
+    [
+        "transformer/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+        "model_index.json",
+    ],
 )
 def test_a_configuration_is_read_or_refused(saved: Path, name: str) -> None:
     @CASES
@@ -217,7 +275,9 @@ def test_nothing_is_made_of_a_spoilt_file(saved: Path, tmp_path: Path) -> None:
     @seed(1)
     @given(st.data())
     def check(data: st.DataObject) -> None:
-        with replaced(saved, file.relative_to(saved).as_posix(), spoilt(data.draw, whole)) as folder:
+        with replaced(
+            saved, file.relative_to(saved).as_posix(), spoilt(data.draw, whole)
+        ) as folder:
             try:
                 to_flax(Path(folder), tmp_path / "flax")
             except (ValueError, FileNotFoundError) as error:

@@ -1,4 +1,5 @@
-"""The house rules: who may import whom, what the packages never import, which names stay outside, how long a file may be."""
+"""The house rules: who may import whom, what the packages never import, which names stay outside,
+how long a file may be."""
 
 import ast
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert"}
-# A module imports from its own folder and from those before it; files that lie in no folder have a place of their own.
+# A module imports from its own folder and from those before it; files that lie in no folder have a
+# place of their own.
 ORDER = """
     cogi2v_jax cogi2v_jax.lookalikes cogi2v_jax.config cogi2v_jax.request cogi2v_jax.disk cogi2v_jax.arguments
     cogi2v_jax.kernels cogi2v_jax.devices cogi2v_jax.models cogi2v_jax.media cogi2v_jax.weights cogi2v_jax.sampling
@@ -31,11 +33,16 @@ def name_of(package: str, path: Path) -> str:
     return ".".join(parts).removesuffix(".__init__")
 
 
-MODULES = {name_of(package, path): path for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))}
+MODULES = {
+    name_of(package, path): path
+    for package, folder in PACKAGES.items()
+    for path in sorted(folder.rglob("*.py"))
+}
 
 
 def imports(name: str) -> Iterator[str]:
-    """Full names of what a module imports at any depth, functions included, but for type checkers alone."""
+    """Full names of what a module imports at any depth, functions included, but for type checkers
+    alone."""
     path, pending = MODULES[name], [ast.parse(MODULES[name].read_text())]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     while pending:
@@ -49,7 +56,8 @@ def imports(name: str) -> Iterator[str]:
             above = package[: len(package) + 1 - node.level] if node.level else []
             source = ".".join([*above, *([node.module] if node.module else [])])
             yield source
-            yield from (f"{source}.{alias.name}" for alias in node.names)  # a module, as in `from . import noise`, or a name in one
+            # A module, as in `from . import noise`, or a name in one.
+            yield from (f"{source}.{alias.name}" for alias in node.names)
         pending += ast.iter_child_nodes(node)
 
 
@@ -60,21 +68,36 @@ def folder_of(name: str) -> str:
 
 def test_folders_import_from_earlier_folders_alone_and_have_no_circles_inside() -> None:
     # A package's own page imports lazily, from anywhere.
-    pairs = [(name, other) for name in MODULES if name not in PACKAGES for other in imports(name) if other in MODULES]
-    assert [pair for pair in pairs if ORDER.index(folder_of(pair[1])) > ORDER.index(folder_of(pair[0]))] == []
-    within = {name: {other for one, other in pairs if one == name and folder_of(other) == folder_of(name)} for name in MODULES}
+    pairs = [
+        (name, other)
+        for name in MODULES
+        if name not in PACKAGES
+        for other in imports(name)
+        if other in MODULES
+    ]
+    assert [
+        pair for pair in pairs if ORDER.index(folder_of(pair[1])) > ORDER.index(folder_of(pair[0]))
+    ] == []
+    within = {
+        name: {other for one, other in pairs if one == name and folder_of(other) == folder_of(name)}
+        for name in MODULES
+    }
     tuple(TopologicalSorter(within).static_order())  # raises CycleError
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in READ_BY_TORCH])
 def test_a_module_imports_no_torch(name: str) -> None:
-    assert {"torch", "transformers", "diffusers"} & {imported.split(".")[0] for imported in imports(name)} == set()
+    assert {"torch", "transformers", "diffusers"} & {
+        imported.split(".")[0] for imported in imports(name)
+    } == set()
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("cogi2v_jax")])
 def test_torchs_names_stay_in_the_conversion_tables(name: str) -> None:
     text = MODULES[name].read_text()
-    assert [word for word in ("hidden_states", "transformer_blocks", "attn1", "to_out") if word in text] == []
+    assert [
+        word for word in ("hidden_states", "transformer_blocks", "attn1", "to_out") if word in text
+    ] == []
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -108,5 +131,7 @@ except SystemExit:
     pass
 sys.exit(str(heavy) if (heavy := sys.modules.keys() & {{"jax", "flax", "orbax", "torch"}}) else 0)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr

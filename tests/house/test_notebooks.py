@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # whatever Jupyter's packages say of each other while they are imported
+    warnings.simplefilter(
+        "ignore"
+    )  # whatever Jupyter's packages say of each other while they are imported
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -41,7 +43,12 @@ def run(tmp_path, monkeypatch):
             text = text.replace(old, new)
         notebook = nbformat.reads(text, as_version=4)
         nbformat.validate(notebook)
-        client = NotebookClient(notebook, timeout=400, kernel_name="python3", resources={"metadata": {"path": str(elsewhere)}})
+        client = NotebookClient(
+            notebook,
+            timeout=400,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(elsewhere)}},
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -55,7 +62,12 @@ def run(tmp_path, monkeypatch):
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
-    return "".join(output["text"] for cell in notebook.cells for output in cell.get("outputs", []) if output.get("name") == "stdout")
+    return "".join(
+        output["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.get("name") == "stdout"
+    )
 
 
 def shown(notebook: nbformat.NotebookNode) -> bytes:
@@ -106,13 +118,27 @@ def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_resumes(name, ru
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_released_checkpoint_that_cannot_run_here_stops_the_notebook_with_one_sentence(name, run, tmp_path):
+def test_a_released_checkpoint_that_cannot_run_here_stops_the_notebook_with_one_sentence(
+    name, run, tmp_path
+):
     notebook = run(name, ('wanted = \\"auto\\"', 'wanted = \\"cogvideox-5b-i2v\\"'))
-    (error,) = [output for cell in notebook.cells for output in cell.get("outputs", []) if output["output_type"] == "error"]
+    (error,) = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "error"
+    ]
     assert error["ename"] == "Unfit"
     assert error["traceback"] == [error["evalue"]]
     assert error["evalue"].startswith("cogvideox-5b-i2v must run on an accelerator: got a CPU")
-    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == [1, 2, None, None, None, None]
+    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == [
+        1,
+        2,
+        None,
+        None,
+        None,
+        None,
+    ]
     assert not (tmp_path / "home" / "cogi2v").exists()
 
 
@@ -127,7 +153,9 @@ PLATFORMS = {
         "google/colab/files.py": "def upload_file(path): open(path, 'wb').write(open({picture!r}, 'rb').read())",
         "google/colab/userdata.py": "def get(key): return 'the token of ' + key",
     },
-    "kaggle_tpu": {"kaggle_secrets.py": "class UserSecretsClient:\n    def get_secret(self, key): return 'the token of ' + key"},
+    "kaggle_tpu": {
+        "kaggle_secrets.py": "class UserSecretsClient:\n    def get_secret(self, key): return 'the token of ' + key"
+    },
 }
 
 

@@ -1,24 +1,41 @@
-"""Float32 that must be float32, read in what compilers are handed and in what the TPU's makes of it. There, left alone, a float32 product
-is one bfloat16 pass."""
+"""Float32 that must be float32, read in what compilers are handed and in what the TPU's makes of
+it. There, left alone, a float32 product is one bfloat16 pass."""
 
 import re
 
 import pytest
-from lowering import PHASES, PRODUCTS, ROUNDING, STEPS, checkpoint, compiled, handed_over, operations
+from lowering import (
+    PHASES,
+    PRODUCTS,
+    ROUNDING,
+    STEPS,
+    checkpoint,
+    compiled,
+    handed_over,
+    operations,
+)
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_product_of_a_float32_network_states_full_precision(phase: str) -> None:
     products = list(operations(handed_over(phase, "float32"), PRODUCTS))
     assert len(products) >= 5
-    assert [line for kind, _, line in products if kind != "f32" or len(re.findall(r"\bHIGHEST\b", line)) != 2] == []
+    assert [
+        line
+        for kind, _, line in products
+        if kind != "f32" or len(re.findall(r"\bHIGHEST\b", line)) != 2
+    ] == []
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_every_product_of_a_float32_network_has_full_precision_on_a_tpu(phase: str) -> None:
     products = list(operations(compiled(phase, "float32", "v5e"), PRODUCTS))
     assert len(products) >= 5
-    assert [line for kind, _, line in products if kind != "f32" or "operand_precision={highest,highest}" not in line] == []
+    assert [
+        line
+        for kind, _, line in products
+        if kind != "f32" or "operand_precision={highest,highest}" not in line
+    ] == []
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -30,16 +47,22 @@ def test_every_product_of_a_bfloat16_network_sums_in_float32(phase: str) -> None
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_arithmetic_of_a_bfloat16_network_is_float32(phase: str) -> None:
-    """Norms' statistics, gates, rotations, softmax, guidance and the schedule; all but sums of a stream with what a layer adds to it. (In
-    its own program a TPU's compiler widens all arithmetic: there, what was asked for can't be seen.)"""
+    """Norms' statistics, gates, rotations, softmax, guidance and the schedule; all but sums of a
+    stream with what a layer adds to it. (In its own program a TPU's compiler widens all arithmetic:
+    there, what was asked for can't be seen.)"""
     found = list(operations(handed_over(phase, "bfloat16"), ROUNDING))
     assert len(found) >= 10
     assert [line for kind, operation, line in found if kind == "bf16" and operation != "add"] == []
 
 
 def carries(text: str) -> list[list[str]]:
-    """What each loop of a TPU's program carries, as shapes. The compiler makes float32 bfloat16 where it thinks that nobody can tell."""
-    return [re.findall(r"\w+\[[\d,]*\]", line.partition(" while(")[0]) for line in text.splitlines() if " while(" in line]
+    """What each loop of a TPU's program carries, as shapes. The compiler makes float32 bfloat16
+    where it thinks that nobody can tell."""
+    return [
+        re.findall(r"\w+\[[\d,]*\]", line.partition(" while(")[0])
+        for line in text.splitlines()
+        if " while(" in line
+    ]
 
 
 def test_the_residual_stream_of_t5_is_float32_from_layer_to_layer_on_a_tpu() -> None:

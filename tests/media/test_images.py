@@ -22,10 +22,17 @@ def pixels(image) -> np.ndarray:
 
 def png_claiming(width, height) -> bytes:
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "bmp", "tiff", "ppm"])
@@ -76,7 +83,9 @@ def test_transparent_pixels_become_white_not_the_colour_hidden_under_them(mode):
     seen = pixels(read_image(Image.fromarray(rgba).convert(mode)))
     np.testing.assert_array_equal(seen[:, :2], 255)
     np.testing.assert_allclose(seen[:, 2:4].astype(int), 127, atol=1)
-    np.testing.assert_array_equal(seen[:, 4:], np.asarray(Image.fromarray(rgba).convert(mode).convert("RGBA"))[:, 4:, :3])
+    np.testing.assert_array_equal(
+        seen[:, 4:], np.asarray(Image.fromarray(rgba).convert(mode).convert("RGBA"))[:, 4:, :3]
+    )
 
 
 def test_opaque_alpha_changes_nothing():
@@ -97,7 +106,9 @@ def test_a_palette_file_with_transparency_is_laid_on_white(tmp_path, transparenc
 
 
 def test_a_colour_keyed_png_is_laid_on_white(tmp_path):
-    Image.fromarray(np.full((2, 2, 3), (1, 2, 3), np.uint8)).save(tmp_path / "x.png", transparency=(1, 2, 3))
+    Image.fromarray(np.full((2, 2, 3), (1, 2, 3), np.uint8)).save(
+        tmp_path / "x.png", transparency=(1, 2, 3)
+    )
     np.testing.assert_array_equal(pixels(read_image(tmp_path / "x.png")), 255)
 
 
@@ -105,7 +116,9 @@ def test_a_colour_keyed_png_is_laid_on_white(tmp_path):
 def test_sixteen_bits_are_scaled_to_eight_not_clipped(tmp_path, suffix):
     grey = picture()[..., 0]
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"x.{suffix}")
-    np.testing.assert_array_equal(pixels(read_image(tmp_path / f"x.{suffix}")), np.repeat(grey[..., None], 3, 2))
+    np.testing.assert_array_equal(
+        pixels(read_image(tmp_path / f"x.{suffix}")), np.repeat(grey[..., None], 3, 2)
+    )
 
 
 @pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
@@ -118,10 +131,19 @@ def test_every_integer_mode_is_scaled_to_eight_bits(mode):
 def test_float_images_are_read_as_unit_range_or_as_eight_bits(tmp_path, top):
     grey = picture()[..., 0]
     Image.fromarray(grey.astype(np.float32) * (top / 255)).save(tmp_path / "x.tiff")
-    np.testing.assert_array_equal(pixels(read_image(tmp_path / "x.tiff")), np.repeat(grey[..., None], 3, 2))
+    np.testing.assert_array_equal(
+        pixels(read_image(tmp_path / "x.tiff")), np.repeat(grey[..., None], 3, 2)
+    )
 
 
-@pytest.mark.parametrize("values", [np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32), np.full((2, 2), np.nan, np.float32)])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.full((2, 2), 70000, np.int32),
+        np.full((2, 2), -1, np.int32),
+        np.full((2, 2), np.nan, np.float32),
+    ],
+)
 def test_deep_values_out_of_range_are_refused(values):
     with pytest.raises(ValueError, match="must hold 0") as caught:
         read_image(Image.fromarray(values))
@@ -153,14 +175,23 @@ def test_an_exif_rotated_photo_is_turned_upright(tmp_path, orientation, suffix):
 
 
 def test_a_broken_exif_block_is_ignored(tmp_path):
-    Image.fromarray(picture()).save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage")
+    Image.fromarray(picture()).save(
+        tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage"
+    )
     assert read_image(tmp_path / "x.jpg").size == (36, 24)
 
 
 def test_an_exif_block_that_pil_cannot_rewrite_still_turns_the_photo_once(tmp_path):
-    exif = struct.pack(">6s2sHIH", b"Exif", b"MM", 42, 8, 2)  # two tags: the maker as a float, which PIL reads but can't write
-    exif += struct.pack(">HHIf", 0x010F, 11, 1, 1.5) + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack(">I", 0)
-    Image.fromarray(np.ascontiguousarray(TURNS[6](picture()))).save(tmp_path / "x.jpg", exif=exif, quality=95)
+    # Two tags: the maker as a float, which PIL reads but can't write.
+    exif = struct.pack(">6s2sHIH", b"Exif", b"MM", 42, 8, 2)
+    exif += (
+        struct.pack(">HHIf", 0x010F, 11, 1, 1.5)
+        + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+        + struct.pack(">I", 0)
+    )
+    Image.fromarray(np.ascontiguousarray(TURNS[6](picture()))).save(
+        tmp_path / "x.jpg", exif=exif, quality=95
+    )
     once = read_image(tmp_path / "x.jpg")
     assert close(pixels(once), picture()) < 3
     np.testing.assert_array_equal(pixels(read_image(once)), pixels(once))
@@ -169,8 +200,12 @@ def test_an_exif_block_that_pil_cannot_rewrite_still_turns_the_photo_once(tmp_pa
 def test_an_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime")]
     for suffix in ("gif", "webp", "png"):
-        frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
-        np.testing.assert_array_equal(pixels(read_image(tmp_path / f"x.{suffix}"))[0, 0], (255, 0, 0))
+        frames[0].save(
+            tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], lossless=True
+        )
+        np.testing.assert_array_equal(
+            pixels(read_image(tmp_path / f"x.{suffix}"))[0, 0], (255, 0, 0)
+        )
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 5, 1), (4, 5, 3), (4, 5, 4)])
@@ -180,11 +215,17 @@ def test_arrays_of_every_depth_and_dtype_are_read(shape, dtype):
     values[..., 3:] = 255
     array = values if dtype == "uint8" else (values / 255).astype(dtype)
     three = values.reshape(4, 5, -1)[..., :3]
-    np.testing.assert_allclose(pixels(read_image(array)).astype(int), np.broadcast_to(three, (4, 5, 3)), atol=dtype == "float16")
+    np.testing.assert_allclose(
+        pixels(read_image(array)).astype(int),
+        np.broadcast_to(three, (4, 5, 3)),
+        atol=dtype == "float16",
+    )
 
 
 def test_floats_are_rounded_to_the_nearest_level():
-    np.testing.assert_array_equal(pixels(read_image(np.array([[0.0019, 0.002, 0.999]])))[0, :, 0], [0, 1, 255])
+    np.testing.assert_array_equal(
+        pixels(read_image(np.array([[0.0019, 0.002, 0.999]])))[0, :, 0], [0, 1, 255]
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,9 +260,13 @@ def test_a_missing_file_is_named(tmp_path):
 
 def broken_files():
     whole = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(whole, "JPEG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        whole, "JPEG"
+    )
     png = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(png, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        png, "PNG"
+    )
     return {
         "truncated.jpg": whole.getvalue()[: len(whole.getvalue()) // 2],
         "truncated.png": png.getvalue()[: len(png.getvalue()) // 2],
@@ -246,7 +291,12 @@ def test_a_file_that_is_no_whole_picture_is_refused_in_one_line(tmp_path, name):
     assert not leaked
     assert isinstance(caught.value, ValueError)
     text = one_line(caught)
-    rule = {"empty": "which is empty", "bomb": "at most", "large": "at most", "long": "sides of 1 to 32768"}.get(path.stem, "whole")
+    rule = {
+        "empty": "which is empty",
+        "bomb": "at most",
+        "large": "at most",
+        "long": "sides of 1 to 32768",
+    }.get(path.stem, "whole")
     assert rule in text
 
 
@@ -267,7 +317,8 @@ def test_a_bomb_is_refused_where_pils_own_limit_was_lifted(tmp_path, monkeypatch
 
 
 def test_a_large_but_sane_photo_leaks_no_warning(tmp_path):
-    Image.new("L", (10_000, 9_000)).save(tmp_path / "x.png", compress_level=1)  # above PIL's warning, below its error
+    # Above PIL's warning, below its error.
+    Image.new("L", (10_000, 9_000)).save(tmp_path / "x.png", compress_level=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_image(tmp_path / "x.png").size == (10_000, 9_000)
@@ -296,7 +347,12 @@ def test_stretch_is_the_reference_bit_for_bit(size):
         warnings.simplefilter("ignore")  # of the reference's own imports
         VideoProcessor = pytest.importorskip("diffusers.video_processor").VideoProcessor
         image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), np.uint8))
-        expected = VideoProcessor(vae_scale_factor=8).preprocess(image, height=96, width=160).numpy()[0].transpose(1, 2, 0)
+        expected = (
+            VideoProcessor(vae_scale_factor=8)
+            .preprocess(image, height=96, width=160)
+            .numpy()[0]
+            .transpose(1, 2, 0)
+        )
     ours = fit_image(image, 96, 160, "stretch")
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours, expected)
@@ -306,11 +362,15 @@ def test_stretch_is_the_reference_bit_for_bit(size):
 @pytest.mark.parametrize("size", [(96, 160), (60, 100), (48, 80), (3, 5), (333, 555), (480, 800)])
 def test_an_image_at_the_target_aspect_is_the_same_under_every_fit(fit, size):
     image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (*size, 3), np.uint8))
-    np.testing.assert_array_equal(fit_image(image, 96, 160, fit), fit_image(image, 96, 160, "stretch"))
+    np.testing.assert_array_equal(
+        fit_image(image, 96, 160, fit), fit_image(image, 96, 160, "stretch")
+    )
 
 
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (97, 160), (96, 161), (479, 721), (3000, 7)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 900), (900, 1), (97, 160), (96, 161), (479, 721), (3000, 7)]
+)
 def test_every_shape_fits_the_target_exactly(fit, size):
     out = fit_image(Image.new("RGB", size[::-1], "white"), 96, 160, fit)
     assert out.shape == (96, 160, 3)
@@ -324,7 +384,11 @@ def bands(height, width, axis) -> Image.Image:
     """Red, green and blue thirds along an axis."""
     index = np.arange((height, width)[axis]) * 3 // (height, width)[axis]
     rows = np.eye(3, dtype=np.uint8)[index] * np.uint8(255)
-    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(rows[:, None] if axis == 0 else rows[None], (height, width, 3))))
+    return Image.fromarray(
+        np.ascontiguousarray(
+            np.broadcast_to(rows[:, None] if axis == 0 else rows[None], (height, width, 3))
+        )
+    )
 
 
 @pytest.mark.parametrize("axis", [0, 1])

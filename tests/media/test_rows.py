@@ -33,22 +33,36 @@ TXT = 'a, "panda"@@a.png\n\n  b @@ in/b.png \nan @@ inside@@/c.png'
 
 
 def test_a_csv_file_and_a_jsonl_file_say_the_same(tmp_path: Path) -> None:
-    jobs = [Job('a, "panda"', tmp_path / "a.png", "blur", 7), Job("b", tmp_path / "in/b.png"), Job("two\nlines", Path("/c.png"))]
+    jobs = [
+        Job('a, "panda"', tmp_path / "a.png", "blur", 7),
+        Job("b", tmp_path / "in/b.png"),
+        Job("two\nlines", Path("/c.png")),
+    ]
     assert read_manifest(write(tmp_path, "jobs.csv", CSV)) == jobs
     assert read_manifest(write(tmp_path, "jobs.jsonl", JSONL)) == jobs
 
 
 def test_a_txt_file_is_split_at_the_last_mark_of_a_line(tmp_path: Path) -> None:
-    jobs = [Job('a, "panda"', tmp_path / "a.png"), Job("b", tmp_path / "in/b.png"), Job("an @@ inside", Path("/c.png"))]
+    jobs = [
+        Job('a, "panda"', tmp_path / "a.png"),
+        Job("b", tmp_path / "in/b.png"),
+        Job("an @@ inside", Path("/c.png")),
+    ]
     assert read_manifest(write(tmp_path, "jobs.txt", TXT)) == jobs
 
 
-ONE = {"jobs.csv": "prompt,image\né\u2028ü,a.png", "jobs.jsonl": '{"prompt": "é\u2028ü", "image": "a.png"}', "jobs.txt": "é\u2028ü@@a.png"}
+ONE = {
+    "jobs.csv": "prompt,image\né\u2028ü,a.png",
+    "jobs.jsonl": '{"prompt": "é\u2028ü", "image": "a.png"}',
+    "jobs.txt": "é\u2028ü@@a.png",
+}
 
 
 @pytest.mark.parametrize("name", ONE)
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "BOM"])
-def test_a_file_is_utf8_with_or_without_a_byte_order_mark_and_its_suffix_of_any_case(tmp_path: Path, name: str, mark: bytes) -> None:
+def test_a_file_is_utf8_with_or_without_a_byte_order_mark_and_its_suffix_of_any_case(
+    tmp_path: Path, name: str, mark: bytes
+) -> None:
     path = write(tmp_path, name.upper(), mark + ONE[name].encode())
     assert read_manifest(path) == [Job("é\u2028ü", tmp_path / "a.png")]
 
@@ -75,10 +89,22 @@ SEED = "seed must be an integer from 0 to 2**64 - 1"
             HEADER + "a,b,1,2,3\n",
             [f"line 2: {COLUMNS}: got cells beyond the header's"],
         ),
-        ("c.csv", HEADER + "a\n,b\nc,d\n\ne,\n", [f"line {number}: {INCOMPLETE}" for number in (2, 3, 6)]),
+        (
+            "c.csv",
+            HEADER + "a\n,b\nc,d\n\ne,\n",
+            [f"line {number}: {INCOMPLETE}" for number in (2, 3, 6)],
+        ),
         ("d.csv", "prompt\na\n", [f"line 2: {INCOMPLETE}"]),
-        ("e.csv", HEADER + "a,b,x\na,b,1.5\n", [f"line 2: {SEED}: got 'x'", f"line 3: {SEED}: got '1.5'"]),
-        ("f.csv", HEADER + f"a,b,-1\na,b,{2**64}\n", [f"line 2: {SEED}: got '-1'", f"line 3: {SEED}: got '{2**64}'"]),
+        (
+            "e.csv",
+            HEADER + "a,b,x\na,b,1.5\n",
+            [f"line 2: {SEED}: got 'x'", f"line 3: {SEED}: got '1.5'"],
+        ),
+        (
+            "f.csv",
+            HEADER + f"a,b,-1\na,b,{2**64}\n",
+            [f"line 2: {SEED}: got '-1'", f"line 3: {SEED}: got '{2**64}'"],
+        ),
         (
             "g.jsonl",
             '{"prompt": "a"}\n\n[1]\n{"prompt": "a", "image": "b", "fps": 8, "x": 1}\n',
@@ -89,16 +115,26 @@ SEED = "seed must be an integer from 0 to 2**64 - 1"
             ],
         ),
         *(
-            ("h.jsonl", f'{{"prompt": "a", "image": "b", "seed": {seed}}}', [f"line 1: {SEED}: got {json.loads(seed)!r}"])
+            (
+                "h.jsonl",
+                f'{{"prompt": "a", "image": "b", "seed": {seed}}}',
+                [f"line 1: {SEED}: got {json.loads(seed)!r}"],
+            )
             for seed in ("1.5", "true", "-1", "[1]", '"x"', str(2**64))
         ),
         ("i.jsonl", '{"prompt": ["a"], "image": "b"}', ["line 1: prompt must be text: got ['a']"]),
         ("j.jsonl", '{"prompt": "a", "image": 3}', ["line 1: image must be text: got 3"]),
-        ("k.jsonl", '{"prompt": "a", "image": "b", "negative_prompt": 3}', ["line 1: negative_prompt must be text: got 3"]),
+        (
+            "k.jsonl",
+            '{"prompt": "a", "image": "b", "negative_prompt": 3}',
+            ["line 1: negative_prompt must be text: got 3"],
+        ),
         ("l.txt", "a\nb@@c\n@@d\ne@@\n", [f"line {number}: {INCOMPLETE}" for number in (1, 3, 4)]),
     ],
 )
-def test_every_fault_is_named_with_its_line(tmp_path: Path, name: str, content: str, faults: list[str]) -> None:
+def test_every_fault_is_named_with_its_line(
+    tmp_path: Path, name: str, content: str, faults: list[str]
+) -> None:
     path = write(tmp_path, name, content)
     assert refusal(path) == f"{path}: {'; '.join(faults)}"
 
@@ -110,12 +146,19 @@ def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", ["0", "18446744073709551615", " 7 "])
 def test_a_seed_may_be_any_64_bits(tmp_path: Path, seed: str) -> None:
-    assert read_manifest(write(tmp_path, "jobs.csv", f"prompt,image,seed\na,b,{seed}"))[0].seed == int(seed)
+    assert read_manifest(write(tmp_path, "jobs.csv", f"prompt,image,seed\na,b,{seed}"))[
+        0
+    ].seed == int(seed)
 
 
 def test_a_file_of_another_kind_or_encoding_or_none_at_all_is_one_line(tmp_path: Path) -> None:
-    assert refusal(write(tmp_path, "jobs.xlsx", "")) == "manifest must end in .csv, .jsonl, .txt: got jobs.xlsx"
+    assert (
+        refusal(write(tmp_path, "jobs.xlsx", ""))
+        == "manifest must end in .csv, .jsonl, .txt: got jobs.xlsx"
+    )
     path = write(tmp_path, "jobs.csv", "prompt,image\na,b".encode("utf-16"))
     assert refusal(path) == f"manifest must be UTF-8 text: {path} is not"
-    with pytest.raises(FileNotFoundError, match=f"^manifest must exist: found no {tmp_path}/none.csv$"):
+    with pytest.raises(
+        FileNotFoundError, match=f"^manifest must exist: found no {tmp_path}/none.csv$"
+    ):
         read_manifest(tmp_path / "none.csv")

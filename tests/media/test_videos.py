@@ -1,4 +1,5 @@
-"""Videos out: naming them, writing them with their recipe, reading both back, and failing cleanly."""
+"""Videos out: naming them, writing them with their recipe, reading both back, and failing
+cleanly."""
 
 import json
 import os
@@ -27,13 +28,21 @@ KINDS = ("out.mp4", "out.gif", "out.png", "out")
 
 
 def clip(count=9, height=64, width=96) -> np.ndarray:
-    return np.stack([np.roll(picture(height, width) // 2 + 60, 0, 1) + np.uint8(4 * index) for index in range(count)])
+    return np.stack(
+        [
+            np.roll(picture(height, width) // 2 + 60, 0, 1) + np.uint8(4 * index)
+            for index in range(count)
+        ]
+    )
 
 
 # naming the output
 
 
-@pytest.mark.parametrize("name", ["x.mp4", "x.MP4", "x.gif", "x.png", "x", "x/", "take.2.png", "take.2.mp4", "熊 = a;b.mp4"])
+@pytest.mark.parametrize(
+    "name",
+    ["x.mp4", "x.MP4", "x.gif", "x.png", "x", "x/", "take.2.png", "take.2.mp4", "熊 = a;b.mp4"],
+)
 def test_good_output_names_pass_and_nothing_is_made(tmp_path, name):
     assert check_output(f"{tmp_path}/{name}") == tmp_path / name
     assert check_output(check_output(tmp_path / name)) == tmp_path / name
@@ -46,7 +55,9 @@ def test_a_bare_name_is_written_to_the_working_folder(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["x.gif"]
 
 
-@pytest.mark.parametrize("name", ["x.avi", "x.webm", "x.mp4.txt", "..", "no/x.mp4", "file/x.mp4", f"{'x' * 250}.mp4"])
+@pytest.mark.parametrize(
+    "name", ["x.avi", "x.webm", "x.mp4.txt", "..", "no/x.mp4", "file/x.mp4", f"{'x' * 250}.mp4"]
+)
 def test_bad_output_names_are_refused(tmp_path, name):
     (tmp_path / "file").write_text("a file, not a folder")
     with pytest.raises(ValueError, match="output") as caught:
@@ -61,7 +72,10 @@ def test_a_path_without_a_name_is_refused(name):
 
 
 def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))  # root may write anywhere
+    # Root may write anywhere.
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK)
+    )
     with pytest.raises(ValueError, match="writable") as caught:
         check_output(tmp_path / "x.mp4")
     one_line(caught)
@@ -76,7 +90,15 @@ def test_a_folder_where_a_file_should_go_is_refused_and_the_other_way_round(tmp_
         one_line(caught)
 
 
-@pytest.mark.parametrize("names", [["holiday.jpg"], ["recipe.json", "notes.txt"], ["00000.png"], ["recipe.json", "00000.png", "a.py"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["holiday.jpg"],
+        ["recipe.json", "notes.txt"],
+        ["00000.png"],
+        ["recipe.json", "00000.png", "a.py"],
+    ],
+)
 def test_a_folder_of_other_things_is_never_replaced(tmp_path, names):
     for name in names:
         (tmp_path / name).write_text("mine")
@@ -133,7 +155,8 @@ def test_frames_come_back_in_order_and_close(tmp_path, name):
     assert back.dtype == np.uint8
     lossless = path.is_dir()
     assert close(back, frames) <= (0 if lossless else 2.5)
-    for one, index in zip(back, range(9), strict=True):  # a step is 4 levels, so a neighbour would be nearer if frames were swapped
+    # A step is 4 levels, so a neighbour would be nearer if frames were swapped.
+    for one, index in zip(back, range(9), strict=True):
         assert np.argmin([close(one, other) for other in frames]) == index
 
 
@@ -145,7 +168,9 @@ def test_one_frame_is_a_video_too(tmp_path, name):
 
 
 def described(path) -> str:
-    return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True).stderr
+    return subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-i", path], capture_output=True, text=True
+    ).stderr
 
 
 @pytest.mark.parametrize("fps", [8, 16, 7.5, 23.976])
@@ -160,24 +185,40 @@ def test_an_mp4_plays_in_browsers_at_its_speed(tmp_path, fps):
     assert count == 9
     assert seconds == pytest.approx(9 / fps, abs=0.02)
     data = path.read_bytes()
-    assert 0 < data.index(b"moov") < data.index(b"mdat"), "a browser would have to load it whole before it plays"
+    assert 0 < data.index(b"moov") < data.index(b"mdat"), (
+        "a browser would have to load it whole before it plays"
+    )
 
 
 def test_strong_colours_keep_their_hue_in_an_mp4(tmp_path):
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [255, 160, 0]], np.uint8)
-    frames = np.ascontiguousarray(np.broadcast_to(colours.repeat(16, 0)[None, None], (3, 32, 96, 3)))
+    colours = np.array(
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [255, 160, 0]], np.uint8
+    )
+    frames = np.ascontiguousarray(
+        np.broadcast_to(colours.repeat(16, 0)[None, None], (3, 32, 96, 3))
+    )
     write_video(tmp_path / "x.mp4", frames, 8, {})
-    np.testing.assert_allclose(read_frames(tmp_path / "x.mp4")[:, :, 8::16].astype(int), frames[:, :, 8::16], atol=6)
+    np.testing.assert_allclose(
+        read_frames(tmp_path / "x.mp4")[:, :, 8::16].astype(int), frames[:, :, 8::16], atol=6
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(33, 48), (32, 49), (33, 49), (1, 1), (16, 16)])
-def test_an_odd_side_grows_by_a_repeated_pixel_in_an_mp4_and_stays_elsewhere(tmp_path, height, width):
+def test_an_odd_side_grows_by_a_repeated_pixel_in_an_mp4_and_stays_elsewhere(
+    tmp_path, height, width
+):
     frames = clip(3, height, width)
     write_video(tmp_path / "x.mp4", frames, 8, RECIPE)
     back = read_frames(tmp_path / "x.mp4")
     assert back.shape == (3, height + height % 2, width + width % 2, 3)
     assert close(back[:, :height, :width], frames) < 4
-    assert close(back[:, height - 1 :, width - 1 :], np.broadcast_to(frames[:, -1:, -1:], back[:, height - 1 :, width - 1 :].shape)) < 8
+    assert (
+        close(
+            back[:, height - 1 :, width - 1 :],
+            np.broadcast_to(frames[:, -1:, -1:], back[:, height - 1 :, width - 1 :].shape),
+        )
+        < 8
+    )
     for name in ("x.gif", "x.png"):
         write_video(tmp_path / name, frames, 8, RECIPE)
         assert read_frames(tmp_path / name).shape == frames.shape
@@ -218,10 +259,25 @@ def test_a_gif_step_is_never_so_short_that_browsers_slow_it(tmp_path):
 def test_png_frames_are_named_so_that_they_sort(tmp_path):
     folder = write_video(tmp_path / "out.png", clip(11, 4, 4), 8, RECIPE)
     assert folder == tmp_path / "out"
-    assert sorted(file.name for file in folder.iterdir()) == [*(f"{index:05d}.png" for index in range(11)), "recipe.json"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *(f"{index:05d}.png" for index in range(11)),
+        "recipe.json",
+    ]
 
 
-@pytest.mark.parametrize("name", ["take.2.png", "a = b; #1.mp4", "熊猫.gif", "-y.mp4", "12:30.mp4", "%d.mp4", "OUT.MP4", "OUT.PNG"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "take.2.png",
+        "a = b; #1.mp4",
+        "熊猫.gif",
+        "-y.mp4",
+        "12:30.mp4",
+        "%d.mp4",
+        "OUT.MP4",
+        "OUT.PNG",
+    ],
+)
 def test_odd_names_are_written_under_that_very_name(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     path = write_video(name, clip(2), 8, RECIPE)
@@ -272,13 +328,21 @@ def test_bad_arguments_are_refused_and_leave_nothing(tmp_path, frames, fps, reci
 
 
 def listing(folder) -> dict:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["an error", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error", [OSError("disk full"), KeyboardInterrupt()], ids=["an error", "ctrl-c"]
+)
 @pytest.mark.parametrize("had_one", [False, True], ids=["fresh", "over an older one"])
-def test_a_failure_leaves_no_file_and_keeps_the_old_one(tmp_path, monkeypatch, name, error, had_one):
+def test_a_failure_leaves_no_file_and_keeps_the_old_one(
+    tmp_path, monkeypatch, name, error, had_one
+):
     if had_one:
         write_video(tmp_path / name, clip(2), 8, {"take": 1})
     before = listing(tmp_path)
@@ -332,7 +396,13 @@ def test_a_failing_ffmpeg_is_one_line_with_its_last_words(tmp_path, monkeypatch)
 
 def test_a_real_ffmpeg_refusal_is_one_line(tmp_path, monkeypatch):
     ffmpeg = videos._ffmpeg
-    monkeypatch.setattr(videos, "_ffmpeg", lambda *arguments, **kw: ffmpeg(*(a.replace("libx264", "libx999") for a in arguments), **kw))
+    monkeypatch.setattr(
+        videos,
+        "_ffmpeg",
+        lambda *arguments, **kw: ffmpeg(
+            *(a.replace("libx264", "libx999") for a in arguments), **kw
+        ),
+    )
     with pytest.raises(RuntimeError, match="ffmpeg") as caught:
         write_video(tmp_path / "x.mp4", clip(2), 8, {})
     one_line(caught)
@@ -344,7 +414,9 @@ def test_what_holds_no_recipe_is_refused_in_one_line(tmp_path):
     (bare / "recipe.json").unlink()
     first, second = (Image.fromarray(frame) for frame in clip(2))
     first.save(tmp_path / "bare.gif", save_all=True, append_images=[second])
-    first.save(tmp_path / "foreign.gif", save_all=True, append_images=[second], comment="made with love")
+    first.save(
+        tmp_path / "foreign.gif", save_all=True, append_images=[second], comment="made with love"
+    )
     first.save(tmp_path / "number.gif", save_all=True, append_images=[second], comment="42")
     first.save(tmp_path / "bare.png")
     write_video(tmp_path / "x.mp4", clip(2), 8, {})

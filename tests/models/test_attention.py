@@ -27,8 +27,12 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 131])
-@pytest.mark.parametrize("rows", [attention.ROWS, 10, 1], ids=["one or two slices", "a few rows at a time", "row by row"])
-def test_attention_is_exact_however_it_is_sliced(tokens: int, rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "rows", [attention.ROWS, 10, 1], ids=["one or two slices", "a few rows at a time", "row by row"]
+)
+def test_attention_is_exact_however_it_is_sliced(
+    tokens: int, rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "LOGITS", 1)
     monkeypatch.setattr(attention, "ROWS", rows)
     q, k, v = rng.normal(size=(3, 2, tokens, HEADS, 16)).astype(np.float32)
@@ -56,7 +60,10 @@ SPLASH = attention.Splash(attention.Tile(256, 768, 384), interpret=True)
 def given(rng: np.random.Generator, rows: int, width: int = 64) -> tuple:
     """Queries, keys and values of two videos, with norms and angles."""
     q, k, v = rng.normal(size=(3, 2, rows, HEADS, width)).astype(np.float32)
-    norms = tuple(LayerNorm(width, epsilon=1e-2, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    norms = tuple(
+        LayerNorm(width, epsilon=1e-2, dtype=jnp.dtype(jnp.float32), rngs=nnx.Rngs(seed))
+        for seed in (0, 1)
+    )
     for norm in norms:
         norm.scale[...], norm.bias[...] = 1 + rng.normal(size=(2, width)) / 2
     angles = rng.normal(size=(rows, width // 2)).astype(np.float32)
@@ -69,15 +76,28 @@ def flat(x: Any) -> jax.Array:
 
 def turned(x: np.ndarray, norm: LayerNorm, positions: Positions) -> np.ndarray:
     x = x.astype(np.float64)
-    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.epsilon) * norm.scale[...] + norm.bias[...]
-    pairs = (x[..., : x.shape[-1] // 2] + 1j * x[..., x.shape[-1] // 2 :]) * (positions.cos + 1j * positions.sin)[:, None]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+        x.var(-1, keepdims=True) + norm.epsilon
+    ) * norm.scale[...] + norm.bias[...]
+    pairs = (x[..., : x.shape[-1] // 2] + 1j * x[..., x.shape[-1] // 2 :]) * (
+        positions.cos + 1j * positions.sin
+    )[:, None]
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
 
 
 @pytest.mark.parametrize("backend", [attention.BACKENDS["xla"], SPLASH], ids=["xla", "splash"])
 @pytest.mark.parametrize(
     ("rows", "tokens", "width"),
-    [(7, 7, 64), (131, 131, 64), (300, 300, 32), (1000, 1000, 64), (131, 130, 64), (300, 130, 64), (512, 512, 64), (384, 300, 64)],
+    [
+        (7, 7, 64),
+        (131, 131, 64),
+        (300, 300, 32),
+        (1000, 1000, 64),
+        (131, 130, 64),
+        (300, 130, 64),
+        (512, 512, 64),
+        (384, 300, 64),
+    ],
 )
 def test_a_backend_norms_rotates_and_attends_and_gives_no_weight_to_what_evens_a_sequence_out(
     rows: int, tokens: int, width: int, backend: attention.Backend, rng: np.random.Generator
@@ -91,11 +111,15 @@ def test_a_backend_norms_rotates_and_attends_and_gives_no_weight_to_what_evens_a
     assert_close(ours[:, :tokens], flat(exact(q, k, v[:, :tokens])), 2e-6)
 
 
-def test_it_has_none_even_where_all_real_logits_are_far_below_zero(rng: np.random.Generator) -> None:
+def test_it_has_none_even_where_all_real_logits_are_far_below_zero(
+    rng: np.random.Generator,
+) -> None:
     q, k, v, norms, positions = given(rng, 130)
     norms[0].scale[...], norms[0].bias[...] = np.zeros(64), np.full(64, 10.0)
     norms[1].scale[...], norms[1].bias[...] = np.ones(64), np.full(64, -10.0)
-    still = positions._replace(cos=np.ones((130, 32), np.float32), sin=np.zeros((130, 32), np.float32))
+    still = positions._replace(
+        cos=np.ones((130, 32), np.float32), sin=np.zeros((130, 32), np.float32)
+    )
     ours = SPLASH(*map(flat, (q, k, v)), norms, still, 130)
     q, k = (turned(x, norm, still) for x, norm in zip((q, k), norms, strict=True))
     assert np.einsum("bqnk,bsnk->bnqs", q, k).max() < -400
@@ -112,7 +136,8 @@ def test_tiles_even_a_sequence_out_with_little_left_over(generation: str, tokens
     assert {size % attention.LANES for size in tile} == {0}
     assert all(size <= most for size, most in zip(tile, wanted, strict=True))
     assert rows <= max(1.03 * tokens, tokens + 2 * attention.LANES)
-    assert tile.queries >= min(1024, attention.LANES * (tokens // attention.LANES))  # never the library's default
+    # Never the library's default.
+    assert tile.queries >= min(1024, attention.LANES * (tokens // attention.LANES))
 
 
 def device(platform: str, kind: str) -> types.SimpleNamespace:
@@ -148,19 +173,34 @@ def test_auto_takes_the_fastest_that_is_exact(
 
 @pytest.mark.parametrize(
     ("name", "dtype", "where"),
-    [("splash", HALF, CPU), ("splash", FULL, V5E), ("cudnn", HALF, V5E), ("cudnn", FULL, H100), ("tokamax", HALF, CPU)],
+    [
+        ("splash", HALF, CPU),
+        ("splash", FULL, V5E),
+        ("cudnn", HALF, V5E),
+        ("cudnn", FULL, H100),
+        ("tokamax", HALF, CPU),
+    ],
 )
-def test_a_backend_is_refused_where_it_cannot_run(name: str, dtype: jnp.dtype, where: types.SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match=rf"attention {name} must have bfloat16 on a (TPU|GPU): got .*; auto or xla will do"):
+def test_a_backend_is_refused_where_it_cannot_run(
+    name: str, dtype: jnp.dtype, where: types.SimpleNamespace
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=rf"attention {name} must have bfloat16 on a (TPU|GPU): got .*; auto or xla will do",
+    ):
         attention.choose(name, dtype, where)
 
 
-def test_tokamax_is_asked_for_by_its_kernels_and_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokamax_is_asked_for_by_its_kernels_and_named_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install tokamax"):
         attention.choose("tokamax", HALF, H100)
     asked = []
-    library = types.SimpleNamespace(dot_product_attention=lambda q, k, v, implementation: asked.append(implementation) or q)
+    library = types.SimpleNamespace(
+        dot_product_attention=lambda q, k, v, implementation: asked.append(implementation) or q
+    )
     monkeypatch.setitem(sys.modules, "tokamax", library)
     x = jnp.arange(24.0).reshape(1, 3, 2, 4)
     np.testing.assert_array_equal(attention.tokamax(x, x, x, 3), x)
@@ -169,7 +209,9 @@ def test_tokamax_is_asked_for_by_its_kernels_and_named_where_it_is_missing(monke
 
 @pytest.mark.parametrize("name", ["", "flash", "XLA"])
 def test_an_unknown_backend_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(ValueError, match="attention must be auto, xla, cudnn, splash, tokamax: got"):
+    with pytest.raises(
+        ValueError, match="attention must be auto, xla, cudnn, splash, tokamax: got"
+    ):
         attention.choose(name, jnp.dtype(jnp.float32))
 
 
@@ -179,7 +221,11 @@ def test_a_gpu_kernel_is_as_exact_as_bfloat16_allows(name: str, rng: np.random.G
     if name == "tokamax":
         pytest.importorskip("tokamax")
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 131, HEADS, 64)))
-    assert_close(np.float32(attention.BACKENDS[name].kernel(q, k, v, 131)), exact(*(np.float32(x) for x in (q, k, v))), 8e-3)
+    assert_close(
+        np.float32(attention.BACKENDS[name].kernel(q, k, v, 131)),
+        exact(*(np.float32(x) for x in (q, k, v))),
+        8e-3,
+    )
 
 
 @pytest.mark.skipif(jax.default_backend() != "tpu", reason="the kernels need a TPU")

@@ -1,4 +1,5 @@
-"""What NVIDIA devices are given instead of what others are: read in the program that is lowered for them, and run here."""
+"""What NVIDIA devices are given instead of what others are: read in the program that is lowered for
+them, and run here."""
 
 from typing import Any
 
@@ -18,7 +19,9 @@ from cogi2v_jax.models.attention import BACKENDS
 
 
 def products(phase: str, dtype: str, names: str = lowering.PRODUCTS) -> list[tuple[str, str]]:
-    return [(kind, line) for kind, _, line in lowering.operations(handed_to_nvidia(phase, dtype), names)]
+    return [
+        (kind, line) for kind, _, line in lowering.operations(handed_to_nvidia(phase, dtype), names)
+    ]
 
 
 def test_products_with_weights_are_handed_over_in_bfloat16() -> None:
@@ -63,7 +66,11 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
 def test_a_network_is_the_references(name: str, dtype: str) -> None:
     make, shape = NETWORKS[name]
     generator = torch.Generator().manual_seed(3)
-    given = torch.randn(shape, generator=generator) if len(shape) > 2 else torch.randint(2, 39, shape, generator=generator)
+    given = (
+        torch.randn(shape, generator=generator)
+        if len(shape) > 2
+        else torch.randint(2, 39, shape, generator=generator)
+    )
     ours, truth, theirs = [], [], []
     for seed in range(1 if dtype == "float32" else 4):
         module = make(seed)
@@ -76,7 +83,9 @@ def test_a_network_is_the_references(name: str, dtype: str) -> None:
     if dtype == "float32":
         assert_close(ours[0], truth[0], TOLERANCE["module"])
         return
-    assert relative_error(np.stack(ours), np.stack(truth)) <= TOLERANCE["bfloat16"] * relative_error(np.stack(theirs), np.stack(truth))
+    assert relative_error(np.stack(ours), np.stack(truth)) <= TOLERANCE[
+        "bfloat16"
+    ] * relative_error(np.stack(theirs), np.stack(truth))
 
 
 def reference(name: str, module: Any, given: torch.Tensor) -> np.ndarray:
@@ -92,12 +101,17 @@ def mine(name: str, network: Any, given: torch.Tensor, dtype: jnp.dtype) -> Any:
     if name == "T5":
         return jax.jit(lambda network, ids: network(ids))(network, given.numpy().astype(np.int32))
     method = "decode" if name == "VAE decode" else "moments"
-    return jax.jit(lambda network, video: getattr(network, method)(video))(network, jnp.asarray(twins.channels_last(given), dtype))
+    return jax.jit(lambda network, video: getattr(network, method)(video))(
+        network, jnp.asarray(twins.channels_last(given), dtype)
+    )
 
 
 def test_a_sequence_is_evened_out_for_the_products_of_every_part() -> None:
     for name in ("cudnn", "tokamax"):
-        rows = [BACKENDS[name].rows(tokens, parts) for tokens, parts in ((17776, 1), (45106, 1), (45106, 8))]
+        rows = [
+            BACKENDS[name].rows(tokens, parts)
+            for tokens, parts in ((17776, 1), (45106, 1), (45106, 8))
+        ]
         assert rows == [17776, 45112, 45120]
     assert BACKENDS["xla"].rows(45106, 1) == 45106
 

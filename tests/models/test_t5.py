@@ -22,8 +22,14 @@ def reference(module: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 226])
-@pytest.mark.parametrize("settings", [{}, {"num_heads": 2, "d_kv": 12, "num_layers": 1}], ids=["square", "heads narrower than the width"])
-def test_embeddings_are_the_references(tokens: int, settings: dict[str, Any], rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_heads": 2, "d_kv": 12, "num_layers": 1}],
+    ids=["square", "heads narrower than the width"],
+)
+def test_embeddings_are_the_references(
+    tokens: int, settings: dict[str, Any], rng: np.random.Generator
+) -> None:
     module = twins.t5(**settings)
     network, _ = twins.twin("text_encoder", module)
     ids = rng.integers(0, 39, (2, tokens)).astype(np.int32)
@@ -33,11 +39,15 @@ def test_embeddings_are_the_references(tokens: int, settings: dict[str, Any], rn
 
 def test_buckets_are_the_references_at_every_distance() -> None:
     relative = torch.arange(300)[None, :] - torch.arange(300)[:, None]
-    theirs = T5Attention._relative_position_bucket(relative, bidirectional=True, num_buckets=32, max_distance=128)
+    theirs = T5Attention._relative_position_bucket(
+        relative, bidirectional=True, num_buckets=32, max_distance=128
+    )
     np.testing.assert_array_equal(buckets(300), theirs.numpy())
 
 
-def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(rng: np.random.Generator) -> None:
+def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(
+    rng: np.random.Generator,
+) -> None:
     error_ours, error_theirs = [], []
     for seed in range(8):
         half = twins.t5(seed).to(torch.bfloat16)
@@ -48,5 +58,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(rng: np.ra
         truth = reference(full, ids)
         error_ours.append(relative_error(np.float32(run(network, ids)), truth))
         error_theirs.append(relative_error(reference(half, ids), truth))
-    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(np.mean(np.square(error_theirs)))
+    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(
+        np.mean(np.square(error_theirs))
+    )
     assert min(error_theirs) > 1e-4

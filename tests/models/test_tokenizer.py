@@ -45,19 +45,27 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("length", [1, 10, 226])
 @pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json"])
 @pytest.mark.parametrize("vocabulary", ["embedded", "larger"])
-def test_ids_are_those_of_transformers(vocabulary: str, file: str, length: int, larger: Path, tmp_path: Path) -> None:
+def test_ids_are_those_of_transformers(
+    vocabulary: str, file: str, length: int, larger: Path, tmp_path: Path
+) -> None:
     folder = twins.TINY / "tokenizer" if vocabulary == "embedded" else larger
     theirs = T5Tokenizer.from_pretrained(folder)
     if file == "tokenizer.json":
-        theirs("a", padding="max_length", max_length=3, truncation=True)  # which the file then remembers
+        # Which the file then remembers.
+        theirs("a", padding="max_length", max_length=3, truncation=True)
         theirs.save_pretrained(folder := tmp_path)
     assert (folder / file).is_file()
     ids, counts = tokenize(folder, PROMPTS, length)
     assert ids.dtype == np.int32
-    np.testing.assert_array_equal(ids, theirs(PROMPTS, padding="max_length", max_length=length, truncation=True).input_ids)
+    np.testing.assert_array_equal(
+        ids, theirs(PROMPTS, padding="max_length", max_length=length, truncation=True).input_ids
+    )
     assert counts == [len(tokens) for tokens in theirs(PROMPTS).input_ids]
 
 
 def test_a_folder_with_neither_file_is_refused_naming_both(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path} must hold spiece.model or tokenizer.json: found neither"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=f"{tmp_path} must hold spiece.model or tokenizer.json: found neither",
+    ):
         tokenize(tmp_path, ["a"], 10)

@@ -24,33 +24,51 @@ def reference(module: torch.nn.Module, video: torch.Tensor, text: torch.Tensor) 
     pipe = type("Pipe", (), {"vae_scale_factor_spatial": 8, "transformer": module})()
     rotary = None
     if module.config.use_rotary_positional_embeddings:
-        rotary = CogVideoXImageToVideoPipeline._prepare_rotary_positional_embeddings(pipe, h * 8, w * 8, t, torch.device("cpu"))
+        rotary = CogVideoXImageToVideoPipeline._prepare_rotary_positional_embeddings(
+            pipe, h * 8, w * 8, t, torch.device("cpu")
+        )
     ofs = torch.full((1,), OFS, dtype=video.dtype) if module.config.ofs_embed_dim else None
     timestep = torch.full((len(video),), TIMESTEP)
     with torch.no_grad():
-        return twins.frames_last(module(video, text, timestep, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0])
+        return twins.frames_last(
+            module(video, text, timestep, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
+        )
 
 
-def ours(module: torch.nn.Module, video: torch.Tensor, text: torch.Tensor, dtype: Any = jnp.float32) -> np.ndarray:
+def ours(
+    module: torch.nn.Module, video: torch.Tensor, text: torch.Tensor, dtype: Any = jnp.float32
+) -> np.ndarray:
     network, config = twins.twin("transformer", module, dtype)
     latents = jnp.asarray(twins.frames_last(video), dtype)
     ofs = sinusoid(np.array([OFS]), config.ofs_embed_dim) if config.ofs_embed_dim else None
 
     @jax.jit
-    def run(network: Transformer, latents: Any, text: Any, positions: Any, time: Any, ofs: Any) -> Any:
+    def run(
+        network: Transformer, latents: Any, text: Any, positions: Any, time: Any, ofs: Any
+    ) -> Any:
         shifts = jax.tree.map(lambda all_steps: all_steps[0], network.modulation(time, ofs))
-        return network(latents, network.text_in(text), shifts, positions, twins.one_device(len(positions.is_text)))
+        return network(
+            latents,
+            network.text_in(text),
+            shifts,
+            positions,
+            twins.one_device(len(positions.is_text)),
+        )
 
     positions = twins.positions_of(config, latents.shape[1:4])
     time = sinusoid(np.array([TIMESTEP]), config.width)
     return np.asarray(run(network, latents, jnp.asarray(text.numpy(), dtype), positions, time, ofs))
 
 
-def inputs(module: torch.nn.Module, latents: tuple[int, int, int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(
+    module: torch.nn.Module, latents: tuple[int, int, int], seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     t, h, w = latents
     video = torch.randn(2, t, module.config.in_channels, h, w, generator=generator)
-    return video, torch.randn(2, module.config.max_text_seq_length, module.config.text_embed_dim, generator=generator)
+    return video, torch.randn(
+        2, module.config.max_text_seq_length, module.config.text_embed_dim, generator=generator
+    )
 
 
 LEARNED = twins.FAMILIES["1.0"]
@@ -66,14 +84,24 @@ TIMED = twins.FAMILIES["1.5"]
         pytest.param(ROTARY, (3, 10, 6), id="1.0 in portrait"),
         pytest.param(ROTARY, (2, 8, 18), id="1.0 wider than its base grid"),
         pytest.param({**ROTARY, "patch_bias": False}, (1, 6, 10), id="1.0 without a patch bias"),
-        pytest.param({**ROTARY, "use_rotary_positional_embeddings": False}, (4, 10, 6), id="neither rotary nor learned"),
+        pytest.param(
+            {**ROTARY, "use_rotary_positional_embeddings": False},
+            (4, 10, 6),
+            id="neither rotary nor learned",
+        ),
         pytest.param(TIMED, (4, 6, 10), id="1.5"),
         pytest.param(TIMED, (2, 14, 4), id="1.5 in portrait"),
         pytest.param({**TIMED, "ofs_embed_dim": None}, (4, 4, 6), id="1.5 without ofs"),
-        pytest.param({**ROTARY, "attention_head_dim": 64, "num_attention_heads": 2}, (2, 6, 10), id="heads of 64"),
+        pytest.param(
+            {**ROTARY, "attention_head_dim": 64, "num_attention_heads": 2},
+            (2, 6, 10),
+            id="heads of 64",
+        ),
     ],
 )
-def test_the_prediction_is_the_references(settings: dict[str, Any], latents: tuple[int, int, int]) -> None:
+def test_the_prediction_is_the_references(
+    settings: dict[str, Any], latents: tuple[int, int, int]
+) -> None:
     module = twins.transformer(**settings)
     video, text = inputs(module, latents)
     assert_close(ours(module, video, text), reference(module, video, text), TOLERANCE["module"])
@@ -82,11 +110,14 @@ def test_the_prediction_is_the_references(settings: dict[str, Any], latents: tup
 def test_fewer_frames_than_the_learned_table_take_its_first_rows() -> None:
     module = twins.transformer(**LEARNED)
     video, text = inputs(module, (3, 6, 10))
-    # The reference would silently drop the learned table here; its network with a shorter one says what the slice must give.
+    # The reference would silently drop the learned table here; its network with a shorter one says
+    # what the slice must give.
     shorter = twins.transformer(**{**LEARNED, "sample_frames": 9})
     rows = module.config.max_text_seq_length + 3 * 3 * 5
     state = module.state_dict()
-    shorter.load_state_dict({**state, "patch_embed.pos_embedding": state["patch_embed.pos_embedding"][:, :rows]})
+    shorter.load_state_dict(
+        {**state, "patch_embed.pos_embedding": state["patch_embed.pos_embedding"][:, :rows]}
+    )
     assert_close(ours(module, video, text), reference(shorter, video, text), TOLERANCE["module"])
 
 
@@ -100,9 +131,15 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(family: st
         latents = (5, 6, 10) if family == "1.0" else (4, 6, 10)
         video, text = (x.bfloat16().float() for x in inputs(module, latents, seed))
         truth = reference(module, video, text)
-        error_theirs.append(relative_error(reference(half, video.bfloat16(), text.bfloat16()), truth))
-        error_ours.append(relative_error(np.float32(ours(module, video, text, jnp.bfloat16)), truth))
-    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(np.mean(np.square(error_theirs)))
+        error_theirs.append(
+            relative_error(reference(half, video.bfloat16(), text.bfloat16()), truth)
+        )
+        error_ours.append(
+            relative_error(np.float32(ours(module, video, text, jnp.bfloat16)), truth)
+        )
+    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(
+        np.mean(np.square(error_theirs))
+    )
     assert min(error_theirs) > 1e-4  # the comparison is with a rounded run indeed
 
 

@@ -10,9 +10,19 @@ import torch
 import twins
 from tolerances import TOLERANCE, assert_close, relative_error
 
-from cogi2v_jax.models.vae import DECODE_CHUNK, ENCODE_CHUNK, VAE, Encoder, Past, in_chunks, sample_posterior, spread
+from cogi2v_jax.models.vae import (
+    DECODE_CHUNK,
+    ENCODE_CHUNK,
+    VAE,
+    Encoder,
+    Past,
+    in_chunks,
+    sample_posterior,
+    spread,
+)
 
-SMALL = {"block_out_channels": (8, 8, 16, 24), "layers_per_block": 1, "norm_eps": 1e-3}  # an epsilon that shows where it is used
+# An epsilon that shows where it is used.
+SMALL = {"block_out_channels": (8, 8, 16, 24), "layers_per_block": 1, "norm_eps": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +39,16 @@ encode = jax.jit(lambda network, video: network.encode(video))
 decode = jax.jit(lambda network, latents: network.decode(latents))
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(1, 40, 24), (9, 40, 24), (17, 24, 56), (12, 16, 16), (4, 16, 24)])
-def test_encoding_is_the_references(module: torch.nn.Module, network: VAE, frames: int, height: int, width: int) -> None:
-    video = torch.randn(2, 3, frames, height, width, generator=torch.Generator().manual_seed(frames))
+@pytest.mark.parametrize(
+    ("frames", "height", "width"),
+    [(1, 40, 24), (9, 40, 24), (17, 24, 56), (12, 16, 16), (4, 16, 24)],
+)
+def test_encoding_is_the_references(
+    module: torch.nn.Module, network: VAE, frames: int, height: int, width: int
+) -> None:
+    video = torch.randn(
+        2, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)
+    )
     with torch.no_grad():
         truth = module.encode(video).latent_dist
     mean, log_variance = encode(network, twins.channels_last(video))
@@ -39,9 +56,16 @@ def test_encoding_is_the_references(module: torch.nn.Module, network: VAE, frame
     assert_close(log_variance, twins.channels_last(truth.logvar), TOLERANCE["module"])
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(1, 5, 3), (2, 5, 3), (3, 5, 3), (5, 3, 7), (13, 2, 3), (4, 2, 2), (3, 1, 3)])
-def test_decoding_is_the_references(module: torch.nn.Module, network: VAE, frames: int, height: int, width: int) -> None:
-    latents = torch.randn(2, 4, frames, height, width, generator=torch.Generator().manual_seed(frames))
+@pytest.mark.parametrize(
+    ("frames", "height", "width"),
+    [(1, 5, 3), (2, 5, 3), (3, 5, 3), (5, 3, 7), (13, 2, 3), (4, 2, 2), (3, 1, 3)],
+)
+def test_decoding_is_the_references(
+    module: torch.nn.Module, network: VAE, frames: int, height: int, width: int
+) -> None:
+    latents = torch.randn(
+        2, 4, frames, height, width, generator=torch.Generator().manual_seed(frames)
+    )
     with torch.no_grad():
         truth = module.decode(latents).sample
     video = decode(network, twins.channels_last(latents))
@@ -58,10 +82,14 @@ def test_log_variance_is_clipped_as_the_references_is() -> None:
 
 def test_the_posterior_is_sampled_with_its_deviation(rng: np.random.Generator) -> None:
     mean, log_variance, noise = jnp.asarray(rng.normal(size=(3, 1, 1, 2, 2, 4)), jnp.float32)
-    assert_close(sample_posterior(mean, log_variance, noise), mean + jnp.exp(log_variance / 2) * noise, 1e-6)
+    assert_close(
+        sample_posterior(mean, log_variance, noise), mean + jnp.exp(log_variance / 2) * noise, 1e-6
+    )
 
 
-def test_a_later_chunk_cannot_change_an_earlier_frame(network: VAE, rng: np.random.Generator) -> None:
+def test_a_later_chunk_cannot_change_an_earlier_frame(
+    network: VAE, rng: np.random.Generator
+) -> None:
     latents = rng.normal(size=(1, 5, 2, 2, 4)).astype(np.float32)
     changed = latents.copy()
     changed[:, 3:] += 1
@@ -91,14 +119,20 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(part: str)
 
         def theirs(module: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
             with torch.no_grad():
-                return twins.channels_last(module.encode(x).latent_dist.mean if part == "encode" else module.decode(x).sample)
+                return twins.channels_last(
+                    module.encode(x).latent_dist.mean
+                    if part == "encode"
+                    else module.decode(x).sample
+                )
 
         truth = theirs(full, x.float())
         given = jnp.asarray(twins.channels_last(x), jnp.bfloat16)
         result: Any = encode(network, given)[0] if part == "encode" else decode(network, given)
         error_ours.append(relative_error(np.float32(result), truth))
         error_theirs.append(relative_error(theirs(half, x), truth))
-    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(np.mean(np.square(error_theirs)))
+    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(
+        np.mean(np.square(error_theirs))
+    )
     assert min(error_theirs) > 1e-4
 
 
@@ -106,7 +140,9 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(part: str)
     ("frames", "chunk", "size"),
     [(13, DECODE_CHUNK, 3), (4, DECODE_CHUNK, 2), (17, ENCODE_CHUNK, 9)],
 )
-def test_all_chunks_are_one_program_in_which_an_odd_first_frame_is_counted_once(frames: int, chunk: int, size: int) -> None:
+def test_all_chunks_are_one_program_in_which_an_odd_first_frame_is_counted_once(
+    frames: int, chunk: int, size: int
+) -> None:
     seen: set[int] = set()
 
     class Spy(Encoder):
@@ -128,7 +164,10 @@ def test_all_chunks_are_one_program_in_which_an_odd_first_frame_is_counted_once(
 
 def test_an_idle_frame_is_in_no_mean_and_before_no_convolution() -> None:
     x, kept = jnp.arange(3.0).reshape(1, 3, 1, 1, 1), jnp.array([8.0, 9.0]).reshape(1, 2, 1, 1, 1)
-    for first, frames, shares in ((True, [0, 0, 0, 1, 2], [1 / 3] * 3), (False, [0, 8, 9, 1, 2], [0, 0.5, 0.5])):
+    for first, frames, shares in (
+        (True, [0, 0, 0, 1, 2], [1 / 3] * 3),
+        (False, [0, 8, 9, 1, 2], [0, 0.5, 0.5]),
+    ):
         past = Past([], jnp.bool(first))
         assert past.before(x, kept).ravel().tolist() == frames
         np.testing.assert_allclose(past.shares(3), shares, rtol=1e-6)
@@ -136,8 +175,12 @@ def test_an_idle_frame_is_in_no_mean_and_before_no_convolution() -> None:
 
 
 def test_chunks_that_would_idle_more_than_a_frame_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"frames of a video in several chunks must be 8k or 8k\+1: got 18"):
-        in_chunks(Encoder.__new__(Encoder), jnp.zeros((1, 18, 1, 1, 1)), ENCODE_CHUNK, lambda rows: 1)
+    with pytest.raises(
+        ValueError, match=r"frames of a video in several chunks must be 8k or 8k\+1: got 18"
+    ):
+        in_chunks(
+            Encoder.__new__(Encoder), jnp.zeros((1, 18, 1, 1, 1)), ENCODE_CHUNK, lambda rows: 1
+        )
 
 
 def test_spreading_repeats_the_first_frame_of_an_odd_number_only_in_space() -> None:

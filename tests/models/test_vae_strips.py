@@ -13,7 +13,9 @@ from tolerances import TOLERANCE, assert_close
 from cogi2v_jax.config import VAEConfig, named
 from cogi2v_jax.models.vae import VAE, cut, strips_within
 
-CONFIG = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=2, norm_num_groups=2, latent_channels=4)
+CONFIG = VAEConfig(
+    block_out_channels=(4, 4, 8, 8), layers_per_block=2, norm_num_groups=2, latent_channels=4
+)
 
 encode = jax.jit(lambda network, video, strips: network.encode(video, strips), static_argnums=2)
 decode = jax.jit(lambda network, latents, strips: network.decode(latents, strips), static_argnums=2)
@@ -56,18 +58,34 @@ def test_the_fewest_strips_that_fit_are_chosen_and_none_is_an_error() -> None:
     vae, gib = named("cogvideox-5b-i2v").vae, 2**30
     assert [strips_within(size * gib, vae, 60, 90) for size in (32, 16, 12, 10)] == [1, 2, 3, 6]
     assert strips_within(32 * gib, vae, 60, 90, itemsize=4) > strips_within(32 * gib, vae, 60, 90)
-    with pytest.raises(ValueError, match=r"96x170 latents must fit 15.8 GiB: it takes .* in 96 strips; use more devices"):
+    with pytest.raises(
+        ValueError,
+        match=r"96x170 latents must fit 15.8 GiB: it takes .* in 96 strips; use more devices",
+    ):
         strips_within(int(15.75 * gib), vae, 96, 170)
 
 
-@pytest.mark.parametrize("mesh", [(4, 2), (1, 8), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 4), (8, 1)))], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [(4, 2), (1, 8), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 4), (8, 1)))],
+    ids=str,
+)
 @pytest.mark.parametrize("part", ["encode", "decode"])
-def test_a_sharded_picture_gives_the_same_result(network: VAE, part: str, mesh: tuple[int, int]) -> None:
+def test_a_sharded_picture_gives_the_same_result(
+    network: VAE, part: str, mesh: tuple[int, int]
+) -> None:
     devices = Mesh(np.array(jax.devices()).reshape(mesh), ("rows", "columns"))
-    # The encoder's coarsest pictures, four rows of eight columns, have fewer rows than there are devices, or do not divide.
+    # The encoder's coarsest pictures, four rows of eight columns, have fewer rows than there are
+    # devices, or do not divide.
     x = normal(1, 1, 32, 64, 3) if part == "encode" else normal(1, 5, 8, 8, 4)
     run: Any = encode if part == "encode" else decode
     weights = jax.device_put(network, NamedSharding(devices, PartitionSpec()))
-    sharded = run(weights, jax.device_put(x, NamedSharding(devices, PartitionSpec(None, None, "rows", "columns"))), 1)
-    for ours, alone in zip(jax.tree.leaves(sharded), jax.tree.leaves(run(network, x, 1)), strict=True):
+    sharded = run(
+        weights,
+        jax.device_put(x, NamedSharding(devices, PartitionSpec(None, None, "rows", "columns"))),
+        1,
+    )
+    for ours, alone in zip(
+        jax.tree.leaves(sharded), jax.tree.leaves(run(network, x, 1)), strict=True
+    ):
         assert_close(ours, alone, TOLERANCE["module"])

@@ -15,7 +15,12 @@ from cogi2v_jax.models.vae import posterior
 from cogi2v_jax.models.vae_tiles import Side, decode_tiled, encode_tiled, in_tiles, sides
 
 # Tiles of 48x40 pixels or 6x5 latents, 40 and 32 or 5 and 4 apart.
-SMALL = {"block_out_channels": (8, 8, 16, 24), "layers_per_block": 1, "sample_height": 96, "sample_width": 80}
+SMALL = {
+    "block_out_channels": (8, 8, 16, 24),
+    "layers_per_block": 1,
+    "sample_height": 96,
+    "sample_width": 80,
+}
 
 moments = jax.jit(lambda network, video: network.moments(video))
 decode = jax.jit(lambda network, latents: network.decode(latents))
@@ -38,27 +43,49 @@ def twin(module: torch.nn.Module) -> tuple[Any, VAEConfig]:
     [(5, 6, 5), (5, 14, 11), (1, 7, 5), (2, 3, 9)],
     ids=["one tile", "ragged 3x3", "a border of one row", "a row of tiles"],
 )
-def test_decoding_in_tiles_is_the_references(module: Any, twin: Any, frames: int, height: int, width: int) -> None:
-    (network, config), latents = twin, torch.randn(1, 4, frames, height, width, generator=torch.Generator().manual_seed(height))
+def test_decoding_in_tiles_is_the_references(
+    module: Any, twin: Any, frames: int, height: int, width: int
+) -> None:
+    (network, config), latents = (
+        twin,
+        torch.randn(1, 4, frames, height, width, generator=torch.Generator().manual_seed(height)),
+    )
     with torch.no_grad():
         truth = twins.channels_last(module.decode(latents).sample)
-    assert_close(decode_tiled(lambda tile: decode(network, tile), twins.channels_last(latents), config), truth, TOLERANCE["module"])
+    assert_close(
+        decode_tiled(lambda tile: decode(network, tile), twins.channels_last(latents), config),
+        truth,
+        TOLERANCE["module"],
+    )
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 48, 40), (1, 112, 88), (9, 56, 72)])
-def test_encoding_in_tiles_is_the_references(module: Any, twin: Any, frames: int, height: int, width: int) -> None:
-    (network, config), video = twin, torch.randn(1, 3, frames, height, width, generator=torch.Generator().manual_seed(height))
+def test_encoding_in_tiles_is_the_references(
+    module: Any, twin: Any, frames: int, height: int, width: int
+) -> None:
+    (network, config), video = (
+        twin,
+        torch.randn(1, 3, frames, height, width, generator=torch.Generator().manual_seed(height)),
+    )
     with torch.no_grad():
         truth = module.encode(video).latent_dist
-    mean, log_variance = posterior(encode_tiled(lambda tile: moments(network, tile), twins.channels_last(video), config))
+    mean, log_variance = posterior(
+        encode_tiled(lambda tile: moments(network, tile), twins.channels_last(video), config)
+    )
     assert_close(mean, twins.channels_last(truth.mean), TOLERANCE["module"])
     assert_close(log_variance, twins.channels_last(truth.logvar), TOLERANCE["module"])
 
 
 def test_released_checkpoints_have_the_references_tiles() -> None:
     for name in ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v"):
-        assert sides(named(name).vae, encodes=False) == (Side(30, 25, 40, 200), Side(45, 36, 72, 288))
-        assert sides(named(name).vae, encodes=True) == (Side(240, 200, 5, 25), Side(360, 288, 9, 36))
+        assert sides(named(name).vae, encodes=False) == (
+            Side(30, 25, 40, 200),
+            Side(45, 36, 72, 288),
+        )
+        assert sides(named(name).vae, encodes=True) == (
+            Side(240, 200, 5, 25),
+            Side(360, 288, 9, 36),
+        )
 
 
 def test_tiles_of_equal_shape_share_one_program() -> None:
@@ -70,14 +97,22 @@ def test_tiles_of_equal_shape_share_one_program() -> None:
         return jnp.repeat(jnp.repeat(tile, 2, axis=2), 2, axis=3)
 
     x = np.arange(13 * 14, dtype=np.float32).reshape(1, 1, 13, 14, 1)
-    # The network being pointwise, tiles that overlap agree, and blending leaves the picture as it was.
+    # The network being pointwise, tiles that overlap agree, and blending leaves the picture as it
+    # was.
     whole = in_tiles(twice, x, Side(6, 5, 2, 10), Side(5, 4, 2, 8))
     np.testing.assert_allclose(whole, x.repeat(2, axis=2).repeat(2, axis=3), rtol=1e-6)
     assert sorted(traced) == [(3, 2), (3, 5), (6, 2), (6, 5)]
 
 
-@pytest.mark.parametrize(("size", "multiple"), [({"sample_height": 64}, 96), ({"sample_width": 64}, 80)])
-def test_tiles_that_the_reference_puts_together_wrongly_are_refused(size: dict[str, int], multiple: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "multiple"), [({"sample_height": 64}, 96), ({"sample_width": 64}, 80)]
+)
+def test_tiles_that_the_reference_puts_together_wrongly_are_refused(
+    size: dict[str, int], multiple: int
+) -> None:
     for encodes in (True, False):
-        with pytest.raises(ValueError, match=f"{next(iter(size))} of a VAE that is tiled must be a multiple of {multiple}: got 64"):
+        with pytest.raises(
+            ValueError,
+            match=f"{next(iter(size))} of a VAE that is tiled must be a multiple of {multiple}: got 64",
+        ):
             sides(VAEConfig(**{"sample_height": 96, "sample_width": 80, **size}), encodes)

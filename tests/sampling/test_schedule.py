@@ -13,13 +13,24 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from tolerances import TOLERANCE, assert_close
 
 from cogi2v_jax.config import SchedulerConfig
-from cogi2v_jax.sampling.schedule import SCHEDULES, alphas_cumprod, draws, step, tableau, trailing_timesteps
+from cogi2v_jax.sampling.schedule import (
+    SCHEDULES,
+    alphas_cumprod,
+    draws,
+    step,
+    tableau,
+    trailing_timesteps,
+)
 
 REFERENCES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 SETTINGS = {
     "5b": twins.SCHEDULER,
     "2b": {**twins.SCHEDULER, "snr_shift_scale": 3.0},
-    "neither end exact": {**twins.SCHEDULER, "rescale_betas_zero_snr": False, "set_alpha_to_one": False},
+    "neither end exact": {
+        **twins.SCHEDULER,
+        "rescale_betas_zero_snr": False,
+        "set_alpha_to_one": False,
+    },
 }
 SHAPE = (1, 2, 3, 4, 5)
 
@@ -29,7 +40,8 @@ def config(name: str = "5b") -> SchedulerConfig:
 
 
 def theirs(scheduler: str, settings: str, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the reference starts, the noise each of its steps really uses (of two draws the second), and where each step leads."""
+    """Where the reference starts, the noise each of its steps really uses (of two draws the
+    second), and where each step leads."""
     reference = REFERENCES[scheduler](**SETTINGS[settings])
     reference.set_timesteps(steps)
     start = x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
@@ -52,7 +64,9 @@ def theirs(scheduler: str, settings: str, steps: int) -> tuple[np.ndarray, np.nd
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("scheduler", SCHEDULES)
-def test_every_step_of_a_trajectory_leads_where_the_reference_leads(scheduler: str, settings: str, steps: int) -> None:
+def test_every_step_of_a_trajectory_leads_where_the_reference_leads(
+    scheduler: str, settings: str, steps: int
+) -> None:
     start, noise, path = theirs(scheduler, settings, steps)
 
     def one(carry: tuple, given: tuple) -> tuple:
@@ -68,7 +82,9 @@ def test_every_step_of_a_trajectory_leads_where_the_reference_leads(scheduler: s
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
 @pytest.mark.parametrize("scheduler", SCHEDULES)
-def test_noise_is_drawn_as_often_as_the_reference_draws_it(scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_is_drawn_as_often_as_the_reference_draws_it(
+    scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drawn: list[int] = []
     monkeypatch.setattr(torch, "randn", lambda shape, **_: drawn.append(1) or torch.zeros(shape))
     reference = REFERENCES[scheduler](**SETTINGS["5b"])
@@ -111,7 +127,9 @@ def test_noise_levels_of_training_are_the_known_ones() -> None:
         (48, 0.4728116943631907, -0.5271370823711186, 1.8062950225557235, 0.10053114580849667),
     ],
 )
-def test_dpm_coefficients_are_the_known_ones(index: int, x: float, m2: float, m3: float, noise: float) -> None:
+def test_dpm_coefficients_are_the_known_ones(
+    index: int, x: float, m2: float, m3: float, noise: float
+) -> None:
     rows = tableau(config(), "dpm", 50, 6.0, False)
     ours = [rows.x[index], rows.x0[index], rows.x0_prev[index], rows.noise[index]]
     np.testing.assert_allclose(ours, [x, -m2 * m3, m2 * (m3 - 1), noise], rtol=2e-7)
@@ -131,11 +149,18 @@ def test_dynamic_guidance_is_the_known_list() -> None:
 
 
 @pytest.mark.parametrize(("steps", "scale"), [(1, 6.0), (7, 3.5), (30, 0.5), (1000, 6.0)])
-def test_dynamic_guidance_is_the_formula_in_float64_and_constant_guidance_the_scale(steps: int, scale: float) -> None:
+def test_dynamic_guidance_is_the_formula_in_float64_and_constant_guidance_the_scale(
+    steps: int, scale: float
+) -> None:
     rows = tableau(config(), "ddim", steps, scale, True)
-    expected = [1 + scale * ((1 - math.cos(math.pi * ((steps - t) / steps) ** 5.0)) / 2) for t in rows.timestep.tolist()]
+    expected = [
+        1 + scale * ((1 - math.cos(math.pi * ((steps - t) / steps) ** 5.0)) / 2)
+        for t in rows.timestep.tolist()
+    ]
     np.testing.assert_array_equal(rows.guidance, np.float32(expected))
-    np.testing.assert_array_equal(tableau(config(), "ddim", steps, scale, False).guidance, np.full(steps, scale, np.float32))
+    np.testing.assert_array_equal(
+        tableau(config(), "ddim", steps, scale, False).guidance, np.full(steps, scale, np.float32)
+    )
 
 
 def accepts(steps: int) -> bool:
@@ -149,7 +174,9 @@ def named_in(error: Exception) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", str(error).split("nearest is")[1])]
 
 
-def test_all_step_counts_walk_as_the_reference_but_62_which_are_refused_naming_valid_neighbours() -> None:
+def test_all_step_counts_walk_as_the_reference_but_62_which_are_refused_naming_valid_neighbours() -> (
+    None
+):
     reference, refused = CogVideoXDDIMScheduler(**twins.SCHEDULER), []
     for steps in range(1, 1001):
         reference.set_timesteps(steps)
@@ -157,7 +184,9 @@ def test_all_step_counts_walk_as_the_reference_but_62_which_are_refused_naming_v
             np.testing.assert_array_equal(trailing_timesteps(config(), steps), reference.timesteps)
             continue
         refused.append(steps)
-        with pytest.raises(ValueError, match=f"num_inference_steps must be .*: got {steps}; nearest is") as caught:
+        with pytest.raises(
+            ValueError, match=f"num_inference_steps must be .*: got {steps}; nearest is"
+        ) as caught:
             trailing_timesteps(config(), steps)
         below, above = named_in(caught.value)
         assert below < steps < above
@@ -167,8 +196,13 @@ def test_all_step_counts_walk_as_the_reference_but_62_which_are_refused_naming_v
 
 
 @pytest.mark.parametrize(("steps", "nearest"), [(-3, 1), (0, 1), (1001, 1000), (5000, 1000)])
-def test_step_counts_out_of_range_are_refused_naming_the_range_and_its_end(steps: int, nearest: int) -> None:
-    with pytest.raises(ValueError, match=f"num_inference_steps must be from 1 to 1000: got {steps}; nearest is {nearest}$"):
+def test_step_counts_out_of_range_are_refused_naming_the_range_and_its_end(
+    steps: int, nearest: int
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=f"num_inference_steps must be from 1 to 1000: got {steps}; nearest is {nearest}$",
+    ):
         trailing_timesteps(config(), steps)
 
 

@@ -9,7 +9,11 @@ from cogi2v_convert.__main__ import main
 from safetensors.torch import load_file, save_file
 
 PARTS = ("transformer", "vae", "text_encoder")
-FILES = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+FILES = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 SHARED, ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -21,11 +25,18 @@ def rewrite(folder: Path, part: str, change) -> None:
     """`change` edits a part's tensors by name, in place."""
     tensors = load_file(weights(folder, part))
     change(tensors)
-    save_file({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, weights(folder, part))
+    save_file(
+        {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        },
+        weights(folder, part),
+    )
 
 
 def raw(folder: Path, part: str) -> dict[str, tuple]:
-    """Name to (file, dtype, shape, bytes) of every tensor, read by hand: no library's idea of NaN or of bfloat16 comes between."""
+    """Name to (file, dtype, shape, bytes) of every tensor, read by hand: no library's idea of NaN
+    or of bfloat16 comes between."""
     found = {}
     for path in sorted((folder / part).glob("*.safetensors")):
         data = path.read_bytes()
@@ -39,7 +50,9 @@ def raw(folder: Path, part: str) -> dict[str, tuple]:
 
 def settings(folder: Path) -> dict[str, bytes]:
     """Every file but weights and their indexes."""
-    files = (path for path in folder.rglob("*") if path.is_file() and ".safetensors" not in path.name)
+    files = (
+        path for path in folder.rglob("*") if path.is_file() and ".safetensors" not in path.name
+    )
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -64,7 +77,13 @@ def keep(folder):
 def to_dtype(dtype):
     def change(folder):
         for part in PARTS:
-            rewrite(folder, part, lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()}))
+            rewrite(
+                folder,
+                part,
+                lambda tensors: tensors.update(
+                    {name: tensor.to(dtype) for name, tensor in tensors.items()}
+                ),
+            )
 
     return change
 
@@ -86,19 +105,33 @@ def double_table(folder):
 
     def change(tensors):
         table = tensors["patch_embed.pos_embedding"]
-        tensors["patch_embed.pos_embedding"] = table.double() + torch.randn(table.shape, generator=torch.manual_seed(0)).double() * 1e-12
+        tensors["patch_embed.pos_embedding"] = (
+            table.double()
+            + torch.randn(table.shape, generator=torch.manual_seed(0)).double() * 1e-12
+        )
 
     rewrite(folder, "transformer", change)
 
 
 def random_bits(folder):
-    """Any bit pattern of a number: the largest, subnormals; and whole tensors of -0.0 and of 0.0."""
+    """Any bit pattern of a number: the largest, subnormals; and whole tensors of -0.0 and of
+    0.0."""
     generator = torch.Generator().manual_seed(0)
 
     def change(tensors):
         for number, (name, tensor) in enumerate(sorted(tensors.items())):
-            kind, bits = ((torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16))[number % 3]
-            drawn = torch.randint(torch.iinfo(bits).min, torch.iinfo(bits).max, tensor.shape, dtype=bits, generator=generator)
+            kind, bits = (
+                (torch.float32, torch.int32),
+                (torch.bfloat16, torch.int16),
+                (torch.float16, torch.int16),
+            )[number % 3]
+            drawn = torch.randint(
+                torch.iinfo(bits).min,
+                torch.iinfo(bits).max,
+                tensor.shape,
+                dtype=bits,
+                generator=generator,
+            )
             drawn = drawn.view(kind)
             tensors[name] = torch.where(drawn.isfinite(), drawn, torch.finfo(kind).max)
             if number % 7 == 0:

@@ -1,4 +1,5 @@
-"""A hub on this machine: as much of its protocol as its client asks for, over folders that stand for repositories."""
+"""A hub on this machine: as much of its protocol as its client asks for, over folders that stand
+for repositories."""
 
 import hashlib
 import json
@@ -11,8 +12,9 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`repositories` maps ids to folders, `cards` ids to what their model card says; `gated` ids list their files and give none, `cut` ends
-    a file's transfer after so many bytes. `asked` is every request: method, path, token."""
+    """`repositories` maps ids to folders, `cards` ids to what their model card says; `gated` ids
+    list their files and give none, `cut` ends a file's transfer after so many bytes. `asked` is
+    every request: method, path, token."""
 
     def __init__(self):
         self.repositories: dict[str, Path] = {}
@@ -48,7 +50,11 @@ class Hub:
 
     def fetched(self) -> set[str]:
         """Files that were asked for, by GET."""
-        return {path.split(f"/resolve/{SHA}/")[1] for method, path, _ in self.asked if method == "GET" and "/resolve/" in path}
+        return {
+            path.split(f"/resolve/{SHA}/")[1]
+            for method, path, _ in self.asked
+            if method == "GET" and "/resolve/" in path
+        }
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(request.path.partition("?")[0])
@@ -60,19 +66,37 @@ class Hub:
         folder = self.repositories[repository]
         if path.startswith("/api/models") and rest[:1] == ["tree"]:
             return self.give(
-                request, json.dumps([self.entry(folder, file) for file in sorted(folder.rglob("*")) if file.is_file()]).encode()
+                request,
+                json.dumps(
+                    [
+                        self.entry(folder, file)
+                        for file in sorted(folder.rglob("*"))
+                        if file.is_file()
+                    ]
+                ).encode(),
             )
         if path.startswith("/api/models"):
             if rest and rest[1] not in ("main", SHA):
                 return self.fail(request, 404, "RevisionNotFound", "Invalid rev id")
-            about = {"id": repository, "sha": SHA, "siblings": [], "tags": [], "cardData": self.cards.get(repository)}
+            about = {
+                "id": repository,
+                "sha": SHA,
+                "siblings": [],
+                "tags": [],
+                "cardData": self.cards.get(repository),
+            }
             return self.give(request, json.dumps(about).encode())
         if repository in self.gated:
             return self.fail(request, 403, "GatedRepo", "Access to this model is restricted")
         return self.give(request, (folder / "/".join(rest[2:])).read_bytes(), file=True)
 
     def entry(self, folder: Path, file: Path) -> dict:
-        return {"type": "file", "path": file.relative_to(folder).as_posix(), "size": file.stat().st_size, "oid": oid(file.read_bytes())}
+        return {
+            "type": "file",
+            "path": file.relative_to(folder).as_posix(),
+            "size": file.stat().st_size,
+            "oid": oid(file.read_bytes()),
+        }
 
     def fail(self, request: BaseHTTPRequestHandler, status: int, code: str, message: str) -> None:
         request.send_response(status)

@@ -1,4 +1,5 @@
-"""LoRAs of the reference's twins: their pairs, the reference with them merged by hand, and files of them as people have them."""
+"""LoRAs of the reference's twins: their pairs, the reference with them merged by hand, and files of
+them as people have them."""
 
 import copy
 import json
@@ -13,20 +14,31 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]  # (A, B) by module
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-def modules(network: torch.nn.Module, wanted: tuple[str, ...] = ATTENTION) -> dict[str, torch.nn.Module]:
+def modules(
+    network: torch.nn.Module, wanted: tuple[str, ...] = ATTENTION
+) -> dict[str, torch.nn.Module]:
     """Those whose names end in one of the wanted."""
     layers = (torch.nn.Linear, torch.nn.Conv2d)
-    return {name: module for name, module in network.named_modules() if isinstance(module, layers) and name.endswith(wanted)}
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, layers) and name.endswith(wanted)
+    }
 
 
-def pairs(network: torch.nn.Module, wanted: tuple[str, ...] = ATTENTION, rank: int = 4, seed: int = 0) -> Pairs:
+def pairs(
+    network: torch.nn.Module, wanted: tuple[str, ...] = ATTENTION, rank: int = 4, seed: int = 0
+) -> Pairs:
     """Random ones, whose product is about half as large as the weight."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, module in modules(network, wanted).items():
         outputs, *inputs = module.weight.shape
         a = torch.randn(rank, *inputs, generator=generator) * (0.5 / np.prod(inputs)) ** 0.5
-        b = torch.randn(outputs, rank, *[1] * (len(inputs) - 1), generator=generator) * (0.5 / rank) ** 0.5
+        b = (
+            torch.randn(outputs, rank, *[1] * (len(inputs) - 1), generator=generator)
+            * (0.5 / rank) ** 0.5
+        )
         made[name] = (a, b)
     return made
 
@@ -45,21 +57,34 @@ def merge(network: Any, made: Pairs, scale: float = 1.0) -> Any:
     return network
 
 
-def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+def save(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> Path:
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata
+    )
     return path
 
 
 def peft(made: Pairs, prefix: str = "transformer.", adapter: str = "") -> dict[str, torch.Tensor]:
-    named = {f"{prefix}{name}.lora_{side}{adapter}.weight": pair["AB".index(side)] for name, pair in made.items() for side in "AB"}
+    named = {
+        f"{prefix}{name}.lora_{side}{adapter}.weight": pair["AB".index(side)]
+        for name, pair in made.items()
+        for side in "AB"
+    }
     return dict(sorted(named.items()))
 
 
 def header(**settings: Any) -> dict[str, str]:
-    return {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in settings.items()})}
+    return {
+        "lora_adapter_metadata": json.dumps(
+            {f"transformer.{name}": value for name, value in settings.items()}
+        )
+    }
 
 
-# Files of the same LoRA, alpha half of its rank where the format has one; each is a function of (folder, pairs, rank).
+# Files of the same LoRA, alpha half of its rank where the format has one; each is a function of
+# (folder, pairs, rank).
 
 
 def diffusers(folder: Path, made: Pairs, rank: int) -> Path:
@@ -71,7 +96,12 @@ def without_prefix(folder: Path, made: Pairs, rank: int) -> Path:
 
 
 def patterns(folder: Path, made: Pairs, rank: int) -> Path:
-    stated = {"r": 99, "lora_alpha": 1, "rank_pattern": {"to_.+|proj": rank}, "alpha_pattern": {"to_.+|proj": rank / 2}}
+    stated = {
+        "r": 99,
+        "lora_alpha": 1,
+        "rank_pattern": {"to_.+|proj": rank},
+        "alpha_pattern": {"to_.+|proj": rank / 2},
+    }
     rest = {name: rank for name in made if not name.endswith((".to_q", ".to_k", ".to_v", ".proj"))}
     stated["rank_pattern"] |= {name.replace(".", r"\."): rank for name in rest}
     stated["alpha_pattern"] |= {f"^{name}": rank / 2 for name in rest}
@@ -79,13 +109,17 @@ def patterns(folder: Path, made: Pairs, rank: int) -> Path:
 
 
 def peft_folder(folder: Path, made: Pairs, rank: int) -> Path:
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank / 2, "bias": "none"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": rank / 2, "bias": "none"})
+    )
     save(folder / "adapter_model.safetensors", peft(made, "base_model.model."))
     return folder
 
 
 def stabilised(folder: Path, made: Pairs, rank: int) -> Path:
-    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": rank**0.5 / 2, "use_rslora": True}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"r": rank, "lora_alpha": rank**0.5 / 2, "use_rslora": True})
+    )
     return save(folder / "adapter_model.safetensors", peft(made, "base_model.model.", ".default"))
 
 
@@ -96,13 +130,17 @@ def alphas(folder: Path, made: Pairs, rank: int) -> Path:
 
 def old(folder: Path, made: Pairs, rank: int) -> Path:
     tensors = {f"transformer.{name}.lora.down.weight": a for name, (a, _) in made.items()}
-    tensors |= {f"transformer.{name}.lora.up.weight": b / 2 for name, (_, b) in made.items()}  # it has no alpha
+    # It has no alpha.
+    tensors |= {f"transformer.{name}.lora.up.weight": b / 2 for name, (_, b) in made.items()}
     return save(folder / "a.safetensors", tensors)
 
 
 def pickled(folder: Path, made: Pairs, rank: int) -> Path:
     path = folder / "pytorch_lora_weights.bin"
-    torch.save({name: (tensor / 2 if "lora_B" in name else tensor) for name, tensor in peft(made).items()}, path)
+    torch.save(
+        {name: (tensor / 2 if "lora_B" in name else tensor) for name, tensor in peft(made).items()},
+        path,
+    )
     return path
 
 
@@ -110,7 +148,11 @@ def kohya(folder: Path, made: Pairs, rank: int) -> Path:
     tensors = {}
     for name, (a, b) in made.items():
         flat = f"lora_unet__{name.replace('.', '_')}"
-        tensors |= {f"{flat}.lora_down.weight": a, f"{flat}.lora_up.weight": b, f"{flat}.alpha": torch.tensor(rank / 2)}
+        tensors |= {
+            f"{flat}.lora_down.weight": a,
+            f"{flat}.lora_up.weight": b,
+            f"{flat}.alpha": torch.tensor(rank / 2),
+        }
     return save(folder / "a.safetensors", tensors)
 
 
@@ -120,10 +162,25 @@ def halves(folder: Path, made: Pairs, rank: int) -> Path:
     return save(folder / "a.safetensors", tensors, header(r=rank, lora_alpha=rank / 2))
 
 
-FORMATS = (diffusers, without_prefix, patterns, peft_folder, stabilised, alphas, old, pickled, kohya, halves)
+FORMATS = (
+    diffusers,
+    without_prefix,
+    patterns,
+    peft_folder,
+    stabilised,
+    alphas,
+    old,
+    pickled,
+    kohya,
+    halves,
+)
 
 # Of the attention's weights alone.
-PARTS = {"to_q": "query_key_value.matrix_{}.0", "to_k": "query_key_value.matrix_{}.1", "to_v": "query_key_value.matrix_{}.2"}
+PARTS = {
+    "to_q": "query_key_value.matrix_{}.0",
+    "to_k": "query_key_value.matrix_{}.1",
+    "to_v": "query_key_value.matrix_{}.2",
+}
 
 
 def sat_tensors(made: Pairs, rank: int, prefix: str) -> dict[str, torch.Tensor]:

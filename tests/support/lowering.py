@@ -20,25 +20,32 @@ STEPS = 4
 PRODUCTS = "dot_general dot convolution"
 PHASES = ("text", "image", "shifts", "denoise", "decode")
 # Arithmetic that rounds. Moving, comparing and converting doesn't.
-ROUNDING = (
-    "add subtract multiply divide power sqrt rsqrt cbrt exponential exponential_minus_one log log_plus_one logistic tanh sine cosine reduce"
-)
+ROUNDING = "add subtract multiply divide power sqrt rsqrt cbrt exponential exponential_minus_one log log_plus_one logistic tanh sine cosine reduce"
 
 
 @cache
 def checkpoint() -> config.CheckpointConfig:
-    """The embedded model with a VAE as small as they come: each of its convolutions takes a TPU's compiler a while."""
+    """The embedded model with a VAE as small as they come: each of its convolutions takes a TPU's
+    compiler a while."""
     tiny = config.named("cogi2v-tiny")
     return dataclasses.replace(
-        tiny, vae=dataclasses.replace(tiny.vae, block_out_channels=(4, 4, 4, 8), layers_per_block=1, norm_num_groups=2)
+        tiny,
+        vae=dataclasses.replace(
+            tiny.vae, block_out_channels=(4, 4, 4, 8), layers_per_block=1, norm_num_groups=2
+        ),
     )
 
 
 def lowered(phase: str, dtype: str, tpu: str | None = None) -> jax.stages.Lowered:
-    """One phase of the pipeline in small. Products that state no precision get the default one, whatever the tests run with."""
+    """One phase of the pipeline in small. Products that state no precision get the default one,
+    whatever the tests run with."""
     devices = jax.devices()[:1] if tpu is None else list(chip(tpu).devices.flat)
-    request = Request("photo.jpg", "a prompt", num_inference_steps=STEPS, scheduler="dpm", use_dynamic_cfg=True).resolve(checkpoint())
-    place = Phases(checkpoint(), jnp.dtype(dtype), make_mesh(Sizes(), devices), 2**40, request, "xla")
+    request = Request(
+        "photo.jpg", "a prompt", num_inference_steps=STEPS, scheduler="dpm", use_dynamic_cfg=True
+    ).resolve(checkpoint())
+    place = Phases(
+        checkpoint(), jnp.dtype(dtype), make_mesh(Sizes(), devices), 2**40, request, "xla"
+    )
     match phase:
         case "image":
             call = place.moments(np.zeros((1, 1, 16, 16, 3), np.float32))
@@ -81,9 +88,13 @@ def handed_to_nvidia(phase: str, dtype: str) -> str:
     """A phase's StableHLO as it goes to a CUDA device, none of which is needed."""
     small = checkpoint()
     request = Request("photo.jpg", "a prompt", num_inference_steps=2).resolve(small)
-    place = programs.Phases(small, jnp.dtype(dtype), make_mesh(Sizes(), jax.devices()[:1]), 2**40, request, "xla")
+    place = programs.Phases(
+        small, jnp.dtype(dtype), make_mesh(Sizes(), jax.devices()[:1]), 2**40, request, "xla"
+    )
     call = place.calls(phase)[-1 if phase == "denoise" else 0]
     assert call.piece is not None
     with jax.default_matmul_precision("default"):
-        traced = jax.jit(partial(PROGRAMS[phase], **call.static)).trace(place.network(call.piece), *call.args)
+        traced = jax.jit(partial(PROGRAMS[phase], **call.static)).trace(
+            place.network(call.piece), *call.args
+        )
         return traced.lower(lowering_platforms=("cuda",)).as_text()

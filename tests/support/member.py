@@ -1,4 +1,5 @@
-"""One of several processes, for the tests of hosts: `python member.py STEPS FAULT WHO`. Its loop of collectives stands in for sampling."""
+"""One of several processes, for the tests of hosts: `python member.py STEPS FAULT WHO`. Its loop of
+collectives stands in for sampling."""
 
 import sys
 import time
@@ -19,7 +20,9 @@ def loop(steps: int, fault: str, who: int) -> None:
 
     sharding = split(make_mesh(Sizes(data=jax.device_count()), jax.devices()), "video")
     values = np.arange(8.0 * jax.device_count(), dtype=np.float32).reshape(-1, 4)
-    turn = jax.jit(lambda x: jax.numpy.roll(x, 1, axis=0) - x.mean(0), out_shardings=sharding, donate_argnums=0)
+    turn = jax.jit(
+        lambda x: jax.numpy.roll(x, 1, axis=0) - x.mean(0), out_shardings=sharding, donate_argnums=0
+    )
     x, expected = put(values, sharding), values
     for step in range(steps):
         x, expected = turn(x), np.roll(expected, 1, axis=0) - expected.mean(0)

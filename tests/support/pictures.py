@@ -4,7 +4,8 @@ import numpy as np
 
 
 def picture(height=24, width=36) -> np.ndarray:
-    """Smooth, so that lossy codecs come close, and different in every corner and channel, so that no turn goes unseen."""
+    """Smooth, so that lossy codecs come close, and different in every corner and channel, so that
+    no turn goes unseen."""
     y, x = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
     return np.stack([255 * x, 255 * y, 255 * (1 - x * y)], -1).round().astype(np.uint8)
 

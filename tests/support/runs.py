@@ -28,7 +28,12 @@ def without_sampling(monkeypatch: pytest.MonkeyPatch) -> list:
         asked.append(resolved)
         on_latents(np.zeros((1, 3, 8, 8, 16), np.float32), resolved)
         seconds = dict.fromkeys(("load", "text", "image", "compile", "denoise", "decode"), 0.5)
-        return pipeline.Result(np.zeros((1, 9, 64, 64, 3), np.uint8), np.zeros((1, 3, 8, 8, 16), np.float32), resolved, seconds)
+        return pipeline.Result(
+            np.zeros((1, 9, 64, 64, 3), np.uint8),
+            np.zeros((1, 3, 8, 8, 16), np.float32),
+            resolved,
+            seconds,
+        )
 
     monkeypatch.setattr(pipeline, "generate", black)
     return asked

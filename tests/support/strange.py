@@ -1,4 +1,5 @@
-"""Weights as others keep them, made of diffusers' own tensors: SAT's names and fused tensors, ComfyUI's prefixes and float8."""
+"""Weights as others keep them, made of diffusers' own tensors: SAT's names and fused tensors,
+ComfyUI's prefixes and float8."""
 
 import json
 import re
@@ -14,11 +15,15 @@ SAT_PREFIX = "model.diffusion_model."
 def sat_transformer(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A diffusers transformer as SAT's, with what SAT saves beside it."""
     theirs, made = dict(theirs), {}
-    layers = 1 + max(int(match[1]) for name in theirs if (match := re.match(r"transformer_blocks\.(\d+)", name)))
+    layers = 1 + max(
+        int(match[1]) for name in theirs if (match := re.match(r"transformer_blocks\.(\d+)", name))
+    )
     for layer in range(layers):
         block, sat = f"transformer_blocks.{layer}", f"transformer.layers.{layer}"
         for kind in ("weight", "bias"):
-            made[f"{sat}.attention.query_key_value.{kind}"] = torch.cat([theirs.pop(f"{block}.attn1.to_{name}.{kind}") for name in "qkv"])
+            made[f"{sat}.attention.query_key_value.{kind}"] = torch.cat(
+                [theirs.pop(f"{block}.attn1.to_{name}.{kind}") for name in "qkv"]
+            )
             video, text = [], []
             for norm in ("norm1", "norm2"):
                 six = theirs.pop(f"{block}.{norm}.linear.{kind}").chunk(6)
@@ -52,7 +57,10 @@ def sat_transformer(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             made[there + name.removeprefix(here)] = theirs.pop(name)
     assert not theirs
     made |= {f"mixins.pos_embed.freqs_{wave}": torch.zeros(3, 4) for wave in ("sin", "cos")}
-    made |= {"transformer.word_embeddings.weight": torch.zeros(1, 4), "transformer.position_embeddings.weight": torch.zeros(64, 4)}
+    made |= {
+        "transformer.word_embeddings.weight": torch.zeros(1, 4),
+        "transformer.position_embeddings.weight": torch.zeros(64, 4),
+    }
     return {SAT_PREFIX + name: tensor.contiguous() for name, tensor in made.items()}
 
 
@@ -65,36 +73,65 @@ def sat_vae(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             rest = ["mid", f"block_{int(rest[2]) + 1}", *rest[3:]]
         elif rest[0] in ("down_blocks", "up_blocks"):
             level = int(rest[1]) if rest[0] == "down_blocks" else 3 - int(rest[1])
-            inner = {"resnets": ["block", rest[3]], "downsamplers": ["downsample"], "upsamplers": ["upsample"]}[rest[2]]
+            inner = {
+                "resnets": ["block", rest[3]],
+                "downsamplers": ["downsample"],
+                "upsamplers": ["upsample"],
+            }[rest[2]]
             rest = [rest[0].removesuffix("_blocks"), str(level), *inner, *rest[4:]]
-        made[".".join([side, *("nin_shortcut" if part == "conv_shortcut" else part for part in rest)])] = tensor
+        made[
+            ".".join(
+                [side, *("nin_shortcut" if part == "conv_shortcut" else part for part in rest)]
+            )
+        ] = tensor
     return made
 
 
 def save_sat(folder: Path, made: Path, *parts: str) -> Path:
-    """A folder as SAT saves it, of a diffusers folder's parts, with an older step beside the latest."""
+    """A folder as SAT saves it, of a diffusers folder's parts, with an older step beside the
+    latest."""
     if "transformer" in parts:
         tensors = sat_transformer(load_file(weights(folder, "transformer")))
-        for step, values in (("1", tensors), ("0", {name: 0 * tensor for name, tensor in tensors.items()})):
+        for step, values in (
+            ("1", tensors),
+            ("0", {name: 0 * tensor for name, tensor in tensors.items()}),
+        ):
             (made / "transformer" / step).mkdir(parents=True)
-            torch.save({"module": values, "iteration": 7}, made / "transformer" / step / "mp_rank_00_model_states.pt")
-            (made / "transformer" / step / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"what no one reads")
+            torch.save(
+                {"module": values, "iteration": 7},
+                made / "transformer" / step / "mp_rank_00_model_states.pt",
+            )
+            (made / "transformer" / step / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(
+                b"what no one reads"
+            )
         (made / "transformer" / "latest").write_text("1\n")
     if "vae" in parts:
         (made / "vae").mkdir(parents=True)
-        torch.save({"state_dict": sat_vae(load_file(weights(folder, "vae"))), "epoch": 1}, made / "vae" / "3d-vae.pt")
+        torch.save(
+            {"state_dict": sat_vae(load_file(weights(folder, "vae"))), "epoch": 1},
+            made / "vae" / "3d-vae.pt",
+        )
     return made
 
 
-def save_prefixed(folder: Path, file: Path, prefixes: dict[str, str], **extra: torch.Tensor) -> Path:
+def save_prefixed(
+    folder: Path, file: Path, prefixes: dict[str, str], **extra: torch.Tensor
+) -> Path:
     """Parts of a diffusers folder in one file, each under its prefix."""
-    tensors = {prefix + name: tensor for part, prefix in prefixes.items() for name, tensor in load_file(weights(folder, part)).items()}
+    tensors = {
+        prefix + name: tensor
+        for part, prefix in prefixes.items()
+        for name, tensor in load_file(weights(folder, part)).items()
+    }
     save_file({**tensors, **extra}, file)
     return file
 
 
-def to_float8(tensors: dict[str, torch.Tensor], kind: torch.dtype, scaled: str | None, rows: bool = False) -> tuple[dict, dict]:
-    """Matrices as float8, with scales under `scaled` ({} is the module's name); and what they are worth: their product in bfloat16."""
+def to_float8(
+    tensors: dict[str, torch.Tensor], kind: torch.dtype, scaled: str | None, rows: bool = False
+) -> tuple[dict, dict]:
+    """Matrices as float8, with scales under `scaled` ({} is the module's name); and what they are
+    worth: their product in bfloat16."""
     file, worth = {}, {}
     for name, tensor in tensors.items():
         file[name] = worth[name] = tensor
@@ -102,7 +139,11 @@ def to_float8(tensors: dict[str, torch.Tensor], kind: torch.dtype, scaled: str |
             continue
         scale = torch.ones(())
         if scaled:
-            scale = tensor.abs().amax(dim=1, keepdim=True) / 448 if rows else (tensor.abs().max() / 448).reshape(())
+            scale = (
+                tensor.abs().amax(dim=1, keepdim=True) / 448
+                if rows
+                else (tensor.abs().max() / 448).reshape(())
+            )
             file[scaled.format(name.removesuffix(".weight"))] = scale.float()
         file[name] = (tensor / scale).to(kind)
         worth[name] = (file[name].float() * scale.float()).bfloat16()
@@ -123,8 +164,17 @@ def save_float8(saved, file: Path, kind: str) -> dict[str, torch.Tensor]:
     """A file as ComfyUI's, with all that stands beside the weights; and what those are worth."""
     fp8, scaled, rows = FLOAT8[kind]
     tensors, worth = to_float8(load_file(weights(saved["1.5"], "transformer")), fp8, scaled, rows)
-    note = json.dumps({"format": str(fp8).removeprefix("torch."), "full_precision_matrix_mult": True})
-    tensors |= {"scaled_fp8": torch.zeros(2).to(fp8), "proj_out.scale_input": torch.ones(()), "proj_out.input_scale": torch.ones(())}
+    note = json.dumps(
+        {"format": str(fp8).removeprefix("torch."), "full_precision_matrix_mult": True}
+    )
+    tensors |= {
+        "scaled_fp8": torch.zeros(2).to(fp8),
+        "proj_out.scale_input": torch.ones(()),
+        "proj_out.input_scale": torch.ones(()),
+    }
     tensors["proj_out.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
-    save_file({f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, file)
+    save_file(
+        {f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+        file,
+    )
     return worth

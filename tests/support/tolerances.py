@@ -4,7 +4,9 @@ import numpy as np
 
 # Relative errors allowed against the reference, and why they are not smaller.
 TOLERANCE = {
-    "module": 1e-5,  # float32 sums in another order; the widest is 7e-6, of timestep sinusoids whose frequencies differ in the last bit
+    # Float32 sums in another order; the widest is 7e-6, of timestep sinusoids whose frequencies
+    # differ in the last bit.
+    "module": 1e-5,
     "trajectory": 1e-5,  # 50 float32 steps of one schedule
     "latents": 1e-4,  # the whole pipeline: modules' errors carried through every step
     "bfloat16": 1.1,  # times the reference's own bfloat16 error
@@ -23,4 +25,6 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None
     error = relative_error(ours, theirs)
     difference = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(difference), difference.shape))
-    assert error <= tolerance, f"relative error {error:.3g} > {tolerance:g}; largest {difference[worst]:.3g} at {worst}"
+    assert error <= tolerance, (
+        f"relative error {error:.3g} > {tolerance:g}; largest {difference[worst]:.3g} at {worst}"
+    )

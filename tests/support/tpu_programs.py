@@ -1,6 +1,7 @@
-"""Programs whose costs can be counted by hand, compiled for TPUs that are not there. `python tpu_programs.py FOLDER SCHEDULES` makes a
-folder for each, with its HLO (or the error of one that does not fit) and what libtpu dumped into SCHEDULES meanwhile. In a process of its
-own, since libtpu is set up when jax is imported."""
+"""Programs whose costs can be counted by hand, compiled for TPUs that are not there. `python
+tpu_programs.py FOLDER SCHEDULES` makes a folder for each, with its HLO (or the error of one that
+does not fit) and what libtpu dumped into SCHEDULES meanwhile. In a process of its own, since libtpu
+is set up when jax is imported."""
 
 import sys
 from collections.abc import Callable
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import topologies
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DEVICES = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
@@ -27,7 +31,9 @@ def nested(x: jax.Array, weights: jax.Array, outer: int) -> jax.Array:
 
 
 def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 def repeat(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -38,7 +44,9 @@ def repeat(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Ar
         return x + jnp.sum(y) * jnp.ones_like(x), None
 
     spec = PartitionSpec("parts")
-    return jax.shard_map(lambda x: lax.scan(once, x, length=LOOPS)[0], mesh=EIGHT, in_specs=spec, out_specs=spec)(x)
+    return jax.shard_map(
+        lambda x: lax.scan(once, x, length=LOOPS)[0], mesh=EIGHT, in_specs=spec, out_specs=spec
+    )(x)
 
 
 def beside(x: jax.Array) -> jax.Array:
@@ -49,10 +57,16 @@ def beside(x: jax.Array) -> jax.Array:
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """[heads, rows, 64] in tiles of 512 x 512."""
-    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((q.shape[1], k.shape[1]))] * len(q))
-    kernel = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=splash_attention_kernel.BlockSizes(512, 512, 512))
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.FullMask((q.shape[1], k.shape[1]))] * len(q)
+    )
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        mask, block_sizes=splash_attention_kernel.BlockSizes(512, 512, 512)
+    )
     whole = (PartitionSpec(),) * 3
-    return jax.shard_map(kernel, mesh=ONE, in_specs=whole, out_specs=whole[0], check_vma=False)(q, k, v)
+    return jax.shard_map(kernel, mesh=ONE, in_specs=whole, out_specs=whole[0], check_vma=False)(
+        q, k, v
+    )
 
 
 def attention(q: int, k: int) -> tuple:
@@ -64,15 +78,22 @@ def parts(collective: Callable[[jax.Array], jax.Array]) -> tuple:
 
 
 PROGRAMS = {
-    **{f"nested-{outer}": (ONE, partial(nested, outer=outer), [(256, 512), (5, 512, 512)]) for outer in (3, 6, 12)},
+    **{
+        f"nested-{outer}": (ONE, partial(nested, outer=outer), [(256, 512), (5, 512, 512)])
+        for outer in (3, 6, 12)
+    },
     "convolution": (ONE, convolve, [(16, 32, 48, 128), (3, 3, 128, 256)]),
     "all-to-all": parts(lambda x: lax.all_to_all(x, "parts", 1, 0, tiled=True)),
     "all-to-all-beside-products": parts(beside),
     "all-gather": parts(lambda x: lax.all_gather(x, "parts", tiled=True)),
     "reduce-scatter": parts(lambda x: lax.psum_scatter(x, "parts", tiled=True)),
     "all-reduce": parts(lambda x: lax.psum(x, "parts")),
-    "collective-permute": parts(lambda x: lax.ppermute(x, "parts", [(i, (i + 1) % 4) for i in range(4)])),
-    **{f"attention-{q}-{k}": attention(q, k) for q, k in ((1024, 1024), (2048, 1024), (1024, 2048))},
+    "collective-permute": parts(
+        lambda x: lax.ppermute(x, "parts", [(i, (i + 1) % 4) for i in range(4)])
+    ),
+    **{
+        f"attention-{q}-{k}": attention(q, k) for q, k in ((1024, 1024), (2048, 1024), (1024, 2048))
+    },
     "too-large": (ONE, lambda x: x @ x.T, [(2**17, 128)]),  # 32 GiB of results
 }
 
@@ -82,7 +103,12 @@ def main(folder: Path, schedules: Path) -> None:
         place = NamedSharding(mesh, PartitionSpec("parts") if mesh is EIGHT else PartitionSpec())
         arguments = [jax.ShapeDtypeStruct(shape, HALF, sharding=place) for shape in shapes]
         try:
-            text = jax.jit(function).lower(*arguments).compile({"xla_tpu_enable_async_all_to_all": True}).as_text()
+            text = (
+                jax.jit(function)
+                .lower(*arguments)
+                .compile({"xla_tpu_enable_async_all_to_all": True})
+                .as_text()
+            )
         except jax.errors.JaxRuntimeError as error:
             text = str(error)
         (folder / name).mkdir()

@@ -1,4 +1,5 @@
-"""Reference networks of random weights and their twins of ours, carried over by the convert tables; and whole diffusers folders of them."""
+"""Reference networks of random weights and their twins of ours, carried over by the convert tables;
+and whole diffusers folders of them."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +11,12 @@ import numpy as np
 import torch
 from cogi2v_convert.conversion import TABLES
 from cogi2v_convert.tables.rules import expand, misfits
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXTransformer3DModel,
+)
 from flax import nnx
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -22,7 +28,10 @@ from cogi2v_jax.models.attention import BACKENDS
 from cogi2v_jax.weights.pieces import NETWORKS, is_stacked, leaf_names
 
 TINY = Path(cogi2v_jax.__file__).parent / "assets" / "cogi2v-tiny"
-VAE_BLOCKS = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+VAE_BLOCKS = {
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+}
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
@@ -32,13 +41,26 @@ SCHEDULER = {
     "clip_sample": False,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "1.0": {"sample_height": 6, "sample_width": 10, "sample_frames": 17, "use_learned_positional_embeddings": True},
-    "1.5": {"patch_size_t": 2, "ofs_embed_dim": 24, "patch_bias": False, "sample_height": 300, "sample_width": 300, "sample_frames": 81},
+    "1.0": {
+        "sample_height": 6,
+        "sample_width": 10,
+        "sample_frames": 17,
+        "use_learned_positional_embeddings": True,
+    },
+    "1.5": {
+        "patch_size_t": 2,
+        "ofs_embed_dim": 24,
+        "patch_bias": False,
+        "sample_height": 300,
+        "sample_width": 300,
+        "sample_frames": 81,
+    },
 }
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights at scales that keep activations near one; norms near the identity; the learned table too, which is a buffer."""
+    """Weights at scales that keep activations near one; norms near the identity; the learned table
+    too, which is a buffer."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,18 +79,43 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def transformer(seed: int = 0, **settings: Any) -> CogVideoXTransformer3DModel:
-    sizes = {"num_attention_heads": 3, "attention_head_dim": 32, "in_channels": 8, "out_channels": 4, "num_layers": 3}
-    widths = {"time_embed_dim": 24, "text_embed_dim": 20, "max_text_seq_length": 12, "use_rotary_positional_embeddings": True}
+    sizes = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 32,
+        "in_channels": 8,
+        "out_channels": 4,
+        "num_layers": 3,
+    }
+    widths = {
+        "time_embed_dim": 24,
+        "text_embed_dim": 20,
+        "max_text_seq_length": 12,
+        "use_rotary_positional_embeddings": True,
+    }
     return randomise(CogVideoXTransformer3DModel(**{**sizes, **widths, **settings}), seed)
 
 
 def vae(seed: int = 0, **settings: Any) -> AutoencoderKLCogVideoX:
-    sizes = {"block_out_channels": (8, 8, 16, 24), "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 4, "scaling_factor": 0.7}
+    sizes = {
+        "block_out_channels": (8, 8, 16, 24),
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+        "scaling_factor": 0.7,
+    }
     return randomise(AutoencoderKLCogVideoX(**{**sizes, **VAE_BLOCKS, **settings}), seed)
 
 
 def t5(seed: int = 0, **settings: Any) -> T5EncoderModel:
-    sizes = {"vocab_size": 39, "d_model": 20, "d_kv": 8, "d_ff": 36, "num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu"}
+    sizes = {
+        "vocab_size": 39,
+        "d_model": 20,
+        "d_kv": 8,
+        "d_ff": 36,
+        "num_layers": 3,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+    }
     return randomise(T5EncoderModel(T5Config(**{**sizes, "dropout_rate": 0.0, **settings})), seed)
 
 
@@ -81,7 +128,9 @@ def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[
     config = CONFIGS[part].from_json(dict(settings), part)
     tensors = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
     tensors.pop("encoder.embed_tokens.weight", None)
-    network = nnx.eval_shape(lambda: NETWORKS[part](config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    network = nnx.eval_shape(
+        lambda: NETWORKS[part](config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    )
     homes = expand(TABLES[part](config), getattr(config, "num_layers", 0))
     shapes = {name: leaf.shape for name, leaf in leaf_names(network).items()}
     assert not misfits(homes, shapes, {name: tensor.shape for name, tensor in tensors.items()})
@@ -92,7 +141,16 @@ def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
-        filled.append((path, leaf.replace(jnp.asarray(np.stack(leaves[name]) if is_stacked(name) else leaves[name][0], dtype))))
+        filled.append(
+            (
+                path,
+                leaf.replace(
+                    jnp.asarray(
+                        np.stack(leaves[name]) if is_stacked(name) else leaves[name][0], dtype
+                    )
+                ),
+            )
+        )
     return nnx.merge(graph, nnx.from_flat_state(filled)), config
 
 
@@ -119,7 +177,8 @@ def pipeline(family: str, seed: int = 0) -> CogVideoXImageToVideoPipeline:
 
 
 def save(pipe: CogVideoXImageToVideoPipeline, folder: Path, spiece: bool = True) -> Path:
-    """As a diffusers folder; `spiece` adds the sentencepiece file that newer transformers leave out."""
+    """As a diffusers folder; `spiece` adds the sentencepiece file that newer transformers leave
+    out."""
     pipe.save_pretrained(folder)
     if spiece:
         shutil.copyfile(TINY / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")

@@ -1,4 +1,5 @@
-"""Converted folders: what was written is what is restored, a part at a time, and what is broken is refused by name."""
+"""Converted folders: what was written is what is restored, a part at a time, and what is broken is
+refused by name."""
 
 import json
 import shutil
@@ -14,8 +15,24 @@ import twins
 from cogi2v_convert.conversion import homes, to_flax
 
 from cogi2v_jax.weights import checkpoint
-from cogi2v_jax.weights.checkpoint import MANIFEST, Models, open_folder, read_unit, unit_path, write_unit
-from cogi2v_jax.weights.pieces import NETWORKS, PIECES, abstract, bytes_per_device, is_stacked, layer_count, leaf_names, piece
+from cogi2v_jax.weights.checkpoint import (
+    MANIFEST,
+    Models,
+    open_folder,
+    read_unit,
+    unit_path,
+    write_unit,
+)
+from cogi2v_jax.weights.pieces import (
+    NETWORKS,
+    PIECES,
+    abstract,
+    bytes_per_device,
+    is_stacked,
+    layer_count,
+    leaf_names,
+    piece,
+)
 
 FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -67,14 +84,22 @@ def bits(tensor: torch.Tensor) -> bytes:
 @pytest.mark.parametrize("part", NETWORKS)
 def test_restoring_gives_what_was_written_in_the_dtype_asked_for(part, dtype, converted, pipeline):
     models = open_folder(converted, jnp.dtype(dtype))
-    pieces = {prefix: models.piece(name) for name, (owner, prefix) in PIECES.items() if owner == part}
-    leaves = {prefix + name: np.asarray(leaf) for prefix, network in pieces.items() for name, leaf in leaf_names(network).items()}
+    pieces = {
+        prefix: models.piece(name) for name, (owner, prefix) in PIECES.items() if owner == part
+    }
+    leaves = {
+        prefix + name: np.asarray(leaf)
+        for prefix, network in pieces.items()
+        for name, leaf in leaf_names(network).items()
+    }
     tensors = getattr(pipeline, part).state_dict()
     places = homes(models.config, part)
     assert {leaf.dtype.name for leaf in leaves.values()} == {dtype}
     for name, (rule, layer) in places.items():
         leaf = leaves[rule.flax] if layer is None else leaves[rule.flax][layer]
-        assert np.ascontiguousarray(rule.to_torch(leaf)).tobytes() == bits(tensors[name].to(getattr(torch, dtype)))
+        assert np.ascontiguousarray(rule.to_torch(leaf)).tobytes() == bits(
+            tensors[name].to(getattr(torch, dtype))
+        )
     assert {rule.flax for rule, _ in places.values()} == leaves.keys()
 
 
@@ -87,7 +112,8 @@ def test_a_network_that_was_restored_computes(converted):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_a_unit_is_read_as_it_was_written_in_every_dtype(dtype, tmp_path, rng):
     kind = jnp.dtype(dtype)
-    drawn = rng.integers(0, 256, (5, 7, kind.itemsize), dtype=np.uint8).view(kind)[..., 0]  # NaNs with payloads among them
+    # NaNs with payloads among them.
+    drawn = rng.integers(0, 256, (5, 7, kind.itemsize), dtype=np.uint8).view(kind)[..., 0]
     leaves = {
         "any.bits": drawn,
         "negative.zero": np.full((3,), -0.0).astype(kind),
@@ -99,7 +125,11 @@ def test_a_unit_is_read_as_it_was_written_in_every_dtype(dtype, tmp_path, rng):
     read = read_unit(tmp_path, "vae", None)
     assert read.keys() == leaves.keys()
     for name, leaf in leaves.items():
-        assert (read[name].dtype, read[name].shape, read[name].tobytes()) == (leaf.dtype, leaf.shape, leaf.tobytes())
+        assert (read[name].dtype, read[name].shape, read[name].tobytes()) == (
+            leaf.dtype,
+            leaf.shape,
+            leaf.tobytes(),
+        )
     assert unit_path(tmp_path, "vae", 7) == tmp_path / "vae" / "weights" / "007"
 
 
@@ -170,7 +200,8 @@ def test_what_was_used_longest_ago_leaves_first_and_only_for_want_of_room(conver
     assert list(models._resident) == ["vae", "modulation", "transformer", "text_encoder"]
     models.piece("transformer", workspace=1001)
     assert list(models._resident) == ["modulation", "text_encoder", "transformer"]
-    models.piece("transformer", workspace=2**40)  # alone, and the device will say if even that is too much
+    # Alone, and the device will say if even that is too much.
+    models.piece("transformer", workspace=2**40)
     assert list(models._resident) == ["transformer"]
 
 
@@ -185,7 +216,9 @@ def test_a_piece_that_leaves_is_not_kept_alive(converted, monkeypatch):
 def test_ahead_of_its_phase_a_piece_is_loaded_only_beside_the_others(converted, monkeypatch):
     models = open_folder(converted, FLOAT32)
     models.piece("text_encoder")
-    monkeypatch.setattr(checkpoint, "memory_limit", lambda *_: size(models, "text_encoder", "transformer"))
+    monkeypatch.setattr(
+        checkpoint, "memory_limit", lambda *_: size(models, "text_encoder", "transformer")
+    )
     assert models.piece("transformer", workspace=1, ahead=True) is None
     assert list(models._resident) == ["text_encoder"]
     ahead = models.piece("transformer", ahead=True)
@@ -202,7 +235,9 @@ def test_the_transformers_pieces_are_all_of_it(converted):
         for name in leaf_names(piece(config, piece_, FLOAT32))
     }
     assert pieces == whole.keys()
-    assert not any(name.startswith("modulation") for name in leaf_names(piece(config, "transformer", FLOAT32)))
+    assert not any(
+        name.startswith("modulation") for name in leaf_names(piece(config, "transformer", FLOAT32))
+    )
 
 
 def test_the_memory_limit_is_the_machine_s():
@@ -211,7 +246,9 @@ def test_the_memory_limit_is_the_machine_s():
 
 def test_a_converted_folder_loads_wherever_it_is_moved(folder, converted, tmp_path):
     moved = folder.rename(tmp_path / "elsewhere, with a space")
-    ours, theirs = (leaf_names(open_folder(path, FLOAT32).piece("vae")) for path in (moved, converted))
+    ours, theirs = (
+        leaf_names(open_folder(path, FLOAT32).piece("vae")) for path in (moved, converted)
+    )
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -235,14 +272,18 @@ def test_what_is_no_converted_folder_is_refused(tmp_path):
 def test_another_format_version_is_refused(version, folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"format": version}))
-    assert f"{folder} must have format 2: got {version!r}; convert its source again" in refused(open_folder, folder, FLOAT32)
+    assert f"{folder} must have format 2: got {version!r}; convert its source again" in refused(
+        open_folder, folder, FLOAT32
+    )
 
 
 @pytest.mark.parametrize("files", [None, ["transformer/weights/rest"], 3])
 def test_a_manifest_without_sizes_of_files_is_refused(files, folder):
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
-    assert f"{folder / MANIFEST} must have the sizes of its files" in refused(open_folder, folder, FLOAT32)
+    assert f"{folder / MANIFEST} must have the sizes of its files" in refused(
+        open_folder, folder, FLOAT32
+    )
 
 
 def test_a_missing_configuration_is_refused(folder):
@@ -251,7 +292,9 @@ def test_a_missing_configuration_is_refused(folder):
 
 
 def largest(unit: Path) -> Path:
-    return max((path for path in unit.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in unit.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 HALF_COPIED = {
@@ -265,7 +308,9 @@ HALF_COPIED = {
 
 @pytest.mark.parametrize("damage", HALF_COPIED)
 @pytest.mark.parametrize(("part", "layer"), [("vae", None), ("transformer", 1)])
-def test_a_folder_copied_by_halves_is_refused_before_anything_is_loaded(part, layer, damage, folder, reads):
+def test_a_folder_copied_by_halves_is_refused_before_anything_is_loaded(
+    part, layer, damage, folder, reads
+):
     unit = unit_path(folder, part, layer)
     HALF_COPIED[damage](unit)
     line = refused(open_folder, folder, FLOAT32)
@@ -293,8 +338,14 @@ def test_a_unit_that_breaks_later_is_refused_by_name(part, layer, damage, folder
     [
         (lambda leaves: leaves.pop("norm.scale"), "norm.scale missing"),
         (lambda leaves: leaves.update(new=np.zeros(2)), "new not of this network"),
-        (lambda leaves: leaves.update({"norm.scale": np.zeros((3,), np.float32)}), "norm.scale [3]"),
-        (lambda leaves: [leaves.pop("embedding"), leaves.pop("norm.scale")], "embedding missing, norm.scale missing"),
+        (
+            lambda leaves: leaves.update({"norm.scale": np.zeros((3,), np.float32)}),
+            "norm.scale [3]",
+        ),
+        (
+            lambda leaves: [leaves.pop("embedding"), leaves.pop("norm.scale")],
+            "embedding missing, norm.scale missing",
+        ),
     ],
 )
 def test_a_unit_of_another_network_is_refused_by_its_leaves(change, expected, folder):
@@ -304,4 +355,6 @@ def test_a_unit_of_another_network_is_refused_by_its_leaves(change, expected, fo
     change(leaves)
     shutil.rmtree(unit)
     write_unit(folder, "text_encoder", None, leaves)
-    assert f"{unit} must hold the network's leaves: got {expected}" in refused(models.piece, "text_encoder")
+    assert f"{unit} must hold the network's leaves: got {expected}" in refused(
+        models.piece, "text_encoder"
+    )

@@ -1,4 +1,5 @@
-"""What is fetched from a hub and from buckets: only what is needed, in one line where it can't be."""
+"""What is fetched from a hub and from buckets: only what is needed, in one line where it can't
+be."""
 
 import os
 import shutil
@@ -21,7 +22,11 @@ from cogi2v_jax.weights.checkpoint import MANIFEST
 from cogi2v_jax.weights.hub import ask, fetch, locate
 from cogi2v_jax.weights.needed_files import wanted
 
-FILES = sorted(path.relative_to(twins.TINY).as_posix() for path in twins.TINY.rglob("*") if path.is_file() and path.name != "README.md")
+FILES = sorted(
+    path.relative_to(twins.TINY).as_posix()
+    for path in twins.TINY.rglob("*")
+    if path.is_file() and path.name != "README.md"
+)
 
 
 @pytest.fixture
@@ -31,10 +36,16 @@ def hub(tmp_path, monkeypatch):
     constants = huggingface_hub.constants
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    hub.repositories["someone/finetune"] = Path(shutil.copytree(twins.TINY, tmp_path / "repository"))
+    hub.repositories["someone/finetune"] = Path(
+        shutil.copytree(twins.TINY, tmp_path / "repository")
+    )
     yield hub
     hub.close()
 
@@ -58,10 +69,25 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
     ("there", "taken"),
     [
         ([*SHARDS, INDEX], [INDEX, *SHARDS]),
-        ([*SHARDS, INDEX, *HALF, INDEX.replace(".json", ".fp16.json"), "diffusion_pytorch_model.fp16.safetensors"], [INDEX, *SHARDS]),
-        ([*HALF, INDEX.replace(".json", ".fp16.json")], [INDEX.replace(".json", ".fp16.json"), *HALF]),
+        (
+            [
+                *SHARDS,
+                INDEX,
+                *HALF,
+                INDEX.replace(".json", ".fp16.json"),
+                "diffusion_pytorch_model.fp16.safetensors",
+            ],
+            [INDEX, *SHARDS],
+        ),
+        (
+            [*HALF, INDEX.replace(".json", ".fp16.json")],
+            [INDEX.replace(".json", ".fp16.json"), *HALF],
+        ),
         (["model.fp16.safetensors", "model.bf16.safetensors"], ["model.bf16.safetensors"]),
-        (["model.safetensors", "pytorch_model.bin", "model.onnx", "model.ckpt", "tf_model.h5"], ["model.safetensors"]),
+        (
+            ["model.safetensors", "pytorch_model.bin", "model.onnx", "model.ckpt", "tf_model.h5"],
+            ["model.safetensors"],
+        ),
         (["pytorch_model.bin", "pytorch_model.fp16.bin", "rng.pkl"], ["pytorch_model.bin"]),
         ([*SHARDS, "model.safetensors"], ["model.safetensors"]),
         (["model.onnx"], []),
@@ -71,11 +97,20 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 def test_one_set_of_weights_is_taken_of_a_part(part, there, taken):
     prefix = f"{part}/" if part else ""
     chosen = wanted([f"{prefix}{name}" for name in ["config.json", *there]] + ["README.md"])
-    assert chosen == ([f"{prefix}{name}" for name in ["config.json", *taken]] if taken or part else [])
+    assert chosen == (
+        [f"{prefix}{name}" for name in ["config.json", *taken]] if taken or part else []
+    )
 
 
 def test_of_a_repository_only_what_a_conversion_reads_is_taken():
-    unneeded = ["README.md", "image.png", "all.safetensors", "transformer/notes.json", "vae_old/config.json", "text_encoder/model.fp32.pt"]
+    unneeded = [
+        "README.md",
+        "image.png",
+        "all.safetensors",
+        "transformer/notes.json",
+        "vae_old/config.json",
+        "text_encoder/model.fp32.pt",
+    ]
     unneeded += ["transformer/old/diffusion_pytorch_model.safetensors", "scheduler/config.json"]
     assert set(wanted([*FILES, *unneeded])) == set(FILES)
     assert wanted(["a.safetensors", "b.safetensors"]) == []
@@ -86,11 +121,18 @@ def test_of_a_repository_only_what_a_conversion_reads_is_taken():
 
 def test_a_repository_is_fetched_once_and_only_what_is_needed_of_it(hub):
     repository = hub.repositories["someone/finetune"]
-    for name in ("README.md", "transformer/diffusion_pytorch_model.bin", "transformer/diffusion_pytorch_model.fp16.safetensors"):
+    for name in (
+        "README.md",
+        "transformer/diffusion_pytorch_model.bin",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+    ):
         (repository / name).write_bytes(b"not needed")
     said = []
     folder = fetch("someone/finetune", said.append)
-    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == FILES
+    assert (
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        == FILES
+    )
     assert hub.fetched() == set(FILES)
     assert said == ["fetching someone/finetune from the hub, 0.0 GB (its licence: it names none)"]
     hub.asked.clear()
@@ -101,17 +143,26 @@ def test_a_repository_is_fetched_once_and_only_what_is_needed_of_it(hub):
 
 def test_a_part_s_own_repository_is_fetched_too(hub):
     hub.repositories["someone/vae"] = twins.TINY / "vae"
-    assert left(fetch("someone/vae", lambda line: None)) == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert left(fetch("someone/vae", lambda line: None)) == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    }
 
 
 def test_after_a_cut_only_the_files_that_are_missing_are_fetched(hub, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the client, between attempts
     hub.cut = 100_000
-    assert refused("someone/finetune").startswith("model someone/finetune must be fetched from the hub whole: ")
+    assert refused("someone/finetune").startswith(
+        "model someone/finetune must be fetched from the hub whole: "
+    )
     repository = hub.repositories["someone/finetune"]
     large = {name for name in FILES if (repository / name).stat().st_size > hub.cut}
     ask_again = ask("someone/finetune")
-    assert ask_again.missing == sum((repository / name).stat().st_size for name in large) < ask_again.size
+    assert (
+        ask_again.missing
+        == sum((repository / name).stat().st_size for name in large)
+        < ask_again.size
+    )
     hub.cut = None
     hub.asked.clear()
     folder = fetch("someone/finetune", lambda line: None)
@@ -123,10 +174,22 @@ def test_after_a_cut_only_the_files_that_are_missing_are_fetched(hub, monkeypatc
 @pytest.mark.parametrize(
     ("repository", "card", "licence"),
     [
-        ("zai-org/CogVideoX-5b-I2V", None, "CogVideoX LICENSE: free for research; commercial use needs a registration with its authors"),
-        ("THUDM/cogvideox-5b-i2v", None, "CogVideoX LICENSE: free for research; commercial use needs a registration with its authors"),
+        (
+            "zai-org/CogVideoX-5b-I2V",
+            None,
+            "CogVideoX LICENSE: free for research; commercial use needs a registration with its authors",
+        ),
+        (
+            "THUDM/cogvideox-5b-i2v",
+            None,
+            "CogVideoX LICENSE: free for research; commercial use needs a registration with its authors",
+        ),
         ("someone/other", {"license": "apache-2.0"}, "apache-2.0"),
-        ("someone/other", {"license": "other", "license_name": "mine", "license_link": "https://a.b/c"}, "mine https://a.b/c"),
+        (
+            "someone/other",
+            {"license": "other", "license_name": "mine", "license_link": "https://a.b/c"},
+            "mine https://a.b/c",
+        ),
         ("someone/other", {"language": "en"}, "it names none"),
     ],
 )
@@ -146,7 +209,9 @@ def test_without_room_nothing_is_fetched(hub, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 5))
     line = refused("someone/finetune", OSError)
-    assert line.startswith(f"{tmp_path} must have 0.0 GB free for someone/finetune (HF_HOME names another place): got 0.0 GB")
+    assert line.startswith(
+        f"{tmp_path} must have 0.0 GB free for someone/finetune (HF_HOME names another place): got 0.0 GB"
+    )
     assert hub.fetched() == set()
 
 
@@ -165,7 +230,9 @@ def test_a_hub_that_can_not_be_reached_leaves_the_cache(hub, monkeypatch):
     folder = fetch("someone/finetune", lambda line: None)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert fetch("someone/finetune", lambda line: None) == folder
-    assert refused("someone/else").startswith("model someone/else must be reachable on the hub or in its cache: ")
+    assert refused("someone/else").startswith(
+        "model someone/else must be reachable on the hub or in its cache: "
+    )
 
 
 def test_a_gated_repository_says_where_its_terms_are(hub):
@@ -175,9 +242,17 @@ def test_a_gated_repository_says_where_its_terms_are(hub):
 
 
 def test_an_unknown_repository_and_an_unknown_revision_are_told_apart(hub):
-    assert "it has none of this name that is open to you; check the name, and set HF_TOKEN if it is private" in refused("someone/typo")
-    assert refused("someone/finetune@v7") == "model someone/finetune must have the revision v7: the hub has none"
-    assert (locate(f"someone/finetune@{hubs.SHA}", lambda line: None) / "transformer/config.json").is_file()
+    assert (
+        "it has none of this name that is open to you; check the name, and set HF_TOKEN if it is private"
+        in refused("someone/typo")
+    )
+    assert (
+        refused("someone/finetune@v7")
+        == "model someone/finetune must have the revision v7: the hub has none"
+    )
+    assert (
+        locate(f"someone/finetune@{hubs.SHA}", lambda line: None) / "transformer/config.json"
+    ).is_file()
 
 
 def test_a_repository_of_single_files_says_what_to_do(hub, tmp_path):
@@ -185,27 +260,39 @@ def test_a_repository_of_single_files_says_what_to_do(hub, tmp_path):
     (tmp_path / "files/a_fp8.safetensors").write_bytes(b"")
     hub.repositories["someone/comfy"] = tmp_path / "files"
     line = refused("someone/comfy")
-    assert line.endswith("must be a diffusers folder: got a_fp8.safetensors; download a single file and give its path to cogi2v-convert")
+    assert line.endswith(
+        "must be a diffusers folder: got a_fp8.safetensors; download a single file and give its path to cogi2v-convert"
+    )
 
 
-@pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError(""), ValueError("  \n"), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [OSError("no route\nto host"), RuntimeError(""), ValueError("  \n"), KeyError("x")]
+)
 def test_whatever_the_client_raises_is_one_clear_line(error, hub, monkeypatch):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
-    assert refused("someone/model").startswith("model someone/model must be reachable on the hub or in its cache: ")
+    assert refused("someone/model").startswith(
+        "model someone/model must be reachable on the hub or in its cache: "
+    )
     monkeypatch.undo()
 
 
 def test_the_command_takes_a_hub_id_and_the_client_its_environment(hub, tmp_path):
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": "0"}
+    own = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_OFFLINE": "0",
+    }
     command = [sys.executable, "-m", "cogi2v_convert", "inspect", "someone/finetune"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own})
     assert done.returncode == 0, done.stderr
     assert "diffusers folder, cogi2v-tiny (cogvideox-i2v)" in done.stdout
     assert str(tmp_path / "home") in done.stdout
-    ours = [(path, token) for _, path, token in hub.asked if "someone/finetune" in path]  # the client also asks what else there is
+    # The client also asks what else there is.
+    ours = [(path, token) for _, path, token in hub.asked if "someone/finetune" in path]
     assert {token for _, token in ours} == {"Bearer hf_secret"}
     assert done.stderr.count("fetching someone/finetune") == 1
 
@@ -230,12 +317,15 @@ def cloud(tmp_path, monkeypatch):
 
     def walked(original, top, **options):
         for root, folders, files in original(here(top), **options):
-            yield Path(root).relative_to(folder).as_posix(), folders, files  # as gcsfs gives them: without the scheme
+            # As gcsfs gives them: without the scheme.
+            yield Path(root).relative_to(folder).as_posix(), folders, files
 
     def moved(original, path, *arguments, **options):
         return original(here(path), *arguments, **options)
 
-    with testing.mock_epath(open=opened, walk=walked, isdir=moved, exists=moved, stat=moved, rmtree=moved):
+    with testing.mock_epath(
+        open=opened, walk=walked, isdir=moved, exists=moved, stat=moved, rmtree=moved
+    ):
         yield folder
 
 
@@ -244,7 +334,10 @@ def test_a_bucket_s_folder_is_copied_as_far_as_it_is_needed_and_once(cloud, monk
     (cloud / "models/tiny/README.md").write_text("not needed")
     said = []
     folder = locate("gs://models/tiny/", said.append)
-    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == FILES
+    assert (
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        == FILES
+    )
     assert said == [f"copying gs://models/tiny into {folder}"]
     assert locate("gs://models/tiny", said.append) == folder
     assert len(said) == 1
@@ -259,7 +352,11 @@ def test_a_bucket_s_folder_is_copied_as_far_as_it_is_needed_and_once(cloud, monk
 def test_a_conversion_goes_to_a_bucket_its_manifest_last_and_comes_back(cloud, monkeypatch, capsys):
     order = []
     copy = shutil.copyfileobj
-    monkeypatch.setattr(shutil, "copyfileobj", lambda here, there, *rest: (order.append(here.name), copy(here, there, *rest)))
+    monkeypatch.setattr(
+        shutil,
+        "copyfileobj",
+        lambda here, there, *rest: (order.append(here.name), copy(here, there, *rest)),
+    )
     shutil.copytree(twins.TINY, cloud / "models/tiny")
     assert main(["to-flax", "gs://models/tiny", "gs://models/flax/tiny"]) == 0
     assert capsys.readouterr().out == "gs://models/flax/tiny\n"
@@ -292,11 +389,25 @@ def test_a_bucket_s_folder_that_exists_is_refused_before_the_work(cloud, capsys)
     assert left(cloud / "models") == {"mine.txt"}
 
 
-def test_a_bucket_without_a_checkpoint_and_one_that_can_not_be_reached_are_one_line(cloud, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="found neither a diffusers nor a converted folder there"):
+def test_a_bucket_without_a_checkpoint_and_one_that_can_not_be_reached_are_one_line(
+    cloud, monkeypatch
+):
+    with pytest.raises(
+        FileNotFoundError, match="found neither a diffusers nor a converted folder there"
+    ):
         locate("gs://models/nothing")
-    monkeypatch.setattr(gpath._GPath, "is_dir", lambda path: (_ for _ in ()).throw(ImportError("Please install gcsfs")))
-    with pytest.raises(FileNotFoundError, match="gs://models/nothing must be reached by a library that is missing here: pip install gcsfs"):
+    monkeypatch.setattr(
+        gpath._GPath,
+        "is_dir",
+        lambda path: (_ for _ in ()).throw(ImportError("Please install gcsfs")),
+    )
+    with pytest.raises(
+        FileNotFoundError,
+        match="gs://models/nothing must be reached by a library that is missing here: pip install gcsfs",
+    ):
         locate("gs://models/nothing")
-    with pytest.raises(FileNotFoundError, match="pip install gcsfs"), bucket.uploading("gs://models/new", MANIFEST):
+    with (
+        pytest.raises(FileNotFoundError, match="pip install gcsfs"),
+        bucket.uploading("gs://models/new", MANIFEST),
+    ):
         pass

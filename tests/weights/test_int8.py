@@ -30,8 +30,23 @@ from cogi2v_jax import Models, Request, config, pipeline
 from cogi2v_jax.models import layers
 from cogi2v_jax.models.layers import Linear
 from cogi2v_jax.weights import checkpoint
-from cogi2v_jax.weights.checkpoint import MANIFEST, int8_errors, open_folder, read_unit, unit_path, weight_files, write_unit
-from cogi2v_jax.weights.pieces import NETWORKS, bytes_per_device, layer_count, leaf_names, piece, placed
+from cogi2v_jax.weights.checkpoint import (
+    MANIFEST,
+    int8_errors,
+    open_folder,
+    read_unit,
+    unit_path,
+    weight_files,
+    write_unit,
+)
+from cogi2v_jax.weights.pieces import (
+    NETWORKS,
+    bytes_per_device,
+    layer_count,
+    leaf_names,
+    piece,
+    placed,
+)
 
 FLOAT32, HALF = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 KERNELS = {
@@ -45,7 +60,15 @@ def pipe() -> Any:
     """Networks whose every axis divides by eight."""
     pipe = twins.pipeline("1.0")
     heads = {"num_attention_heads": 8, "attention_head_dim": 16, "num_layers": 2}
-    pipe.transformer = twins.transformer(**{**twins.FAMILIES["1.0"], **heads, "sample_height": 8, "sample_width": 8, "sample_frames": 9})
+    pipe.transformer = twins.transformer(
+        **{
+            **twins.FAMILIES["1.0"],
+            **heads,
+            "sample_height": 8,
+            "sample_width": 8,
+            "sample_frames": 9,
+        }
+    )
     pipe.text_encoder = twins.t5(1, d_ff=40)
     pipe.vae = twins.vae(2, layers_per_block=1)
     return pipe
@@ -69,8 +92,16 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in config.BLOCKS:
         for layer, leaves in units(folder, part):
             if layer is not None:
-                kernels = {name: leaf * leaves[scale_of(name)] for name, leaf in leaves.items() if leaf.dtype == np.int8}
-                rest = {name: leaf for name, leaf in leaves.items() if name not in {*kernels, *map(scale_of, kernels)}}
+                kernels = {
+                    name: leaf * leaves[scale_of(name)]
+                    for name, leaf in leaves.items()
+                    if leaf.dtype == np.int8
+                }
+                rest = {
+                    name: leaf
+                    for name, leaf in leaves.items()
+                    if name not in {*kernels, *map(scale_of, kernels)}
+                }
                 shutil.rmtree(unit_path(copy, part, layer))
                 write_unit(copy, part, layer, rest | kernels)
     manifest = json.loads((copy / MANIFEST).read_text())
@@ -97,16 +128,23 @@ def ask(**settings: Any) -> Request:
 
 
 @pytest.mark.parametrize("part", NETWORKS)
-def test_the_kernels_of_blocks_are_int8_with_a_scale_an_output_and_all_else_bfloat16(part: str, folder: Path) -> None:
+def test_the_kernels_of_blocks_are_int8_with_a_scale_an_output_and_all_else_bfloat16(
+    part: str, folder: Path
+) -> None:
     for layer, leaves in units(folder, part):
         found = sorted(name for name, leaf in leaves.items() if leaf.dtype == np.int8)
-        assert found == ([] if layer is None else [f"blocks.{name}.kernel" for name in KERNELS[part]])
+        assert found == (
+            [] if layer is None else [f"blocks.{name}.kernel" for name in KERNELS[part]]
+        )
         scales = {scale_of(name): leaves[name].shape[1:] for name in found}
         assert {name: leaves[name].shape for name in scales} == scales
         assert {leaves[name].dtype.name for name in scales} <= {"float32"}
-        assert {leaf.dtype.name for name, leaf in leaves.items() if name not in {*found, *scales}} == {"bfloat16"}
+        assert {
+            leaf.dtype.name for name, leaf in leaves.items() if name not in {*found, *scales}
+        } == {"bfloat16"}
         for name in found:
-            assert (np.abs(leaves[name].astype(int)).max(axis=0) >= 127).all()  # an output's scale is its largest weight's
+            # An output's scale is its largest weight's.
+            assert (np.abs(leaves[name].astype(int)).max(axis=0) >= 127).all()
 
 
 def test_there_and_back_every_tensor_is_as_far_off_as_the_manifest_says_and_diffusers_loads_them(
@@ -123,15 +161,19 @@ def test_there_and_back_every_tensor_is_as_far_off_as_the_manifest_says_and_diff
             if name in errors.get(part, {}):
                 error = errors[part][name]
                 assert 0.003 < error < 0.01
-                # Rounding to bfloat16 adds up to 2^-9 of each number, and nothing that leans either way.
-                assert relative_error(ours[name].double().numpy(), tensor.double().numpy()) == pytest.approx(
-                    np.hypot(error, 0.0017), rel=0.03
-                )
+                # Rounding to bfloat16 adds up to 2^-9 of each number, and nothing that leans either
+                # way.
+                assert relative_error(
+                    ours[name].double().numpy(), tensor.double().numpy()
+                ) == pytest.approx(np.hypot(error, 0.0017), rel=0.03)
             else:
                 assert torch.equal(ours[name], tensor.bfloat16())
     loaded = CogVideoXImageToVideoPipeline.from_pretrained(back)
     state = loaded.transformer.state_dict()
-    assert all(torch.equal(state[name].bfloat16(), tensor) for name, tensor in load_file(weights(back, "transformer")).items())
+    assert all(
+        torch.equal(state[name].bfloat16(), tensor)
+        for name, tensor in load_file(weights(back, "transformer")).items()
+    )
 
 
 def test_no_number_is_further_off_than_half_a_step(source: Path, folder: Path) -> None:
@@ -143,20 +185,41 @@ def test_no_number_is_further_off_than_half_a_step(source: Path, folder: Path) -
             (rule, layer), leaves = places[name], read[places[name].layer]
             scale = leaves[scale_of(rule.flax)]
             assert layer is not None
-            assert (np.abs(leaves[rule.flax] * scale - rule.to_flax(theirs[name].numpy())) <= 0.5001 * scale).all()
+            assert (
+                np.abs(leaves[rule.flax] * scale - rule.to_flax(theirs[name].numpy()))
+                <= 0.5001 * scale
+            ).all()
 
 
-def test_nothing_and_the_smallest_and_the_largest_numbers_have_an_error_that_is_a_number(rng: np.random.Generator) -> None:
+def test_nothing_and_the_smallest_and_the_largest_numbers_have_an_error_that_is_a_number(
+    rng: np.random.Generator,
+) -> None:
     drawn = rng.normal(size=(8, 6)).astype(np.float32)
     column = drawn * (np.arange(6) != 2)
-    kernels = {"column": column, "row": drawn * (np.arange(8) != 2)[:, None], "all": 0 * drawn, "tiny": 1e-30 * drawn, "huge": 1e37 * drawn}
-    kernels |= {"half": drawn.astype(np.float16), "bfloat16": drawn.astype(HALF), "double": drawn.astype(np.float64)}
-    made, errors = int8.quantised({f"{name}.kernel": kernel for name, kernel in kernels.items()}, {f"{name}.kernel" for name in kernels})
+    kernels = {
+        "column": column,
+        "row": drawn * (np.arange(8) != 2)[:, None],
+        "all": 0 * drawn,
+        "tiny": 1e-30 * drawn,
+        "huge": 1e37 * drawn,
+    }
+    kernels |= {
+        "half": drawn.astype(np.float16),
+        "bfloat16": drawn.astype(HALF),
+        "double": drawn.astype(np.float64),
+    }
+    made, errors = int8.quantised(
+        {f"{name}.kernel": kernel for name, kernel in kernels.items()},
+        {f"{name}.kernel" for name in kernels},
+    )
     assert errors.keys() == {f"{name}.kernel" for name in kernels}
     assert all(np.isfinite(error) for error in errors.values())
     assert all(np.isfinite(leaf).all() for leaf in made.values())
     assert errors["all.kernel"] == 0
-    assert all(0 < errors[f"{name}.kernel"] < 0.01 for name in ("column", "row", "huge", "half", "bfloat16", "double"))
+    assert all(
+        0 < errors[f"{name}.kernel"] < 0.01
+        for name in ("column", "row", "huge", "half", "bfloat16", "double")
+    )
     back = int8.dequantised(made)
     assert not back["column.kernel"][:, 2].any()
     assert not back["row.kernel"][2].any()
@@ -164,11 +227,16 @@ def test_nothing_and_the_smallest_and_the_largest_numbers_have_an_error_that_is_
     assert back.keys() == {f"{name}.kernel" for name in kernels}
 
 
-def test_the_commands_say_what_became_of_the_weights(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_say_what_became_of_the_weights(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["to-flax", str(source), str(tmp_path / "int8"), "--dtype", "int8"]) == 0
     *table, where = capsys.readouterr().out.splitlines()
     assert where == str(tmp_path / "int8")
-    assert [line.split(": ")[0] for line in table if not line.startswith(" ")] == ["transformer", "text_encoder"]
+    assert [line.split(": ")[0] for line in table if not line.startswith(" ")] == [
+        "transformer",
+        "text_encoder",
+    ]
     assert len(table) == 2 + 2 * int8.SHOWN
     worst = max(int8_errors(tmp_path / "int8")["transformer"].items(), key=lambda item: item[1])
     assert table[1].split() == [f"{worst[1]:.2%}", worst[0]]
@@ -176,9 +244,14 @@ def test_the_commands_say_what_became_of_the_weights(source: Path, tmp_path: Pat
     ours = [line for line in capsys.readouterr().out.splitlines() if " parameters, " in line]
     assert main(["inspect", str(source)]) == 0
     theirs = [line for line in capsys.readouterr().out.splitlines() if " parameters, " in line]
-    kept = [line.replace("float32", "bfloat16") for line in theirs]  # parameters and tensors are as many as before
+    # Parameters and tensors are as many as before.
+    kept = [line.replace("float32", "bfloat16") for line in theirs]
     assert [line.split(", ", 3)[:3] for line in ours] == [line.split(", ", 3)[:3] for line in kept]
-    assert [" tensors in int8 with a mean relative error of 0." in line for line in ours] == [True, False, True]
+    assert [" tensors in int8 with a mean relative error of 0." in line for line in ours] == [
+        True,
+        False,
+        True,
+    ]
     assert main(["to-torch", str(tmp_path / "int8"), str(tmp_path / "back")]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert "what was int8 of transformer and text_encoder is dequantised to bfloat16" in line
@@ -194,7 +267,12 @@ def test_a_layer_computes_what_it_does_with_its_kernel_in_floating_point(
     bias: bool, dtype: str, form: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers.lax, "platform_dependent", lambda *args, **forms: forms[form](*args))
-    sizes: dict[str, Any] = {"axes": (None, None), "bias": bias, "dtype": jnp.dtype(dtype), "rngs": nnx.Rngs(0)}
+    sizes: dict[str, Any] = {
+        "axes": (None, None),
+        "bias": bias,
+        "dtype": jnp.dtype(dtype),
+        "rngs": nnx.Rngs(0),
+    }
     layer = Linear(64, 48, int8=True, **sizes)
     layer.kernel[...] = jnp.asarray(rng.integers(-128, 128, (64, 48)), jnp.int8)
     assert layer.scale is not None
@@ -208,12 +286,16 @@ def test_a_layer_computes_what_it_does_with_its_kernel_in_floating_point(
     if dtype == "float32":
         assert_close(layer(x), floating(x), TOLERANCE["module"])
     elif form == "cuda":
-        np.testing.assert_array_equal(layer(x), floating(x))  # its kernel is the one that to-torch gives
+        # Its kernel is the one that to-torch gives.
+        np.testing.assert_array_equal(layer(x), floating(x))
     else:
-        truth = np.asarray(x, np.float64) @ (np.asarray(layer.kernel[...], np.float64) * np.asarray(layer.scale[...], np.float64))
+        truth = np.asarray(x, np.float64) @ (
+            np.asarray(layer.kernel[...], np.float64) * np.asarray(layer.scale[...], np.float64)
+        )
         truth += 0 if layer.bias is None else np.asarray(layer.bias[...], np.float64)
         exact = np.asarray(truth.astype(np.float32).astype(HALF), np.float64)
-        assert relative_error(layer(x), truth) <= 1.01 * relative_error(exact, truth)  # rounded once
+        # Rounded once.
+        assert relative_error(layer(x), truth) <= 1.01 * relative_error(exact, truth)
 
 
 class Enough(Exception):
@@ -237,20 +319,34 @@ def alone(folder: Path) -> np.ndarray:
     return latents(cogi2v_jax.load(folder, "float32"))
 
 
-def test_the_pipeline_computes_what_it_does_with_the_weights_in_floating_point(plain: Path, alone: np.ndarray) -> None:
+def test_the_pipeline_computes_what_it_does_with_the_weights_in_floating_point(
+    plain: Path, alone: np.ndarray
+) -> None:
     models = cogi2v_jax.load(plain, "float32")
     assert models.config.int8 == ()
     assert_close(alone, latents(models), TOLERANCE["module"])
 
 
-def test_the_embedded_models_latents_are_near_the_unquantised_ones_and_not_them(tmp_path: Path) -> None:
+def test_the_embedded_models_latents_are_near_the_unquantised_ones_and_not_them(
+    tmp_path: Path,
+) -> None:
     models = cogi2v_jax.load(to_flax(twins.TINY, tmp_path / "int8", "int8"), "float32")
     assert models.config.int8 == config.BLOCKS
-    assert 5e-4 < relative_error(latents(models), latents(cogi2v_jax.load("cogi2v-tiny", "float32"))) < 0.005  # measured: 0.0024
+    # Measured: 0.0024.
+    assert (
+        5e-4
+        < relative_error(latents(models), latents(cogi2v_jax.load("cogi2v-tiny", "float32")))
+        < 0.005
+    )
 
 
-def test_in_bfloat16_it_is_as_near_to_float32_as_with_the_weights_in_floating_point(folder: Path, plain: Path, alone: np.ndarray) -> None:
-    ours, theirs = (relative_error(latents(cogi2v_jax.load(each, "bfloat16")), alone) for each in (folder, plain))
+def test_in_bfloat16_it_is_as_near_to_float32_as_with_the_weights_in_floating_point(
+    folder: Path, plain: Path, alone: np.ndarray
+) -> None:
+    ours, theirs = (
+        relative_error(latents(cogi2v_jax.load(each, "bfloat16")), alone)
+        for each in (folder, plain)
+    )
     assert 0 < ours < 1.2 * theirs  # measured: 0.0218 and 0.0225
 
 
@@ -258,7 +354,9 @@ def places_of(models: Models, name: str) -> Any:
     return pipeline.phases_of(models, ask().resolve(models.config)).network(name)
 
 
-def test_split_over_eight_devices_it_is_the_same_as_on_one(folder: Path, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_over_eight_devices_it_is_the_same_as_on_one(
+    folder: Path, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("cogi2v_jax.checkpoint.WHOLE", 0.0)
     placed.cache_clear()
     models = cogi2v_jax.load(folder, "float32", mesh="pair=2,context=4")
@@ -278,7 +376,9 @@ def test_split_over_eight_devices_it_is_the_same_as_on_one(folder: Path, alone: 
 # memory
 
 
-@pytest.mark.parametrize(("name", "most"), [("transformer", 0.51), ("text_encoder", 0.52), ("modulation", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("transformer", 0.51), ("text_encoder", 0.52), ("modulation", 1.0)]
+)
 def test_a_released_checkpoint_takes_about_half_of_the_memory(name: str, most: float) -> None:
     full = config.named("cogvideox-5b-i2v")
     small = dataclasses.replace(full, int8=config.BLOCKS)
@@ -291,7 +391,9 @@ def test_a_device_holds_no_more_than_the_shapes_say(dtype: jnp.dtype, folder: Pa
     models = open_folder(folder, dtype)
     for name in ("transformer", "text_encoder"):
         leaves = leaf_names(models.piece(name))
-        assert sum(leaf.nbytes for leaf in leaves.values()) == bytes_per_device(piece(models.config, name, dtype))
+        assert sum(leaf.nbytes for leaf in leaves.values()) == bytes_per_device(
+            piece(models.config, name, dtype)
+        )
         assert {leaf.dtype for leaf in leaves.values()} == {jnp.dtype(jnp.int8), FLOAT32, dtype}
 
 
@@ -304,7 +406,12 @@ def test_no_program_widens_more_than_a_layer_at_a_time(phase: str, folder: Path)
     network = leaf_names(place.network(call.piece))
     stacks = {",".join(map(str, leaf.shape)) for leaf in network.values() if leaf.dtype == jnp.int8}
     assert all(f"s8[{shape}]" in text for shape in stacks)
-    assert [f"{kind}[{shape}]" for kind in ("f32", "bf16") for shape in stacks if f"{kind}[{shape}]" in text] == []
+    assert [
+        f"{kind}[{shape}]"
+        for kind in ("f32", "bf16")
+        for shape in stacks
+        if f"{kind}[{shape}]" in text
+    ] == []
 
 
 # precision
@@ -346,26 +453,43 @@ def test_nvidia_devices_scale_a_kernel_and_are_left_a_product_that_rounds_once(p
 
 
 def test_a_lora_on_int8_kernels_is_refused_in_one_line_before_anything_is_read(
-    pipe: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pipe: Any,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(checkpoint, "read_shards", None)
     monkeypatch.setattr("cogi2v_jax.hub.open_folder", None)
-    file = loras.save(tmp_path / "a.safetensors", loras.peft(loras.pairs(pipe.transformer, ("to_q",), rank=4)))
-    with pytest.raises(ValueError, match=r"^lora a.safetensors must meet floating-point weights: got blocks.attn.q.kernel of int8; .*$"):
+    file = loras.save(
+        tmp_path / "a.safetensors", loras.peft(loras.pairs(pipe.transformer, ("to_q",), rank=4))
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"^lora a.safetensors must meet floating-point weights: got blocks.attn.q.kernel of int8; .*$",
+    ):
         cogi2v_jax.load(folder, "float32", loras=[file])
     models = Models(folder, checkpoint.read_config(folder), FLOAT32)
     with pytest.raises(ValueError, match="must meet floating-point weights"):
         cogi2v_jax.adapt(models, [file])
     assert models.loras == ()
-    assert "must meet floating-point weights" in one_line(capsys, ["inspect", file, "--model", folder])
+    assert "must meet floating-point weights" in one_line(
+        capsys, ["inspect", file, "--model", folder]
+    )
 
 
-def test_a_lora_on_what_is_not_int8_is_added(pipe: Any, folder: Path, alone: np.ndarray, tmp_path: Path) -> None:
-    file = loras.save(tmp_path / "a.safetensors", loras.peft(loras.pairs(pipe.transformer, ("linear",), rank=4)))
+def test_a_lora_on_what_is_not_int8_is_added(
+    pipe: Any, folder: Path, alone: np.ndarray, tmp_path: Path
+) -> None:
+    file = loras.save(
+        tmp_path / "a.safetensors", loras.peft(loras.pairs(pipe.transformer, ("linear",), rank=4))
+    )
     assert relative_error(latents(cogi2v_jax.load(folder, "float32", loras=[file])), alone) > 1e-3
 
 
-def test_without_qwix_nothing_is_begun(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_without_qwix_nothing_is_begun(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.setattr(int8, "find_spec", lambda name: None)
     line = one_line(capsys, ["to-flax", source, tmp_path / "int8", "--dtype", "int8"])
     assert line == "cogi2v-convert: dtype int8 must have qwix: pip install 'cogi2v-jax[int8]'"
@@ -374,7 +498,9 @@ def test_without_qwix_nothing_is_begun(source: Path, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_what_is_no_number_is_refused_by_name_and_nothing_is_left(value: str, source: Path, tmp_path: Path, capsys: Any) -> None:
+def test_what_is_no_number_is_refused_by_name_and_nothing_is_left(
+    value: str, source: Path, tmp_path: Path, capsys: Any
+) -> None:
     copy = Path(shutil.copytree(source, tmp_path / "source"))
     name = "transformer_blocks.1.ff.net.2.weight"
     rewrite(copy, "transformer", lambda tensors: tensors[name][0, 0].fill_(float(value)))
@@ -386,14 +512,28 @@ def test_what_is_no_number_is_refused_by_name_and_nothing_is_left(value: str, so
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda errors: errors.update(vae={"a": 0.1}), r"int8 must be of transformer and text_encoder: got 'vae'"),
-        (lambda errors: errors.update(transformer={}), "must give every part in int8 its tensors' errors"),
-        (lambda errors: errors.update(transformer=["a"]), "must give every part in int8 its tensors' errors"),
-        (lambda errors: errors.update(transformer={"a": "b"}), "must give every part in int8 its tensors' errors"),
+        (
+            lambda errors: errors.update(vae={"a": 0.1}),
+            r"int8 must be of transformer and text_encoder: got 'vae'",
+        ),
+        (
+            lambda errors: errors.update(transformer={}),
+            "must give every part in int8 its tensors' errors",
+        ),
+        (
+            lambda errors: errors.update(transformer=["a"]),
+            "must give every part in int8 its tensors' errors",
+        ),
+        (
+            lambda errors: errors.update(transformer={"a": "b"}),
+            "must give every part in int8 its tensors' errors",
+        ),
         (lambda errors: errors.pop("transformer"), "attn.q.scale not of this network"),
     ],
 )
-def test_a_manifest_that_tells_something_else_is_refused(change: Any, expected: str, folder: Path, tmp_path: Path) -> None:
+def test_a_manifest_that_tells_something_else_is_refused(
+    change: Any, expected: str, folder: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "int8"))
     manifest = json.loads((copy / MANIFEST).read_text())
     change(manifest["int8"])

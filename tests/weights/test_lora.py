@@ -1,4 +1,5 @@
-"""LoRAs in the weights: the reference's result with them merged by hand, and what swapping them costs."""
+"""LoRAs in the weights: the reference's result with them merged by hand, and what swapping them
+costs."""
 
 import contextlib
 import re
@@ -32,7 +33,18 @@ from cogi2v_jax.weights.lora import RANK, Factors, Lora, check_leaves
 from cogi2v_jax.weights.pieces import PIECES, leaf_names, placed
 
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
-ALL = ("to_q", "to_k", "to_v", "to_out.0", "proj", "net.2", "linear", "linear_1", "linear_2", "proj_out")
+ALL = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj",
+    "net.2",
+    "linear",
+    "linear_1",
+    "linear_2",
+    "proj_out",
+)
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
@@ -67,11 +79,25 @@ def compilations() -> Iterator[list[str]]:
 
 def settings(family: str) -> dict[str, Any]:
     height, width, frames = SIZES[family]
-    return {"height": height, "width": width, "num_frames": frames, "num_inference_steps": 4, "use_dynamic_cfg": True}
+    return {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": 4,
+        "use_dynamic_cfg": True,
+    }
 
 
 def ask(family: str, image: Image.Image, seed: int = 7) -> Request:
-    return Request(image, "the red circle", scheduler="ddim", fit="stretch", noise="torch", seed=seed, **settings(family))
+    return Request(
+        image,
+        "the red circle",
+        scheduler="ddim",
+        fit="stretch",
+        noise="torch",
+        seed=seed,
+        **settings(family),
+    )
 
 
 class Enough(Exception):
@@ -90,10 +116,15 @@ def latents(models: Models, request: Request) -> np.ndarray:
     return kept[0]
 
 
-def reference(pipe: Any, network: Any, family: str, image: Image.Image, models: Models) -> np.ndarray:
+def reference(
+    pipe: Any, network: Any, family: str, image: Image.Image, models: Models
+) -> np.ndarray:
     """The reference's latents of that request with another transformer."""
     own, pipe.transformer = pipe.transformer, network
-    length, generator = models.config.transformer.max_text_seq_length, torch.Generator().manual_seed(7)
+    length, generator = (
+        models.config.transformer.max_text_seq_length,
+        torch.Generator().manual_seed(7),
+    )
     latents = pipe(
         image, "the red circle", generator=generator, max_sequence_length=length, output_type="latent", **settings(family)
     ).frames  # fmt: skip
@@ -113,7 +144,9 @@ def test_latents_are_the_references_with_the_lora_merged_by_hand(
     assert relative_error(ours, reference(pipe, pipe.transformer, family, image, models)) > 0.01
 
 
-def test_several_add_up_and_none_gives_the_base_back(models: Models, pipe: Any, family: str, image: Image.Image, tmp_path: Path) -> None:
+def test_several_add_up_and_none_gives_the_base_back(
+    models: Models, pipe: Any, family: str, image: Image.Image, tmp_path: Path
+) -> None:
     base = latents(models, ask(family, image))
     network, files = pipe.transformer, []
     for number, (weight, rank) in enumerate([(0.5, 3), (-1.0, RANK + 6)]):
@@ -121,19 +154,32 @@ def test_several_add_up_and_none_gives_the_base_back(models: Models, pipe: Any, 
         files.append((loras.save(tmp_path / f"{number}.safetensors", loras.peft(made)), weight))
         network = loras.merge(network, made, weight)
     cogi2v_jax.adapt(models, files)
-    assert_close(latents(models, ask(family, image)), reference(pipe, network, family, image, models), TOLERANCE["latents"])
+    assert_close(
+        latents(models, ask(family, image)),
+        reference(pipe, network, family, image, models),
+        TOLERANCE["latents"],
+    )
     cogi2v_jax.adapt(models)
     np.testing.assert_array_equal(latents(models, ask(family, image)), base)
 
 
 def executables() -> int:
-    return sum(len(value._executables) for value in vars(programs).values() if isinstance(value, programs.Program))
+    return sum(
+        len(value._executables)
+        for value in vars(programs).values()
+        if isinstance(value, programs.Program)
+    )
 
 
 @pytest.mark.parametrize("family", ["1.5"], indirect=True)
-def test_swapping_compiles_nothing(models: Models, pipe: Any, family: str, image: Image.Image, tmp_path: Path, compilations: list) -> None:
+def test_swapping_compiles_nothing(
+    models: Models, pipe: Any, family: str, image: Image.Image, tmp_path: Path, compilations: list
+) -> None:
     files = [
-        loras.save(tmp_path / f"{rank}.safetensors", loras.peft(loras.pairs(pipe.transformer, targets, rank, seed=rank)))
+        loras.save(
+            tmp_path / f"{rank}.safetensors",
+            loras.peft(loras.pairs(pipe.transformer, targets, rank, seed=rank)),
+        )
         for rank, targets in ((2, ALL), (5, loras.ATTENTION), (2 * RANK + 1, ALL))
     ]
     results = [latents(models, ask(family, image))]
@@ -156,11 +202,18 @@ def test_the_same_set_stays_loaded_and_a_piece_that_it_leaves_alone_too(
     models: Models, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    monkeypatch.setattr(checkpoint, "restore", lambda *arguments: read.append(arguments[2]) or restore(*arguments))
+    monkeypatch.setattr(
+        checkpoint, "restore", lambda *arguments: read.append(arguments[2]) or restore(*arguments)
+    )
     file = loras.save(tmp_path / "a.safetensors", loras.peft(loras.pairs(pipe.transformer)))
     for piece in PIECES:
         models.piece(piece)
-    for chosen, expected in (([file], ["transformer"]), ([(file, 1.0)], []), ([(file, 0.9)], ["transformer"]), ([], ["transformer"])):
+    for chosen, expected in (
+        ([file], ["transformer"]),
+        ([(file, 1.0)], []),
+        ([(file, 0.9)], ["transformer"]),
+        ([], ["transformer"]),
+    ):
         read.clear()
         cogi2v_jax.adapt(models, chosen)
         for piece in PIECES:
@@ -176,21 +229,31 @@ def expected(pipe: Any, models: Models, made: loras.Pairs, scale: float) -> dict
     tensors = loras.merge(pipe.transformer, made, scale).state_dict()
     leaves: dict[str, list[np.ndarray]] = {}
     for name, (rule, layer) in homes(models.config, "transformer").items():
-        leaves.setdefault(rule.flax + ("" if layer is None else "[]"), []).append(rule.to_flax(tensors[name].numpy()))
-    return {name.removesuffix("[]"): np.stack(found) if "[]" in name else found[0] for name, found in leaves.items()}
+        leaves.setdefault(rule.flax + ("" if layer is None else "[]"), []).append(
+            rule.to_flax(tensors[name].numpy())
+        )
+    return {
+        name.removesuffix("[]"): np.stack(found) if "[]" in name else found[0]
+        for name, found in leaves.items()
+    }
 
 
 def merged(models: Models, **places: Any) -> dict[str, np.ndarray]:
     found = {}
     for piece in ("modulation", "transformer"):
         shapes = placed(models.config, piece, models.dtype, **places) if places else None
-        found |= {PIECES[piece][1] + name: np.asarray(leaf) for name, leaf in leaf_names(models.piece(piece, shapes)).items()}
+        found |= {
+            PIECES[piece][1] + name: np.asarray(leaf)
+            for name, leaf in leaf_names(models.piece(piece, shapes)).items()
+        }
     return found
 
 
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
 @pytest.mark.parametrize("mesh", [Sizes(context=8), Sizes(pair=2, context=2, data=2)], ids=str)
-def test_split_weights_are_merged_where_they_lie(folder: Path, pipe: Any, mesh: Sizes, tmp_path: Path) -> None:
+def test_split_weights_are_merged_where_they_lie(
+    folder: Path, pipe: Any, mesh: Sizes, tmp_path: Path
+) -> None:
     made = loras.pairs(pipe.transformer, ALL, rank=5)
     models = cogi2v_jax.load(folder, "float32", loras=[loras.diffusers(tmp_path, made, 5)])
     devices = make_mesh(mesh, jax.devices())
@@ -210,8 +273,11 @@ def test_in_bfloat16_the_sum_is_rounded_once(folder: Path, pipe: Any, tmp_path: 
     ours = merged(models)
     assert {leaf.dtype.name for leaf in ours.values()} == {"bfloat16"}
     total = sum(leaf.size for leaf in ours.values())
-    apart = sum(int((ours[name] != leaf.astype(jnp.bfloat16)).sum()) for name, leaf in theirs.items())
-    assert apart < 1e-3 * total  # float32 sums in another order fall on the other side of a rounding
+    apart = sum(
+        int((ours[name] != leaf.astype(jnp.bfloat16)).sum()) for name, leaf in theirs.items()
+    )
+    # Float32 sums in another order fall on the other side of a rounding.
+    assert apart < 1e-3 * total
 
 
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
@@ -227,8 +293,14 @@ def test_numbers_of_a_quantised_weight_take_no_lora(models: Models) -> None:
     factors = Factors(np.zeros((4, 1), np.float32), np.zeros((1, 4), np.float32), 1.0)
     lora = Lora("a.safetensors", "0", 1.0, {("blocks.attn.q.kernel", 0): factors})
     check_loras(models.config, FLOAT32, [lora])
-    leaves = {"blocks.attn.q.kernel": jax.ShapeDtypeStruct((3, 4, 4), jnp.int8), "blocks.attn.k.kernel": np.zeros(3, np.int8)}
-    with pytest.raises(ValueError, match=r"lora a.safetensors must meet floating-point weights: got blocks.attn.q.kernel of int8; load"):
+    leaves = {
+        "blocks.attn.q.kernel": jax.ShapeDtypeStruct((3, 4, 4), jnp.int8),
+        "blocks.attn.k.kernel": np.zeros(3, np.int8),
+    }
+    with pytest.raises(
+        ValueError,
+        match=r"lora a.safetensors must meet floating-point weights: got blocks.attn.q.kernel of int8; load",
+    ):
         check_leaves([lora], leaves)
     check_leaves([lora], {"blocks.attn.k.kernel": leaves["blocks.attn.k.kernel"]})
 
@@ -254,29 +326,78 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     enter(tmp_path, monkeypatch)
     shapes = {"A": (4, 160), "B": (160, 4)}
     stems = [f"transformer.transformer_blocks.{layer}.attn1.to_v" for layer in range(5)]
-    tensors = {f"{stem}.lora_{side}.weight": 0.2 * torch.randn(shape) for stem in stems for side, shape in shapes.items()}
-    return loras.save(tmp_path / "a.safetensors", tensors | {"text_encoder.x.lora_A.weight": torch.zeros(1)})
+    tensors = {
+        f"{stem}.lora_{side}.weight": 0.2 * torch.randn(shape)
+        for stem in stems
+        for side, shape in shapes.items()
+    }
+    return loras.save(
+        tmp_path / "a.safetensors", tensors | {"text_encoder.x.lora_A.weight": torch.zeros(1)}
+    )
 
 
-def test_the_command_line_takes_several_and_the_video_tells_them(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_line_takes_several_and_the_video_tells_them(
+    tiny: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main([*QUICK, "--output", "base"]) == 0
     capsys.readouterr()
     tiny.with_name("pytorch_lora_weights.safetensors").write_bytes(tiny.read_bytes())
-    assert main([*QUICK, "--output", "twice", "--lora_path", "a.safetensors:0.5", "--lora_path", ".", "--lora_rank", "128"]) == 0
+    assert (
+        main(
+            [
+                *QUICK,
+                "--output",
+                "twice",
+                "--lora_path",
+                "a.safetensors:0.5",
+                "--lora_path",
+                ".",
+                "--lora_rank",
+                "128",
+            ]
+        )
+        == 0
+    )
     own = f"{tiny.parent.name}/pytorch_lora_weights.safetensors"
     rest = "10 of 11 tensors matched, rank 4, alpha 4 (not stated: as the rank), weight"
     unmatched = "  ! text_encoder.x.lora_A.weight is of a text encoder, which stays as it is"
     said = capsys.readouterr().err.splitlines()
-    assert said[:4] == [f"lora a.safetensors: {rest} 0.5", unmatched, f"lora {own}: {rest} 1", unmatched]
+    assert said[:4] == [
+        f"lora a.safetensors: {rest} 0.5",
+        unmatched,
+        f"lora {own}: {rest} 1",
+        unmatched,
+    ]
     told = [(lora["file"], lora["weight"]) for lora in read_recipe("twice")["loras"]]
     assert told == [("a.safetensors", 0.5), (own, 1.0)]
-    assert main([*QUICK, "--output", "undone", "--lora_path", "a.safetensors:2", "--lora_path", "a.safetensors:-2"]) == 0
+    assert (
+        main(
+            [
+                *QUICK,
+                "--output",
+                "undone",
+                "--lora_path",
+                "a.safetensors:2",
+                "--lora_path",
+                "a.safetensors:-2",
+            ]
+        )
+        == 0
+    )
     assert not np.array_equal(read_frames("twice"), read_frames("base"))
     np.testing.assert_allclose(read_frames("undone").astype(int), read_frames("base"), atol=1)
 
 
-def test_a_lora_of_another_model_is_one_line_and_nothing_is_written(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    loras.save(tiny, {"transformer.proj_out.lora_A.weight": torch.zeros(2, 3072), "transformer.proj_out.lora_B.weight": torch.zeros(64, 2)})
+def test_a_lora_of_another_model_is_one_line_and_nothing_is_written(
+    tiny: Path, capsys: pytest.CaptureFixture
+) -> None:
+    loras.save(
+        tiny,
+        {
+            "transformer.proj_out.lora_A.weight": torch.zeros(2, 3072),
+            "transformer.proj_out.lora_B.weight": torch.zeros(64, 2),
+        },
+    )
     line = failed(capsys, ["--lora_path", "a.safetensors"], 1)
     assert re.fullmatch(
         r"cogi2v: lora a.safetensors must fit cogi2v-tiny: its shapes are those of CogVideoX-5B or CogVideoX-5B-I2V; "

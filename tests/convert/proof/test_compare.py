@@ -1,4 +1,5 @@
-"""Two videos side by side: what is measured, what is said, drawn and recorded, and what is refused before any of it."""
+"""Two videos side by side: what is measured, what is said, drawn and recorded, and what is refused
+before any of it."""
 
 import json
 import math
@@ -18,14 +19,20 @@ from cogi2v_jax.media.videos import read_frames, write_video
 
 def clip(count=4, height=24, width=36) -> np.ndarray:
     """Away from 0 and 255, so that an offset is one everywhere."""
-    return np.stack([picture(height, width) // 2 + np.uint8(40 + 4 * index) for index in range(count)])
+    return np.stack(
+        [picture(height, width) // 2 + np.uint8(40 + 4 * index) for index in range(count)]
+    )
 
 
 def wang(a, b) -> float:
-    """SSIM of two frames by the letter of Wang et al. 2004: an 11x11 Gaussian window wherever it fits whole."""
+    """SSIM of two frames by the letter of Wang et al. 2004: an 11x11 Gaussian window wherever it
+    fits whole."""
     tap = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.outer(tap, tap) / tap.sum() ** 2
-    x, y = (np.lib.stride_tricks.sliding_window_view(frame.astype(float), (11, 11), (0, 1)) for frame in (a, b))
+    x, y = (
+        np.lib.stride_tricks.sliding_window_view(frame.astype(float), (11, 11), (0, 1))
+        for frame in (a, b)
+    )
 
     def mean(values):
         return (values * window).sum((-2, -1))
@@ -33,7 +40,9 @@ def wang(a, b) -> float:
     mx, my = mean(x), mean(y)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     likeness = (2 * mx * my + c1) * (2 * (mean(x * y) - mx * my) + c2)
-    return (likeness / ((mx**2 + my**2 + c1) * (mean(x * x) - mx**2 + mean(y * y) - my**2 + c2))).mean()
+    return (
+        likeness / ((mx**2 + my**2 + c1) * (mean(x * x) - mx**2 + mean(y * y) - my**2 + c2))
+    ).mean()
 
 
 def shifted(frame):
@@ -41,15 +50,21 @@ def shifted(frame):
 
 
 def blurred(frame):
-    return ((frame.astype(float) + np.roll(frame, 1, 0) + np.roll(frame, 1, 1) + np.roll(frame, -1, 0)) / 4).astype(np.uint8)
+    return (
+        (frame.astype(float) + np.roll(frame, 1, 0) + np.roll(frame, 1, 1) + np.roll(frame, -1, 0))
+        / 4
+    ).astype(np.uint8)
 
 
 @pytest.fixture
 def videos(tmp_path):
-    """Frame folders a and b; b's frame 2 is 9 too bright, its frame 3 shifted, the first two are equal."""
+    """Frame folders a and b; b's frame 2 is 9 too bright, its frame 3 shifted, the first two are
+    equal."""
     frames = clip()
     write_video(tmp_path / "a", frames, 8, {})
-    write_video(tmp_path / "b", np.stack([*frames[:2], frames[2] + np.uint8(9), shifted(frames[3])]), 8, {})
+    write_video(
+        tmp_path / "b", np.stack([*frames[:2], frames[2] + np.uint8(9), shifted(frames[3])]), 8, {}
+    )
     return tmp_path / "a", tmp_path / "b"
 
 
@@ -59,16 +74,23 @@ def videos(tmp_path):
 @pytest.mark.parametrize("offset", [1, 5, 51])
 def test_a_constant_offset_has_the_psnr_that_it_must(offset):
     psnr, _ = compare.compare(clip(), clip() + np.uint8(offset))
-    np.testing.assert_allclose([psnr.video, *psnr.frames], 20 * math.log10(255 / offset), rtol=1e-12)
+    np.testing.assert_allclose(
+        [psnr.video, *psnr.frames], 20 * math.log10(255 / offset), rtol=1e-12
+    )
 
 
 def test_a_videos_psnr_is_that_of_the_error_of_all_its_pixels(rng):
     a = clip()
-    b = (a + rng.integers(0, 5, a.shape) * np.arange(4)[:, None, None, None]).astype(np.uint8)  # the first frame is equal
+    # The first frame is equal.
+    b = (a + rng.integers(0, 5, a.shape) * np.arange(4)[:, None, None, None]).astype(np.uint8)
     psnr, _ = compare.compare(a, b)
     assert psnr.video == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), rel=1e-12)
     assert psnr.frames[0] == math.inf
-    np.testing.assert_allclose(psnr.frames[1:], [peak_signal_noise_ratio(a[i], b[i], data_range=255) for i in (1, 2, 3)], rtol=1e-12)
+    np.testing.assert_allclose(
+        psnr.frames[1:],
+        [peak_signal_noise_ratio(a[i], b[i], data_range=255) for i in (1, 2, 3)],
+        rtol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("harm", [shifted, blurred])
@@ -78,7 +100,9 @@ def test_ssim_of_a_harmed_frame_is_below_one_and_what_the_paper_defines(harm, rn
     _, ssim = compare.compare(a, b)
     assert ssim.frames[0] == 1
     assert max(ssim.frames[1:]) < 0.9
-    np.testing.assert_allclose(ssim.frames, [wang(x, y) for x, y in zip(a, b, strict=True)], atol=1e-9)
+    np.testing.assert_allclose(
+        ssim.frames, [wang(x, y) for x, y in zip(a, b, strict=True)], atol=1e-9
+    )
     assert ssim.video == pytest.approx(ssim.frames.mean())
 
 
@@ -107,7 +131,13 @@ def test_a_table_names_the_worst_frame_by_each_measure(videos, capsys):
     head, psnr, ssim, note = capsys.readouterr().out.splitlines()
     assert head.split() == ["video", "worst", "frame"]
     (want_psnr, want_ssim) = compare.compare(*map(read_frames, videos))
-    assert psnr.split() == ["PSNR", "dB", f"{want_psnr.video:.2f}", f"{min(want_psnr.frames):.2f}", str(want_psnr.worst)]
+    assert psnr.split() == [
+        "PSNR",
+        "dB",
+        f"{want_psnr.video:.2f}",
+        f"{min(want_psnr.frames):.2f}",
+        str(want_psnr.worst),
+    ]
     assert ssim.split() == ["SSIM", f"{want_ssim.video:.4f}", f"{min(want_ssim.frames):.4f}", "3"]
     assert note.startswith("4 frames of 24x36, counted from 0; ")
 
@@ -116,9 +146,19 @@ def test_equal_videos_have_psnr_inf_and_ssim_1_in_print_and_in_json(videos, tmp_
     a, _ = videos
     assert main(["compare", str(a), str(a), "--json", str(tmp_path / "all.json")]) == 0
     _, psnr, ssim, _ = capsys.readouterr().out.splitlines()
-    assert (psnr.split(), ssim.split()) == (["PSNR", "dB", "inf", "inf", "0"], ["SSIM", "1.0000", "1.0000", "0"])
-    record = json.loads((tmp_path / "all.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert record["psnr"] == {"video": "inf", "worst": {"frame": 0, "value": "inf"}, "frames": ["inf"] * 4}
+    assert (psnr.split(), ssim.split()) == (
+        ["PSNR", "dB", "inf", "inf", "0"],
+        ["SSIM", "1.0000", "1.0000", "0"],
+    )
+    record = json.loads(
+        (tmp_path / "all.json").read_text(),
+        parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
+    )
+    assert record["psnr"] == {
+        "video": "inf",
+        "worst": {"frame": 0, "value": "inf"},
+        "frames": ["inf"] * 4,
+    }
     assert record["ssim"] == {"video": 1, "worst": {"frame": 0, "value": 1}, "frames": [1] * 4}
 
 
@@ -142,13 +182,28 @@ def test_the_curve_is_a_picture_with_a_line_and_a_mark_for_equal_frames(count, h
     with Image.open(tmp_path / "part") as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    blue, green = ((abs(pixels - colour).max(-1) < 12).sum() for colour in ((31, 119, 180), (44, 160, 44)))  # matplotlib's C0 and C2
+    # Matplotlib's C0 and C2.
+    blue, green = (
+        (abs(pixels - colour).max(-1) < 12).sum() for colour in ((31, 119, 180), (44, 160, 44))
+    )
     assert blue > 100  # points; the mark of one equal frame is some 70
     assert (green > 20) == bool(np.isinf(compare.compare(a, b).psnr.frames).any())
 
 
 def test_the_curve_and_the_json_appear_under_their_names_alone(videos, tmp_path):
-    assert main(["compare", *map(str, videos), "--curve", str(tmp_path / "c.png"), "--json", str(tmp_path / "c.json")]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                *map(str, videos),
+                "--curve",
+                str(tmp_path / "c.png"),
+                "--json",
+                str(tmp_path / "c.json"),
+            ]
+        )
+        == 0
+    )
     assert left(tmp_path) == {"a", "b", "c.png", "c.json"}
     with Image.open(tmp_path / "c.png") as image:
         image.load()
@@ -168,10 +223,23 @@ def test_video_files_of_every_kind_are_read(kind, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("other", [clip(3), clip(4, 24, 40), clip(4, 26, 36)])
-def test_videos_of_other_shapes_are_refused_with_both_and_nothing_is_written(other, videos, tmp_path, capsys):
+def test_videos_of_other_shapes_are_refused_with_both_and_nothing_is_written(
+    other, videos, tmp_path, capsys
+):
     write_video(tmp_path / "other", other, 8, {})
     before = left(tmp_path)
-    line = one_line(capsys, ["compare", videos[0], tmp_path / "other", "--curve", tmp_path / "c.png", "--json", tmp_path / "c.json"])
+    line = one_line(
+        capsys,
+        [
+            "compare",
+            videos[0],
+            tmp_path / "other",
+            "--curve",
+            tmp_path / "c.png",
+            "--json",
+            tmp_path / "c.json",
+        ],
+    )
     count, height, width, _ = other.shape
     want = "videos must have equally many frames of one size: got 4 frames of 24x36 and"
     assert line.endswith(f"{want} {count} frames of {height}x{width}")
@@ -179,7 +247,9 @@ def test_videos_of_other_shapes_are_refused_with_both_and_nothing_is_written(oth
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 36), (24, 10)])
-def test_frames_below_the_window_of_ssim_are_refused_and_those_of_its_size_are_not(height, width, tmp_path, capsys):
+def test_frames_below_the_window_of_ssim_are_refused_and_those_of_its_size_are_not(
+    height, width, tmp_path, capsys
+):
     write_video(tmp_path / "small", clip(2, height, width), 8, {})
     line = one_line(capsys, ["compare", tmp_path / "small", tmp_path / "small"])
     assert line.endswith(f"videos must be at least 11x11, the window of SSIM: got {height}x{width}")
@@ -203,7 +273,11 @@ def test_a_missing_or_broken_video_is_one_line_and_nothing_is_written(videos, tm
     ("option", "name", "rule"),
     [
         ("--curve", "c.jpg", "curve must be a name of at most 200 bytes that ends in .png"),
-        ("--curve", f"{'c' * 200}.png", "curve must be a name of at most 200 bytes that ends in .png"),
+        (
+            "--curve",
+            f"{'c' * 200}.png",
+            "curve must be a name of at most 200 bytes that ends in .png",
+        ),
         ("--json", "c.mp4", "json must be a name of at most 200 bytes that ends in .json"),
         ("--curve", "missing/c.png", "curve must lie in an existing, writable folder"),
         ("--json", "missing/c.json", "json must lie in an existing, writable folder"),
@@ -213,9 +287,13 @@ def test_a_missing_or_broken_video_is_one_line_and_nothing_is_written(videos, tm
         ("--json", "b/recipe.json", "json must lie outside of what is read"),
     ],
 )
-def test_a_target_that_cannot_be_written_is_refused_before_a_video_is_read(option, name, rule, videos, tmp_path, capsys, monkeypatch):
+def test_a_target_that_cannot_be_written_is_refused_before_a_video_is_read(
+    option, name, rule, videos, tmp_path, capsys, monkeypatch
+):
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr(compare, "read_frames", lambda path: pytest.fail("read before the target was checked"))
+    monkeypatch.setattr(
+        compare, "read_frames", lambda path: pytest.fail("read before the target was checked")
+    )
     line = one_line(capsys, ["compare", *videos, option, tmp_path / name])
     assert line.startswith(f"cogi2v-convert: {rule}: got ")
 
@@ -227,7 +305,9 @@ def test_a_curve_does_not_replace_the_picture_that_it_is_of(videos, tmp_path, ca
 
 
 @pytest.mark.parametrize("module", ["skimage", "matplotlib"])
-def test_a_missing_library_is_named_with_its_remedy_where_it_is_needed(module, videos, tmp_path, capsys, monkeypatch):
+def test_a_missing_library_is_named_with_its_remedy_where_it_is_needed(
+    module, videos, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(compare, "find_spec", lambda name: None if name == module else name)
     library = {"skimage": "scikit-image"}.get(module, module)
     line = one_line(capsys, ["compare", *videos, "--curve", tmp_path / "c.png"])
@@ -235,8 +315,12 @@ def test_a_missing_library_is_named_with_its_remedy_where_it_is_needed(module, v
     assert main(["compare", *map(str, videos)]) == (1 if module == "skimage" else 0)
 
 
-@pytest.mark.parametrize(("stage", "option", "name"), [("draw", "--curve", "c.png"), ("_plain", "--json", "c.json")])
-def test_a_failure_while_writing_leaves_what_stood_there(stage, option, name, videos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("stage", "option", "name"), [("draw", "--curve", "c.png"), ("_plain", "--json", "c.json")]
+)
+def test_a_failure_while_writing_leaves_what_stood_there(
+    stage, option, name, videos, tmp_path, capsys, monkeypatch
+):
     def fail(path, *_):
         if stage == "draw":
             path.write_bytes(b"half")

@@ -1,4 +1,5 @@
-"""Traces of the reference, and converted checkpoints against them: what is equal passes, and each fault is found at its own stage."""
+"""Traces of the reference, and converted checkpoints against them: what is equal passes, and each
+fault is found at its own stage."""
 
 import json
 import re
@@ -31,7 +32,9 @@ FAMILY_SCHEDULER = {"1.0": "dpm", "1.5": "ddim"}
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
@@ -77,7 +80,19 @@ def case(cases: Callable[[str], Case]) -> Case:
     return cases("1.0")
 
 
-STAGES = {"ids", "pixels", "text", "moments", "posterior", "image", "timesteps", "guidance", "unconditional", "conditional", "guided"}
+STAGES = {
+    "ids",
+    "pixels",
+    "text",
+    "moments",
+    "posterior",
+    "image",
+    "timesteps",
+    "guidance",
+    "unconditional",
+    "conditional",
+    "guided",
+}
 STAGES |= {"latents", "video", "posterior_noise", "initial"}
 
 
@@ -90,17 +105,22 @@ def test_every_stage_of_a_conversion_is_the_references_in_float32(family: Case) 
     assert {row.stage for row in report.rows if row.mode == verify.FREE} == STAGES - ends
     assert all(row.error <= (1e-5 if row.mode == verify.FED else 1e-4) for row in report.rows)
     assert min(row.psnr for row in report.rows if row.psnr is not None) >= 100
-    assert [row.step for row in report.rows if (row.stage, row.mode) == ("latents", verify.FREE)] == list(range(STEPS))
+    assert [
+        row.step for row in report.rows if (row.stage, row.mode) == ("latents", verify.FREE)
+    ] == list(range(STEPS))
 
 
 def test_in_bfloat16_we_are_as_close_to_the_truth_as_the_reference(family: Case) -> None:
     report = verify.verify(str(family.source), family.half, family.single)
     assert not report.faults, "\n".join(report.lines())
     assert {row.stage for row in report.rows} >= STAGES
-    assert max(row.error for row in report.rows if row.stage == "video") > 1e-3  # it did run in bfloat16
+    # It did run in bfloat16.
+    assert max(row.error for row in report.rows if row.stage == "video") > 1e-3
 
 
-def test_a_bfloat16_trace_alone_still_shows_large_faults(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bfloat16_trace_alone_still_shows_large_faults(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     report = verify.verify(str(case.source), case.half)
     assert not report.faults
     assert {row.limit for row in report.rows if row.mode == verify.FREE} == {None}
@@ -128,7 +148,9 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
-def test_a_wrong_weight_is_placed_at_its_networks_stage(part: str, case: Case, tmp_path: Path) -> None:
+def test_a_wrong_weight_is_placed_at_its_networks_stage(
+    part: str, case: Case, tmp_path: Path
+) -> None:
     name, stages = WEIGHTS[part]
     source = shutil.copytree(case.source, tmp_path / "source")
     (file,) = (source / part.split("/")[0]).glob("*.safetensors")
@@ -146,47 +168,85 @@ def test_a_wrong_latent_scale_is_placed_at_the_images_latents(family: Case, tmp_
     assert fed(verify.verify(str(source), family.single)) == {"image"}
 
 
-def test_a_swapped_pair_is_placed_at_the_prompts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swapped_pair_is_placed_at_the_prompts(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = pipeline.tokens
     monkeypatch.setattr(pipeline, "tokens", lambda *given: tokens(*given)[::-1])
     report = verify.verify(str(case.source), case.single)
     assert fed(report) == {"ids"}
-    assert {row.stage for row in report.faults if row.mode == verify.FREE} >= {"text", "unconditional", "conditional", "latents", "video"}
+    assert {row.stage for row in report.faults if row.mode == verify.FREE} >= {
+        "text",
+        "unconditional",
+        "conditional",
+        "latents",
+        "video",
+    }
 
 
-def test_swapped_predictions_are_placed_at_the_predictions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapped_predictions_are_placed_at_the_predictions(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def swapped(*args: Any, **static: Any) -> Any:
         network, carry, index, rows, shifts, noise, words, image, text, where = args
-        return stages.denoise(network, carry, index, rows, shifts, noise, words, image, jnp.roll(text, 1, axis=0), where, **static)
+        return stages.denoise(
+            network,
+            carry,
+            index,
+            rows,
+            shifts,
+            noise,
+            words,
+            image,
+            jnp.roll(text, 1, axis=0),
+            where,
+            **static,
+        )
 
     monkeypatch.setattr(programs, "DENOISE", Program(swapped, static=("slab", "layout")))
     assert fed(verify.verify(str(case.source), case.single)) == {"unconditional", "conditional"}
 
 
-def test_a_shifted_frame_is_placed_at_the_images_latents(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    shifted = Program(lambda *args, **static: jnp.roll(stages.draw_image(*args, **static), 1, axis=1), static=("frames", "mesh"))
+def test_a_shifted_frame_is_placed_at_the_images_latents(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifted = Program(
+        lambda *args, **static: jnp.roll(stages.draw_image(*args, **static), 1, axis=1),
+        static=("frames", "mesh"),
+    )
     monkeypatch.setattr(programs, "IMAGE", shifted)
     report = verify.verify(str(case.source), case.single)
     assert first(report) == "posterior"  # of which it shows the first frame
     assert fed(report) == {"posterior", "image"}
 
 
-def test_a_shifted_frame_of_the_video_is_placed_there(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    shifted = Program(lambda *args, **static: jnp.roll(stages.decode_latents(*args, **static), 1, axis=1), static=("strips", "mesh"))
+def test_a_shifted_frame_of_the_video_is_placed_there(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shifted = Program(
+        lambda *args, **static: jnp.roll(stages.decode_latents(*args, **static), 1, axis=1),
+        static=("strips", "mesh"),
+    )
     monkeypatch.setattr(programs, "DECODE", shifted)
     assert {row.stage for row in verify.verify(str(case.source), case.single).faults} == {"video"}
 
 
-def test_a_timestep_off_by_one_is_placed_at_the_schedule(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_timestep_off_by_one_is_placed_at_the_schedule(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     walk = schedule.trailing_timesteps
-    monkeypatch.setattr(schedule, "trailing_timesteps", lambda config, steps: walk(config, steps) - 1)
+    monkeypatch.setattr(
+        schedule, "trailing_timesteps", lambda config, steps: walk(config, steps) - 1
+    )
     report = verify.verify(str(case.source), case.single)
     assert first(report) == "timesteps"
     assert fed(report) >= {"timesteps", "unconditional", "conditional", "latents"}
     assert not fed(report) & {"ids", "pixels", "text", "moments", "posterior", "image", "video"}
 
 
-def test_what_is_not_a_number_fails_and_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_a_number_fails_and_is_named(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*args: Any, **static: Any) -> Any:
         return stages.decode_latents(*args, **static).at[0, 2, 3, 4, 1].set(jnp.nan)
 
@@ -200,9 +260,14 @@ def test_recording_changes_nothing(family: Case) -> None:
     """The reference's own run with the same seed, with no one listening."""
     pipe = twins.pipeline(family.family)
     schedulers = {"dpm": diffusers.CogVideoXDPMScheduler, "ddim": diffusers.CogVideoXDDIMScheduler}
-    pipe.scheduler = schedulers[FAMILY_SCHEDULER[family.family]].from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler = schedulers[FAMILY_SCHEDULER[family.family]].from_config(
+        pipe.scheduler.config, timestep_spacing="trailing"
+    )
     kept = trace.open_trace(family.single)
-    settings = {name: kept.settings[name] for name in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")}
+    settings = {
+        name: kept.settings[name]
+        for name in ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    }
     video = pipe(
         image=Image.fromarray(kept.read("picture")),
         prompt="the red circle",
@@ -218,20 +283,62 @@ def test_recording_changes_nothing(family: Case) -> None:
 
 def test_a_trace_says_what_was_asked_and_what_answered(family: Case) -> None:
     kept = trace.open_trace(family.single)
-    asked = {"prompt": "the red circle", "negative_prompt": "a square", "seed": 42, "fit": "stretch", "num_inference_steps": STEPS}
+    asked = {
+        "prompt": "the red circle",
+        "negative_prompt": "a square",
+        "seed": 42,
+        "fit": "stretch",
+        "num_inference_steps": STEPS,
+    }
     assert asked.items() <= kept.settings.items()
-    assert kept.made.keys() >= {"dtype", "device", "torch", "diffusers", "transformers", "vae_tiling", "kept_steps"}
-    assert (FAMILY_SCHEDULER[family.family] == "dpm") == kept.has("noise", 0) == kept.has("x0_prev", 1)
+    assert kept.made.keys() >= {
+        "dtype",
+        "device",
+        "torch",
+        "diffusers",
+        "transformers",
+        "vae_tiling",
+        "kept_steps",
+    }
+    assert (
+        (FAMILY_SCHEDULER[family.family] == "dpm") == kept.has("noise", 0) == kept.has("x0_prev", 1)
+    )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_chosen_steps_and_no_guidance_are_recorded_and_verified(guidance: float, family: Case, picture: Path, tmp_path: Path) -> None:
+def test_chosen_steps_and_no_guidance_are_recorded_and_verified(
+    guidance: float, family: Case, picture: Path, tmp_path: Path
+) -> None:
     """By the command line, from start to end."""
     height, width, frames = SIZES[family.family]
-    size = ["--height", str(height), "--width", str(width), "--num_frames", str(frames), "--num_inference_steps", "3"]
-    what = ["--image", str(picture), "--prompt", "the red circle", "--guidance_scale", str(guidance), "--no-use_dynamic_cfg", "--seed", "7"]
+    size = [
+        "--height",
+        str(height),
+        "--width",
+        str(width),
+        "--num_frames",
+        str(frames),
+        "--num_inference_steps",
+        "3",
+    ]
+    what = [
+        "--image",
+        str(picture),
+        "--prompt",
+        "the red circle",
+        "--guidance_scale",
+        str(guidance),
+        "--no-use_dynamic_cfg",
+        "--seed",
+        "7",
+    ]
     target, figures = tmp_path / "trace.safetensors", tmp_path / "figures.json"
-    assert __main__.main(["record", str(family.source), str(target), *what, *size, "--keep_steps", "0,2"]) == 0
+    assert (
+        __main__.main(
+            ["record", str(family.source), str(target), *what, *size, "--keep_steps", "0,2"]
+        )
+        == 0
+    )
     kept = trace.open_trace(target)
     assert [kept.has("conditional", step) for step in range(3)] == [True, False, True]
     assert kept.has("unconditional", 0) == (guidance > 1)
@@ -239,18 +346,35 @@ def test_chosen_steps_and_no_guidance_are_recorded_and_verified(guidance: float,
     assert __main__.main(["verify", str(family.source), str(target), "--json", str(figures)]) == 0
     found = json.loads(figures.read_text())
     assert found["verdict"] == "pass"
-    assert [row["step"] for row in found["rows"] if row["stage"] == "conditional" and row["mode"] == "fed"] == [0, 2]
+    assert [
+        row["step"]
+        for row in found["rows"]
+        if row["stage"] == "conditional" and row["mode"] == "fed"
+    ] == [0, 2]
 
 
 @pytest.mark.slow
 def test_tiles_of_the_reference_are_verified_as_tiles(picture: Path, tmp_path: Path) -> None:
     pipe = twins.pipeline("1.5")
-    pipe.register_modules(vae=twins.vae(2, invert_scale_latents=True, sample_height=96, sample_width=80))
+    pipe.register_modules(
+        vae=twins.vae(2, invert_scale_latents=True, sample_height=96, sample_width=80)
+    )
     source, target = twins.save(pipe, tmp_path / "source"), tmp_path / "trace"
-    request = Request(picture, "a circle", height=64, width=48, num_frames=9, num_inference_steps=1, scheduler="ddim", fit="stretch")
+    request = Request(
+        picture,
+        "a circle",
+        height=64,
+        width=48,
+        num_frames=9,
+        num_inference_steps=1,
+        scheduler="ddim",
+        fit="stretch",
+    )
     record.record(source, target, request, vae_tiling=True)
     assert not verify.verify(str(source), target).faults
-    untiled = damaged(lambda tensors: None, target, tmp_path / "untiled", made={"vae_tiling": False})
+    untiled = damaged(
+        lambda tensors: None, target, tmp_path / "untiled", made={"vae_tiling": False}
+    )
     assert fed(verify.verify(str(source), untiled)) == {"moments", "video"}
 
 
@@ -262,13 +386,17 @@ def test_the_command_line_exits_1_on_a_fault_and_shows_it(
     lines = capsys.readouterr().out.splitlines()
     assert " in float32: jax " in lines[0]
     assert " against diffusers " in lines[0]
-    assert any(line.startswith("latents") and "free" in line and line.endswith("FAIL") for line in lines)
+    assert any(
+        line.startswith("latents") and "free" in line and line.endswith("FAIL") for line in lines
+    )
     assert lines[-1].startswith("FAIL: ")
     assert __main__.main(["verify", str(case.source), str(case.single), "--markdown"]) == 1
     assert "| stage | input | step |" in capsys.readouterr().out
 
 
-def damaged(change: Callable[[dict], Any], source: Path, target: Path, made: dict[str, Any] | None = None) -> Path:
+def damaged(
+    change: Callable[[dict], Any], source: Path, target: Path, made: dict[str, Any] | None = None
+) -> Path:
     """A trace after a change of its tensors, or of how it says that it was made."""
     kept, tensors = trace.open_trace(source), load_file(source)
     change(tensors)
@@ -280,19 +408,35 @@ def damaged(change: Callable[[dict], Any], source: Path, target: Path, made: dic
     ("change", "said"),
     [
         (lambda tensors: tensors.pop("text"), "has no text"),
-        (lambda tensors: [tensors.pop(f"guided.{step}") for step in range(STEPS)], "has no guided.0; and 3 more like it"),
+        (
+            lambda tensors: [tensors.pop(f"guided.{step}") for step in range(STEPS)],
+            "has no guided.0; and 3 more like it",
+        ),
         (lambda tensors: tensors.pop("noise.2"), "has no noise.2"),
         (lambda tensors: tensors.pop("x0_prev.1"), "has no x0_prev.1"),
         (lambda tensors: tensors.update(ids=tensors["ids"].float()), "has ids of type F32"),
-        (lambda tensors: tensors.update({"x0_prev.1": tensors["x0_prev.1"][:, 1:].contiguous()}), "has x0_prev.1 of shape [1, 4, "),
-        (lambda tensors: tensors.update({"guided.0": tensors["guided.0"][0]}), "has guided.0 of shape ["),
-        (lambda tensors: tensors.update(moments=tensors["moments"][..., 1:].contiguous()), "moments must have the shape"),
+        (
+            lambda tensors: tensors.update({"x0_prev.1": tensors["x0_prev.1"][:, 1:].contiguous()}),
+            "has x0_prev.1 of shape [1, 4, ",
+        ),
+        (
+            lambda tensors: tensors.update({"guided.0": tensors["guided.0"][0]}),
+            "has guided.0 of shape [",
+        ),
+        (
+            lambda tensors: tensors.update(moments=tensors["moments"][..., 1:].contiguous()),
+            "moments must have the shape",
+        ),
     ],
 )
-def test_a_damaged_trace_is_one_clear_line(change: Callable, said: str, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_trace_is_one_clear_line(
+    change: Callable, said: str, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     target = damaged(change, case.single, tmp_path / "damaged.safetensors")
     assert __main__.main(["verify", str(case.source), str(target)]) == 1
-    (error,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("converting"))
+    (error,) = (
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("converting")
+    )
     assert said in error
     assert error.startswith("cogi2v-convert: ")
 
@@ -318,11 +462,30 @@ def test_a_trace_that_says_something_else_of_itself_is_one_clear_line(
         trace.open_trace(target)
 
 
-def test_nothing_that_is_read_is_written_over(case: Case, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_that_is_read_is_written_over(
+    case: Case, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for name, content in (("image.png", picture.read_bytes()), ("trace", case.single.read_bytes())):
         (tmp_path / name).write_bytes(content)
     image, target = str(tmp_path / "image.png"), str(tmp_path / "trace")
-    assert __main__.main(["record", str(case.source), image, "--image", image, "--prompt", "a", "--height", "48", "--width", "80"]) == 1
+    assert (
+        __main__.main(
+            [
+                "record",
+                str(case.source),
+                image,
+                "--image",
+                image,
+                "--prompt",
+                "a",
+                "--height",
+                "48",
+                "--width",
+                "80",
+            ]
+        )
+        == 1
+    )
     assert "trace must lie outside of what is read" in capsys.readouterr().err
     assert __main__.main(["verify", str(case.source), target, "--json", target]) == 1
     assert "json must lie outside of what is read" in capsys.readouterr().err
@@ -332,9 +495,16 @@ def test_nothing_that_is_read_is_written_over(case: Case, picture: Path, tmp_pat
     assert (tmp_path / "trace").read_bytes() == case.single.read_bytes()
 
 
-def test_what_is_no_trace_is_one_clear_line(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_no_trace_is_one_clear_line(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     whole = case.single.read_bytes()
-    for name, content in {"cut": whole[:-100], "empty": b"", "text": b"not a trace", "weights": None}.items():
+    for name, content in {
+        "cut": whole[:-100],
+        "empty": b"",
+        "text": b"not a trace",
+        "weights": None,
+    }.items():
         path = tmp_path / f"{name}.safetensors"
         if content is None:
             save_file({"latents": torch.zeros(3)}, path)
@@ -352,8 +522,14 @@ def test_a_truth_is_of_the_same_request_in_float32(case: Case, tmp_path: Path) -
     for checked in (case.half, case.single):
         with pytest.raises(ValueError, match="truth must be a float32 trace beside a bfloat16 one"):
             verify.verify(str(case.source), checked, checked)
-    other = damaged(lambda tensors: tensors.update(picture=255 - tensors["picture"]), case.single, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"truth must be a trace of the same request: got .* with another picture"):
+    other = damaged(
+        lambda tensors: tensors.update(picture=255 - tensors["picture"]),
+        case.single,
+        tmp_path / "other",
+    )
+    with pytest.raises(
+        ValueError, match=r"truth must be a trace of the same request: got .* with another picture"
+    ):
         verify.verify(str(case.source), case.half, other)
 
 
@@ -370,7 +546,12 @@ def test_a_truth_is_of_the_same_request_in_float32(case: Case, tmp_path: Path) -
     ],
 )
 def test_what_cannot_be_recorded_is_said_first_and_leaves_nothing(
-    arguments: list[str], said: str, case: Case, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    arguments: list[str],
+    said: str,
+    case: Case,
+    picture: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is CUDA")
@@ -384,7 +565,12 @@ def test_what_cannot_be_recorded_is_said_first_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_record_says_which_extra_it_needs(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_says_which_extra_it_needs(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(ValueError, match=r"record must have the reference: .*; pip install 'cogi2v-jax\[reference\]'"):
+    with pytest.raises(
+        ValueError,
+        match=r"record must have the reference: .*; pip install 'cogi2v-jax\[reference\]'",
+    ):
         record.record(case.source, tmp_path / "trace", case.request)

@@ -1,4 +1,5 @@
-"""Where weights may come from, and that each gives the very leaves that the diffusers folder gives."""
+"""Where weights may come from, and that each gives the very leaves that the diffusers folder
+gives."""
 
 import json
 import shutil
@@ -22,15 +23,24 @@ from cogi2v_jax.weights.checkpoint import read_unit
 @pytest.fixture(scope="module")
 def expected(saved, base, tmp_path_factory):
     """The leaves of both by the direct way."""
-    folders = {(which, family): folder for which, all in (("saved", saved), ("base", base)) for family, folder in all.items()}
-    return {key: leaves(to_flax(folder, tmp_path_factory.mktemp("direct") / "flax")) for key, folder in folders.items()}
+    folders = {
+        (which, family): folder
+        for which, all in (("saved", saved), ("base", base))
+        for family, folder in all.items()
+    }
+    return {
+        key: leaves(to_flax(folder, tmp_path_factory.mktemp("direct") / "flax"))
+        for key, folder in folders.items()
+    }
 
 
 def leaves(folder: Path) -> dict[str, np.ndarray]:
     found = {}
     for part in PARTS:
         for unit in sorted((folder / part / "weights").iterdir()):
-            for name, leaf in read_unit(folder, part, None if unit.name == "rest" else int(unit.name)).items():
+            for name, leaf in read_unit(
+                folder, part, None if unit.name == "rest" else int(unit.name)
+            ).items():
                 found[f"{part}/{unit.name}/{name}"] = np.asarray(leaf)
     return found
 
@@ -39,7 +49,12 @@ def assert_same(folder: Path, expected: dict[str, np.ndarray]) -> None:
     """Bit for bit, and of the same dtypes."""
     found = leaves(folder)
     assert found.keys() == expected.keys()
-    differ = [name for name in found if found[name].dtype != expected[name].dtype or found[name].tobytes() != expected[name].tobytes()]
+    differ = [
+        name
+        for name in found
+        if found[name].dtype != expected[name].dtype
+        or found[name].tobytes() != expected[name].tobytes()
+    ]
     assert differ == []
 
 
@@ -55,9 +70,14 @@ def assert_reads(source, part: str, tensors: dict[str, torch.Tensor]) -> None:
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         value = source.read(part, name)
-        assert (value.shape, str(value.dtype)) == (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        assert (value.shape, str(value.dtype)) == (
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+        )
         assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
-        assert value.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        assert (
+            value.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
 
 
 def convert(tmp_path: Path, *sources, options=()) -> Path:
@@ -70,16 +90,23 @@ def convert(tmp_path: Path, *sources, options=()) -> Path:
 
 @pytest.mark.parametrize("parts", [("transformer",), ("vae",), ("transformer", "vae")])
 @pytest.mark.parametrize("family", twins.FAMILIES)
-def test_a_sat_folder_is_the_diffusers_one_it_was_made_into(family, parts, saved, base, expected, tmp_path):
+def test_a_sat_folder_is_the_diffusers_one_it_was_made_into(
+    family, parts, saved, base, expected, tmp_path
+):
     sat = strange.save_sat(saved[family], tmp_path / "sat", *parts)
     assert_same(convert(tmp_path, base[family], sat), merged(expected, family, *parts))
 
 
 def test_a_sat_file_is_known_by_its_names_whatever_it_is_called(saved, base, expected, tmp_path):
     sat = strange.save_sat(saved["1.5"], tmp_path / "sat", "transformer", "vae")
-    transformer = (sat / "transformer/1/mp_rank_00_model_states.pt").rename(tmp_path / "vae.safetensors")
+    transformer = (sat / "transformer/1/mp_rank_00_model_states.pt").rename(
+        tmp_path / "vae.safetensors"
+    )
     vae = (sat / "vae/3d-vae.pt").rename(tmp_path / "no suffix")
-    assert_same(convert(tmp_path, base["1.5"], vae, transformer), merged(expected, "1.5", "transformer", "vae"))
+    assert_same(
+        convert(tmp_path, base["1.5"], vae, transformer),
+        merged(expected, "1.5", "transformer", "vae"),
+    )
 
 
 def test_fused_tensors_are_cut_in_safetensors_too(saved, base, tmp_path):
@@ -98,10 +125,15 @@ def test_what_came_from_sat_goes_back_to_diffusers(saved, base, tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_half_precision_of_a_torch_file_is_kept_and_its_old_format_read(old, saved, base, tmp_path):
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(weights(saved["1.5"], "vae")).items()}
+    tensors = {
+        name: tensor.bfloat16() for name, tensor in load_file(weights(saved["1.5"], "vae")).items()
+    }
     torch.save(tensors, tmp_path / "vae.pt", _use_new_zipfile_serialization=not old)
     found = leaves(convert(tmp_path, base["1.5"], tmp_path / "vae.pt"))
-    assert found["vae/rest/decoder.conv_out.bias"].tobytes() == tensors["decoder.conv_out.conv.bias"].view(torch.int16).numpy().tobytes()
+    assert (
+        found["vae/rest/decoder.conv_out.bias"].tobytes()
+        == tensors["decoder.conv_out.conv.bias"].view(torch.int16).numpy().tobytes()
+    )
 
 
 # ComfyUI
@@ -113,12 +145,18 @@ PREFIXES = {
 }
 
 
-@pytest.mark.parametrize(("part", "prefix"), [(part, prefix) for part, all in PREFIXES.items() for prefix in all])
-def test_a_single_file_replaces_the_part_that_its_names_say_it_is(part, prefix, saved, base, tmp_path):
+@pytest.mark.parametrize(
+    ("part", "prefix"), [(part, prefix) for part, all in PREFIXES.items() for prefix in all]
+)
+def test_a_single_file_replaces_the_part_that_its_names_say_it_is(
+    part, prefix, saved, base, tmp_path
+):
     file = strange.save_prefixed(saved["1.0"], tmp_path / "model.safetensors", {part: prefix})
     source = gather([base["1.0"], file])
     for each in PARTS:
-        assert_reads(source, each, load_file(weights((saved if each == part else base)["1.0"], each)))
+        assert_reads(
+            source, each, load_file(weights((saved if each == part else base)["1.0"], each))
+        )
 
 
 def test_one_file_may_hold_every_part(saved, base, expected, tmp_path):
@@ -127,9 +165,18 @@ def test_one_file_may_hold_every_part(saved, base, expected, tmp_path):
     assert_same(convert(tmp_path, base["1.5"], file), expected["saved", "1.5"])
 
 
-def test_a_base_of_settings_alone_does_where_files_bring_every_weight(saved, base, expected, tmp_path):
-    settings = Path(shutil.copytree(base["1.0"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors")))
-    files = [strange.save_prefixed(saved["1.0"], tmp_path / f"{number}.safetensors", {part: ""}) for number, part in enumerate(PARTS)]
+def test_a_base_of_settings_alone_does_where_files_bring_every_weight(
+    saved, base, expected, tmp_path
+):
+    settings = Path(
+        shutil.copytree(
+            base["1.0"], tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors")
+        )
+    )
+    files = [
+        strange.save_prefixed(saved["1.0"], tmp_path / f"{number}.safetensors", {part: ""})
+        for number, part in enumerate(PARTS)
+    ]
     assert_same(convert(tmp_path, settings, *files), expected["saved", "1.0"])
 
 
@@ -140,12 +187,20 @@ def test_a_t5_file_leaves_out_its_tokenizer_and_its_decoder(saved, base, tmp_pat
         "decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(2, 2),
         "lm_head.weight": torch.zeros(2, 2),
     }
-    file = strange.save_prefixed(saved["1.0"], tmp_path / "t5xxl_fp16.safetensors", {"text_encoder": ""}, **extra)
-    assert_reads(gather([base["1.0"], file]), "text_encoder", load_file(weights(saved["1.0"], "text_encoder")))
+    file = strange.save_prefixed(
+        saved["1.0"], tmp_path / "t5xxl_fp16.safetensors", {"text_encoder": ""}, **extra
+    )
+    assert_reads(
+        gather([base["1.0"], file]),
+        "text_encoder",
+        load_file(weights(saved["1.0"], "text_encoder")),
+    )
 
 
 @pytest.mark.parametrize("kind", strange.FLOAT8)
-def test_float8_is_multiplied_with_its_scales_in_float32_and_rounded_once(kind, saved, base, tmp_path):
+def test_float8_is_multiplied_with_its_scales_in_float32_and_rounded_once(
+    kind, saved, base, tmp_path
+):
     worth = strange.save_float8(saved, tmp_path / "fp8.safetensors", kind)
     assert_reads(gather([base["1.5"], tmp_path / "fp8.safetensors"]), "transformer", worth)
 
@@ -168,7 +223,13 @@ def test_float8_becomes_bfloat16_unless_float32_is_asked_for(dtype, saved, base,
 
 def test_float8_in_a_diffusers_folder_is_read_too_and_goes_back_as_bfloat16(saved, tmp_path):
     source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
-    rewrite(source, "vae", lambda tensors: tensors.update({name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}))
+    rewrite(
+        source,
+        "vae",
+        lambda tensors: tensors.update(
+            {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()}
+        ),
+    )
     back = to_torch(to_flax(source, tmp_path / "flax"), tmp_path / "back")
     for name, tensor in load_file(weights(source, "vae")).items():
         assert torch.equal(load_file(weights(back, "vae"))[name], tensor.bfloat16())
@@ -195,42 +256,71 @@ def test_a_folder_with_some_parts_replaces_those(saved, base, expected, tmp_path
     partial = tmp_path / "partial"
     for part in ("transformer", "vae"):
         shutil.copytree(saved["1.5"] / part, partial / part)
-    assert_same(convert(tmp_path, base["1.5"], partial), merged(expected, "1.5", "transformer", "vae"))
+    assert_same(
+        convert(tmp_path, base["1.5"], partial), merged(expected, "1.5", "transformer", "vae")
+    )
 
 
 def test_the_last_of_several_wins(saved, base, expected, tmp_path):
     files = [
-        strange.save_prefixed(which["1.0"], tmp_path / f"{name}.safetensors", {"vae": ""}) for name, which in (("a", base), ("b", saved))
+        strange.save_prefixed(which["1.0"], tmp_path / f"{name}.safetensors", {"vae": ""})
+        for name, which in (("a", base), ("b", saved))
     ]
     assert_same(convert(tmp_path, base["1.0"], *files), merged(expected, "1.0", "vae"))
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_torch_files_in_a_diffusers_folder_are_read_where_there_are_no_others(sharded, saved, expected, tmp_path):
+def test_torch_files_in_a_diffusers_folder_are_read_where_there_are_no_others(
+    sharded, saved, expected, tmp_path
+):
     source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
-    for part, stem in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+    for part, stem in (
+        ("transformer", "diffusion_pytorch_model"),
+        ("text_encoder", "pytorch_model"),
+    ):
         tensors = load_file(weights(source, part))
         weights(source, part).unlink()
         if sharded:
-            weight_map = {name: f"{stem}-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(tensors)}
-            (source / part / f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+            weight_map = {
+                name: f"{stem}-0000{1 + number % 2}-of-00002.bin"
+                for number, name in enumerate(tensors)
+            }
+            (source / part / f"{stem}.bin.index.json").write_text(
+                json.dumps({"weight_map": weight_map})
+            )
         else:
             weight_map = dict.fromkeys(tensors, f"{stem}.bin")
         for file in set(weight_map.values()):
-            torch.save({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, source / part / file)
+            torch.save(
+                {name: tensor for name, tensor in tensors.items() if weight_map[name] == file},
+                source / part / file,
+            )
     flax = convert(tmp_path, source)
     assert_same(flax, expected["saved", "1.0"])
     to_torch(flax, tmp_path / "back")
-    loaded = CogVideoXImageToVideoPipeline.from_pretrained(tmp_path / "back").transformer.state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in load_file(weights(saved["1.0"], "transformer")).items())
+    loaded = CogVideoXImageToVideoPipeline.from_pretrained(
+        tmp_path / "back"
+    ).transformer.state_dict()
+    assert all(
+        torch.equal(loaded[name], tensor)
+        for name, tensor in load_file(weights(saved["1.0"], "transformer")).items()
+    )
 
 
 def test_a_sharded_variant_is_taken_where_it_is_all_there_is(saved, expected, tmp_path):
     source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
     tensors = load_file(weights(source, "vae"))
     weights(source, "vae").unlink()
-    weight_map = {name: f"diffusion_pytorch_model.fp16-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
-    (source / "vae/diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps({"weight_map": weight_map}))
+    weight_map = {
+        name: f"diffusion_pytorch_model.fp16-0000{1 + number % 2}-of-00002.safetensors"
+        for number, name in enumerate(tensors)
+    }
+    (source / "vae/diffusion_pytorch_model.safetensors.index.fp16.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     for file in set(weight_map.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, source / "vae" / file)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if weight_map[name] == file},
+            source / "vae" / file,
+        )
     assert_same(convert(tmp_path, source), expected["saved", "1.0"])

@@ -31,16 +31,24 @@ class Runs:
 
 def runs(tmp_path, saved):
     torch.save(
-        {"module": strange.sat_transformer(load_file(weights(saved["1.0"], "transformer"))), "x": Runs(tmp_path / "ran")}, tmp_path / "x.pt"
+        {
+            "module": strange.sat_transformer(load_file(weights(saved["1.0"], "transformer"))),
+            "x": Runs(tmp_path / "ran"),
+        },
+        tmp_path / "x.pt",
     )
 
 
 def runs_in_the_old_format(tmp_path, saved):
-    torch.save({"x": Runs(tmp_path / "ran")}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"x": Runs(tmp_path / "ran")}, tmp_path / "x.pt", _use_new_zipfile_serialization=False
+    )
 
 
 def holds_arguments(tmp_path, saved):
-    torch.save({"module": {"a": torch.zeros(1)}, "args": argparse.Namespace(a=1)}, tmp_path / "x.pt")
+    torch.save(
+        {"module": {"a": torch.zeros(1)}, "args": argparse.Namespace(a=1)}, tmp_path / "x.pt"
+    )
 
 
 def is_cut(tmp_path, saved):
@@ -62,7 +70,9 @@ def one_file(change):
     def make(tmp_path, saved):
         tensors = load_file(weights(saved["1.0"], "transformer"))
         change(tensors)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.pt")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.pt"
+        )
 
     return make
 
@@ -71,8 +81,13 @@ def of(part, family="1.0", **settings):
     """A single-file transformer or VAE of other settings."""
 
     def make(tmp_path, saved):
-        module = getattr(twins, part)(**{**(twins.FAMILIES[family] if part == "transformer" else {}), **settings})
-        save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, tmp_path / "x.pt")
+        module = getattr(twins, part)(
+            **{**(twins.FAMILIES[family] if part == "transformer" else {}), **settings}
+        )
+        save_file(
+            {name: tensor.contiguous() for name, tensor in module.state_dict().items()},
+            tmp_path / "x.pt",
+        )
 
     return make
 
@@ -83,11 +98,17 @@ def in_blocks(tensors):
 
 
 def noted(note):
-    return one_file(lambda tensors: tensors.update({"proj_out.comfy_quant": torch.tensor(list(note), dtype=torch.uint8)}))
+    return one_file(
+        lambda tensors: tensors.update(
+            {"proj_out.comfy_quant": torch.tensor(list(note), dtype=torch.uint8)}
+        )
+    )
 
 
 def twice(tensors):
-    tensors.update({f"model.diffusion_model.{name}": tensor.clone() for name, tensor in dict(tensors).items()})
+    tensors.update(
+        {f"model.diffusion_model.{name}": tensor.clone() for name, tensor in dict(tensors).items()}
+    )
 
 
 def beside(tensors):
@@ -102,55 +123,101 @@ REFUSED = {
         r"x\.pt must hold tensors and nothing that runs: got a pickle that asks for getattr, and loading it could run anything",
     ),
     "code in the old format": (runs_in_the_old_format, r"must hold tensors and nothing that runs"),
-    "arguments": (holds_arguments, r"nothing that runs: got a pickle that asks for argparse\.Namespace"),
+    "arguments": (
+        holds_arguments,
+        r"nothing that runs: got a pickle that asks for argparse\.Namespace",
+    ),
     "a cut file": (is_cut, r"x\.pt must be a whole "),
-    "no tensors": (holds_no_tensors, r"must hold tensors by name, or under module, state_dict, model: found none"),
+    "no tensors": (
+        holds_no_tensors,
+        r"must hold tensors by name, or under module, state_dict, model: found none",
+    ),
     "GGUF": (is_gguf, r"must be safetensors or a torch file: got GGUF"),
     "scales of blocks": (
         one_file(in_blocks),
         r"proj_out.weight must have one scale, or one an output row: got proj_out.weight_scale \[16, 3\]",
     ),
-    "another quantisation": (noted(b'{"format": "nvfp4"}'), r"proj_out must be float8 times a scale: got format 'nvfp4'"),
-    "a rotated quantisation": (noted(b'{"format": "float8_e4m3fn", "convrot": true}'), r"must be float8 times a scale: got convrot True"),
+    "another quantisation": (
+        noted(b'{"format": "nvfp4"}'),
+        r"proj_out must be float8 times a scale: got format 'nvfp4'",
+    ),
+    "a rotated quantisation": (
+        noted(b'{"format": "float8_e4m3fn", "convrot": true}'),
+        r"must be float8 times a scale: got convrot True",
+    ),
     "a note that is none": (noted(b"\xff"), r"must note its quantisation in JSON"),
-    "two transformers": (one_file(twice), r"must hold one transformer: got more, under '' and 'model.diffusion_model.'"),
+    "two transformers": (
+        one_file(twice),
+        r"must hold one transformer: got more, under '' and 'model.diffusion_model.'",
+    ),
     "a further network": (one_file(beside), r"must hold nothing but transformer: got text_model.x"),
-    "a tensor more": (one_file(lambda tensors: tensors.update(new=torch.zeros(3))), r"transformer: new has no rule$"),
-    "a tensor less": (one_file(lambda tensors: tensors.pop("proj_out.bias")), r"transformer: proj_out.bias is missing$"),
+    "a tensor more": (
+        one_file(lambda tensors: tensors.update(new=torch.zeros(3))),
+        r"transformer: new has no rule$",
+    ),
+    "a tensor less": (
+        one_file(lambda tensors: tensors.pop("proj_out.bias")),
+        r"transformer: proj_out.bias is missing$",
+    ),
     "something else": (
         lambda tmp_path, saved: save_file({"conv.weight": torch.zeros(1)}, tmp_path / "x.pt"),
         r"must hold a transformer, a VAE or a T5 encoder of this family: got 1 tensors, the first conv.weight",
     ),
     "a LoRA": (
-        lambda tmp_path, saved: save_file({"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "x.pt"),
+        lambda tmp_path, saved: save_file(
+            {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(1)},
+            tmp_path / "x.pt",
+        ),
         r"got a LoRA, which is no network",
     ),
     "the other family": (
         of("transformer", "1.5"),
         r"the weights must be of the configuration's family cogvideox-i2v: got cogvideox1.5-i2v; give a folder of .*has no rule",
     ),
-    "text to video": (of("transformer", in_channels=4), r"channels: got 4, which is a text-to-video checkpoint; .*must have the shape"),
+    "text to video": (
+        of("transformer", in_channels=4),
+        r"channels: got 4, which is a text-to-video checkpoint; .*must have the shape",
+    ),
     "CogVideoX-Fun": (
         of("transformer", in_channels=9),
         r"got 9, which is an inpainting checkpoint \(as CogVideoX-Fun's\), which takes a mask",
     ),
-    "a control video": (of("transformer", in_channels=12), r"got 12, which is a checkpoint that takes a further video beside the image"),
-    "another size": (of("transformer", num_layers=2), r"must have the configuration's 3 layers of width 96: got 2 of 96"),
+    "a control video": (
+        of("transformer", in_channels=12),
+        r"got 12, which is a checkpoint that takes a further video beside the image",
+    ),
+    "another size": (
+        of("transformer", num_layers=2),
+        r"must have the configuration's 3 layers of width 96: got 2 of 96",
+    ),
     "AniSora": (
         of("transformer", use_learned_positional_embeddings=False),
         r"must have the configuration's positions: got no learned table \(AniSora-5B has none\); in a copy of the folder set .* to false",
     ),
     "ConsisID": (
-        one_file(lambda tensors: tensors.update({"perceiver_cross_attention.0.to_q.weight": torch.zeros(3, 3)})),
+        one_file(
+            lambda tensors: tensors.update(
+                {"perceiver_cross_attention.0.to_q.weight": torch.zeros(3, 3)}
+            )
+        ),
         r"image-to-video from a prompt and a first image alone: got ConsisID, which takes a face beside the image$",
     ),
-    "Tora": (one_file(lambda tensors: tensors.update({"mixins.mgf.0.flow_gamma_spatial.weight": torch.zeros(3)})), r"alone: got Tora,"),
+    "Tora": (
+        one_file(
+            lambda tensors: tensors.update(
+                {"mixins.mgf.0.flow_gamma_spatial.weight": torch.zeros(3)}
+            )
+        ),
+        r"alone: got Tora,",
+    ),
     "another VAE": (of("vae", block_out_channels=(8, 8, 8, 8)), r"vae: .* must have the shape "),
 }
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_a_file_that_can_not_be_is_refused_in_one_line_and_nothing_is_made(fault, saved, tmp_path, capsys):
+def test_a_file_that_can_not_be_is_refused_in_one_line_and_nothing_is_made(
+    fault, saved, tmp_path, capsys
+):
     make, expected = REFUSED[fault]
     make(tmp_path, saved)
     line = one_line(capsys, ["to-flax", saved["1.0"], tmp_path / "x.pt", tmp_path / "flax"])
@@ -159,7 +226,10 @@ def test_a_file_that_can_not_be_is_refused_in_one_line_and_nothing_is_made(fault
 
 
 def split(folder, saved):
-    torch.save({}, strange.save_sat(saved, folder, "transformer") / "transformer/1/mp_rank_01_model_states.pt")
+    torch.save(
+        {},
+        strange.save_sat(saved, folder, "transformer") / "transformer/1/mp_rank_01_model_states.pt",
+    )
 
 
 def two_steps(folder, saved):
@@ -167,16 +237,30 @@ def two_steps(folder, saved):
 
 
 FOLDERS = {
-    "split over processes": (split, r"must hold the checkpoint of one process, not split over several"),
-    "two steps": (two_steps, r"must hold one transformer: got .*/0/mp_rank_00_model_states.pt and .*/1/mp_rank_00_model_states.pt"),
+    "split over processes": (
+        split,
+        r"must hold the checkpoint of one process, not split over several",
+    ),
+    "two steps": (
+        two_steps,
+        r"must hold one transformer: got .*/0/mp_rank_00_model_states.pt and .*/1/mp_rank_00_model_states.pt",
+    ),
     "photos": (lambda folder, saved: folder.mkdir(), r"must be a diffusers or converted folder"),
-    "a whole one": (lambda folder, saved: shutil.copytree(saved, folder), r"SRC must begin with the whole folder, .* behind another"),
-    "a converted one": (lambda folder, saved: to_flax(saved, folder), r"SRC must be weights of PyTorch: got .*, a converted folder"),
+    "a whole one": (
+        lambda folder, saved: shutil.copytree(saved, folder),
+        r"SRC must begin with the whole folder, .* behind another",
+    ),
+    "a converted one": (
+        lambda folder, saved: to_flax(saved, folder),
+        r"SRC must be weights of PyTorch: got .*, a converted folder",
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", FOLDERS)
-def test_a_folder_that_can_not_replace_a_part_is_refused_in_one_line(fault, saved, tmp_path, capsys):
+def test_a_folder_that_can_not_replace_a_part_is_refused_in_one_line(
+    fault, saved, tmp_path, capsys
+):
     make, expected = FOLDERS[fault]
     make(tmp_path / "second", saved["1.0"])
     line = one_line(capsys, ["to-flax", saved["1.0"], tmp_path / "second", tmp_path / "flax"])
@@ -188,21 +272,32 @@ def test_a_file_alone_is_refused_with_what_is_missing_and_how_to_give_it(saved, 
     file = strange.save_prefixed(saved["1.0"], tmp_path / "t.safetensors", {"transformer": ""})
     line = one_line(capsys, ["to-flax", file, tmp_path / "flax"])
     missing = "for the configuration and for vae, text_encoder, scheduler, tokenizer: got transformer alone"
-    assert f"SRC must begin with a diffusers folder, {missing}; for example CogVideoX-5b-I2V {file}" in line
+    assert (
+        f"SRC must begin with a diffusers folder, {missing}; for example CogVideoX-5b-I2V {file}"
+        in line
+    )
 
 
 def test_a_file_is_not_what_sample_takes_and_the_line_says_what_to_do(saved, tmp_path):
     file = strange.save_prefixed(saved["1.0"], tmp_path / "t.safetensors", {"transformer": ""})
     with pytest.raises(
-        ValueError, match=r"model must be a folder, .*: got the file .*; cogi2v-convert to-flax FOLDER t.safetensors DST puts"
+        ValueError,
+        match=r"model must be a folder, .*: got the file .*; cogi2v-convert to-flax FOLDER t.safetensors DST puts",
     ):
         load(file, say=lambda line: None)
 
 
 def test_a_relative_is_refused_by_sample_too(saved, tmp_path):
     source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
-    rewrite(source, "transformer", lambda tensors: tensors.update({"local_facial_extractor.x": torch.zeros(3)}))
-    with pytest.raises(ValueError, match=r"transformer: the weights must be of image-to-video .* alone: got ConsisID"):
+    rewrite(
+        source,
+        "transformer",
+        lambda tensors: tensors.update({"local_facial_extractor.x": torch.zeros(3)}),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"transformer: the weights must be of image-to-video .* alone: got ConsisID",
+    ):
         load(source, say=lambda line: None)
 
 
@@ -220,11 +315,22 @@ from cogi2v_convert.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
     for file, code in (("fp8.safetensors", 0), ("x.pt", 1)):
-        command = [sys.executable, "-c", script, "to-flax", base["1.5"], tmp_path / file, tmp_path / "flax"]
+        command = [
+            sys.executable,
+            "-c",
+            script,
+            "to-flax",
+            base["1.5"],
+            tmp_path / file,
+            tmp_path / "flax",
+        ]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == code, done.stderr
         assert done.stderr.count("\n") == code  # nothing is said beside a fault
-    assert "x.pt must be safetensors where torch is missing: got a torch file; pip install torch" in done.stderr
+    assert (
+        "x.pt must be safetensors where torch is missing: got a torch file; pip install torch"
+        in done.stderr
+    )
 
 
 # inspect
@@ -247,25 +353,38 @@ def test_inspect_says_where_each_part_comes_from(saved, base, tmp_path, capsys):
 
 
 def test_inspect_tells_what_a_file_alone_is(saved, tmp_path, capsys):
-    tensors, _ = strange.to_float8(load_file(weights(saved["1.5"], "transformer")), torch.float8_e4m3fn, "{}.scale_weight")
+    tensors, _ = strange.to_float8(
+        load_file(weights(saved["1.5"], "transformer")), torch.float8_e4m3fn, "{}.scale_weight"
+    )
     save_file(tensors, tmp_path / "x.safetensors")
     code, out = inspect(capsys, tmp_path / "x.safetensors")
     assert code == 0
     assert "transformer, diffusers names, " in out
-    assert "float32, float8_e4m3fn with scales, cogvideox1.5-i2v, 3 layers of width 96, 8 channels\n" in out
+    assert (
+        "float32, float8_e4m3fn with scales, cogvideox1.5-i2v, 3 layers of width 96, 8 channels\n"
+        in out
+    )
 
 
 def test_inspect_fails_where_a_file_does_not_fit(saved, tmp_path, capsys):
     file = strange.save_prefixed(saved["1.5"], tmp_path / "x.safetensors", {"transformer": ""})
     code, out = inspect(capsys, saved["1.0"], file)
     assert code == 1
-    assert "  ! the weights must be of the configuration's family cogvideox-i2v: got cogvideox1.5-i2v" in out
+    assert (
+        "  ! the weights must be of the configuration's family cogvideox-i2v: got cogvideox1.5-i2v"
+        in out
+    )
 
 
 def test_anisora_s_architecture_is_weights_of_its_own(tmp_path, saved, capsys):
     """The first generation with rotary positions alone, made for another size."""
     source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
-    settings = {"sample_height": 10, "sample_width": 18, "sample_frames": 25, "use_learned_positional_embeddings": False}
+    settings = {
+        "sample_height": 10,
+        "sample_width": 18,
+        "sample_frames": 25,
+        "use_learned_positional_embeddings": False,
+    }
     weights(source, "transformer").unlink()
     twins.transformer(**settings).save_pretrained(source / "transformer")
     code, out = inspect(capsys, source)

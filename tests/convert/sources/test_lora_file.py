@@ -22,7 +22,17 @@ from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.weights.lora import Lora
 
 RANK = 4
-FINETRAINERS = (*loras.ATTENTION, "net.0.proj", "net.2", "proj_out", "embed.proj", "text_proj", "linear", "linear_1", "linear_2")
+FINETRAINERS = (
+    *loras.ATTENTION,
+    "net.0.proj",
+    "net.2",
+    "proj_out",
+    "embed.proj",
+    "text_proj",
+    "linear",
+    "linear_1",
+    "linear_2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +60,22 @@ def assert_same(lora: Lora, made: loras.Pairs, scale: float, config: CheckpointC
         rule, layer = homes[f"{name}.weight"]
         down, up, own = lora.factors[rule.flax, layer]
         theirs = rule.to_flax(scale * loras.delta(a, b).numpy())
-        assert relative_error(own * (down.astype(np.float64) @ up.astype(np.float64)), theirs) < 1e-6, name
+        assert (
+            relative_error(own * (down.astype(np.float64) @ up.astype(np.float64)), theirs) < 1e-6
+        ), name
 
 
 def test_these_are_all_linear_weights(made: loras.Pairs, config: CheckpointConfig) -> None:
     homes = expand(table(config.transformer), config.transformer.num_layers)
-    assert {f"{name}.weight" for name in made} == {name for name, home in homes.items() if home.rule.is_linear}
+    assert {f"{name}.weight" for name in made} == {
+        name for name, home in homes.items() if home.rule.is_linear
+    }
 
 
 @pytest.mark.parametrize("write", loras.FORMATS, ids=lambda write: write.__name__)
-def test_every_format_of_every_linear_weight_means_the_same(write: Any, made: Any, config: CheckpointConfig, tmp_path: Path) -> None:
+def test_every_format_of_every_linear_weight_means_the_same(
+    write: Any, made: Any, config: CheckpointConfig, tmp_path: Path
+) -> None:
     found = match(open_lora(write(tmp_path, made, RANK)), config, 0.7)
     assert found.faults == []
     assert all(row.place for row in found.rows.values())
@@ -68,55 +84,94 @@ def test_every_format_of_every_linear_weight_means_the_same(write: Any, made: An
 
 
 @pytest.mark.parametrize("write", loras.ATTENTION_FORMATS, ids=lambda write: write.__name__)
-def test_formats_of_the_attention_mean_the_same(write: Any, attention: Any, config: CheckpointConfig, tmp_path: Path) -> None:
+def test_formats_of_the_attention_mean_the_same(
+    write: Any, attention: Any, config: CheckpointConfig, tmp_path: Path
+) -> None:
     found = match(open_lora(write(tmp_path, attention, RANK)), config)
     assert_same(found.checked(), attention, 0.5, config)
     assert all(row.place for row in found.rows.values())
 
 
-def test_without_an_alpha_it_is_the_rank_of_each_weight(pipe: Any, config: CheckpointConfig, tmp_path: Path) -> None:
-    narrow, wide = loras.pairs(pipe.transformer, ("to_q",), 2), loras.pairs(pipe.transformer, ("to_v",), 70)
-    found = match(open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(narrow | wide))), config)
+def test_without_an_alpha_it_is_the_rank_of_each_weight(
+    pipe: Any, config: CheckpointConfig, tmp_path: Path
+) -> None:
+    narrow, wide = (
+        loras.pairs(pipe.transformer, ("to_q",), 2),
+        loras.pairs(pipe.transformer, ("to_v",), 70),
+    )
+    found = match(
+        open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(narrow | wide))), config
+    )
     assert_same(found.checked(), narrow | wide, 1.0, config)
-    assert found.line() == "lora a.safetensors: 12 of 12 tensors matched, rank 2 to 70, alpha 2 to 70 (not stated: as the rank), weight 1"
+    assert (
+        found.line()
+        == "lora a.safetensors: 12 of 12 tensors matched, rank 2 to 70, alpha 2 to 70 (not stated: as the rank), weight 1"
+    )
 
 
-def test_a_rank_as_large_as_the_weight_is_as_good_as_any(pipe: Any, config: CheckpointConfig, tmp_path: Path) -> None:
+def test_a_rank_as_large_as_the_weight_is_as_good_as_any(
+    pipe: Any, config: CheckpointConfig, tmp_path: Path
+) -> None:
     """As DimensionX's files, whose rank is 256 on attention and mlp."""
     made = loras.pairs(pipe.transformer, (*loras.ATTENTION, "net.0.proj", "net.2"), 96)
     found = match(open_lora(loras.diffusers(tmp_path, made, 96)), config)
     assert_same(found.checked(), made, 0.5, config)
-    assert found.line() == "lora a.safetensors: 36 of 36 tensors matched, rank 96, alpha 48, weight 1"
+    assert (
+        found.line() == "lora a.safetensors: 36 of 36 tensors matched, rank 96, alpha 48, weight 1"
+    )
 
 
 def test_a_modules_own_alpha_comes_before_the_files_and_the_files_before_its_neighbours(
     attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 400.0}))
-    file = loras.save(tmp_path / "a.safetensors", loras.peft(attention), loras.header(r=RANK, lora_alpha=RANK / 2))
+    file = loras.save(
+        tmp_path / "a.safetensors", loras.peft(attention), loras.header(r=RANK, lora_alpha=RANK / 2)
+    )
     assert_same(match(open_lora(file), config).checked(), attention, 0.5, config)
     own = {f"transformer.{name}.alpha": torch.tensor([RANK * 3.0]) for name in attention}
-    file = loras.save(tmp_path / "a.safetensors", loras.peft(attention) | own, loras.header(r=RANK, lora_alpha=RANK / 2))
+    file = loras.save(
+        tmp_path / "a.safetensors",
+        loras.peft(attention) | own,
+        loras.header(r=RANK, lora_alpha=RANK / 2),
+    )
     assert_same(match(open_lora(file), config).checked(), attention, 3.0, config)
     file = loras.save(tmp_path / "a.safetensors", loras.peft(attention))
     assert_same(match(open_lora(file), config).checked(), attention, 100.0, config)
 
 
-def test_a_folder_means_its_weights_else_its_only_file(attention: loras.Pairs, tmp_path: Path) -> None:
+def test_a_folder_means_its_weights_else_its_only_file(
+    attention: loras.Pairs, tmp_path: Path
+) -> None:
     loras.save(tmp_path / "other.safetensors", loras.peft(attention))
     assert open_lora(tmp_path).name == "other.safetensors"
     loras.save(tmp_path / "pytorch_lora_weights.safetensors", loras.peft(attention))
     assert open_lora(tmp_path).name == f"{tmp_path.name}/pytorch_lora_weights.safetensors"
     (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "another.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"must hold pytorch_lora_weights.safetensors or one safetensors file: found 2 in "):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"must hold pytorch_lora_weights.safetensors or one safetensors file: found 2 in ",
+    ):
         open_lora(tmp_path)
 
 
-def test_a_weight_stands_behind_a_colon_and_a_name_may_have_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_stands_behind_a_colon_and_a_name_may_have_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "a:0.5", "b:c"):
         Path(name).touch()
-    asked = ["a", "a:0.5", "a:-.25", "a:0.5:2", "b:c", "b:c:1e-1", ("b:c", 3), (Path("a"), 0.0), str(tmp_path / "a")]
+    asked = [
+        "a",
+        "a:0.5",
+        "a:-.25",
+        "a:0.5:2",
+        "b:c",
+        "b:c:1e-1",
+        ("b:c", 3),
+        (Path("a"), 0.0),
+        str(tmp_path / "a"),
+    ]
     assert weighted(asked) == [
         (Path("a"), 1.0),
         (Path("a:0.5"), 1.0),
@@ -132,7 +187,10 @@ def test_a_weight_stands_behind_a_colon_and_a_name_may_have_one(tmp_path: Path, 
         with pytest.raises((ValueError, TypeError)):
             weighted([wrong])
     for missing in ("c", "c:1", "b", "b:d:1", ":1"):
-        with pytest.raises((FileNotFoundError, ValueError), match="lora must be an existing file or folder: found no"):
+        with pytest.raises(
+            (FileNotFoundError, ValueError),
+            match="lora must be an existing file or folder: found no",
+        ):
             weighted([missing])
 
 
@@ -152,9 +210,13 @@ UNMATCHED = {
 }
 
 
-def test_what_has_no_place_is_listed_with_its_reason(attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path) -> None:
+def test_what_has_no_place_is_listed_with_its_reason(
+    attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path
+) -> None:
     more = {name: torch.zeros(2, 2) for name in UNMATCHED}
-    found = match(open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(attention) | more)), config)
+    found = match(
+        open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(attention) | more)), config
+    )
     assert_same(found.checked(), attention, 1.0, config)
     assert {row.key for row in found.rows.values() if not row.place} == UNMATCHED.keys()
     assert all(found.rows[key].reason.startswith(reason) for key, reason in UNMATCHED.items())
@@ -163,18 +225,35 @@ def test_what_has_no_place_is_listed_with_its_reason(attention: loras.Pairs, con
     assert found.unmatched(3)[2] == "  ! and 10 more"
 
 
-def test_what_has_no_place_is_a_screenful_at_most(attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path) -> None:
+def test_what_has_no_place_is_a_screenful_at_most(
+    attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path
+) -> None:
     more = {f"text_encoder.{number}.lora_A.weight": torch.zeros(2, 2) for number in range(500)}
-    found = match(open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(attention) | more)), config)
+    found = match(
+        open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(attention) | more)), config
+    )
     assert len(found.unmatched()) == 20
     assert found.unmatched()[-1] == "  ! and 481 more"
 
 
 def test_meanings_and_factors_need_no_network() -> None:
-    assert meaning("lora_unet__transformer_blocks_12_ff_net_0_proj.lora_up.weight")[:2] == ("transformer_blocks.12.ff.net.0.proj", "B")
-    assert meaning("lora_transformer_blocks_7_attn1_to_out_0.alpha")[:2] == ("transformer_blocks.7.attn1.to_out.0", "alpha")
-    assert meaning("diffusion_model.transformer_blocks.3.norm1.linear.lora_A.weight")[:2] == ("transformer_blocks.3.norm1.linear", "A")
-    assert meaning("model.diffusion_model.transformer.layers.9.mlp.dense_4h_to_h.matrix_B.0")[:2] == ("transformer_blocks.9.ff.net.2", "B")
-    down, up = Rule("a", "a.kernel", "(n k r) i -> i (n r k)", {"n": 1, "r": 2}).factors(np.eye(4), np.arange(16).reshape(4, 4))
+    assert meaning("lora_unet__transformer_blocks_12_ff_net_0_proj.lora_up.weight")[:2] == (
+        "transformer_blocks.12.ff.net.0.proj",
+        "B",
+    )
+    assert meaning("lora_transformer_blocks_7_attn1_to_out_0.alpha")[:2] == (
+        "transformer_blocks.7.attn1.to_out.0",
+        "alpha",
+    )
+    assert meaning("diffusion_model.transformer_blocks.3.norm1.linear.lora_A.weight")[:2] == (
+        "transformer_blocks.3.norm1.linear",
+        "A",
+    )
+    assert meaning("model.diffusion_model.transformer.layers.9.mlp.dense_4h_to_h.matrix_B.0")[
+        :2
+    ] == ("transformer_blocks.9.ff.net.2", "B")
+    down, up = Rule("a", "a.kernel", "(n k r) i -> i (n r k)", {"n": 1, "r": 2}).factors(
+        np.eye(4), np.arange(16).reshape(4, 4)
+    )
     np.testing.assert_array_equal(up, np.arange(16).reshape(4, 4)[[0, 2, 1, 3]].T)
     np.testing.assert_array_equal(down, np.eye(4))

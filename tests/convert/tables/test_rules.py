@@ -1,4 +1,5 @@
-"""The weight tables: read in both directions, and complete at full size, without a single weight."""
+"""The weight tables: read in both directions, and complete at full size, without a single
+weight."""
 
 import dataclasses
 from collections import Counter
@@ -9,7 +10,16 @@ import pytest
 import torch
 from cogi2v_convert.conversion import TABLES, homes
 from cogi2v_convert.tables import rules, t5, vae
-from cogi2v_convert.tables.rules import Home, Rule, contiguous, expand, linear, misfits, norm, refuse
+from cogi2v_convert.tables.rules import (
+    Home,
+    Rule,
+    contiguous,
+    expand,
+    linear,
+    misfits,
+    norm,
+    refuse,
+)
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 from twins import VAE_BLOCKS
@@ -47,10 +57,15 @@ def rule_of(table: tuple[Rule, ...], torch_name: str) -> Rule:
 def test_row_major_order_changes_no_bit(axes, dtype, on_cpu, monkeypatch, rng):
     if not on_cpu:
         monkeypatch.setattr(rules, "_cpu", lambda: None)
-    bits = rng.integers(0, 256, (5, 33, 40, jnp.dtype(dtype).itemsize), np.uint8)  # of numbers, infinities and all kinds of NaN
+    # Of numbers, infinities and all kinds of NaN.
+    bits = rng.integers(0, 256, (5, 33, 40, jnp.dtype(dtype).itemsize), np.uint8)
     turned = bits.view(dtype)[..., 0].transpose(axes)
     made = contiguous(turned)
-    assert (made.flags.c_contiguous, made.dtype, made.tobytes()) == (True, turned.dtype, turned.tobytes())
+    assert (made.flags.c_contiguous, made.dtype, made.tobytes()) == (
+        True,
+        turned.dtype,
+        turned.tobytes(),
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,14 +92,22 @@ def test_a_rule_reads_both_ways(rule, theirs, ours):
 
 def test_a_linear_weight_is_transposed_and_its_bias_is_not():
     weight, bias = linear("there", "here")
-    assert (weight.torch, weight.flax, bias.torch, bias.flax) == ("there.weight", "here.kernel", "there.bias", "here.bias")
+    assert (weight.torch, weight.flax, bias.torch, bias.flax) == (
+        "there.weight",
+        "here.kernel",
+        "there.bias",
+        "here.bias",
+    )
     np.testing.assert_array_equal(weight.to_flax(numbered(3, 2)), numbered(3, 2).T)
     np.testing.assert_array_equal(bias.to_flax(numbered(3)), numbered(3))
     assert linear("there", "here", bias=False) == (weight,)
 
 
 def test_a_norm_weight_is_our_scale():
-    assert norm("there", "here") == (Rule("there.weight", "here.scale"), Rule("there.bias", "here.bias"))
+    assert norm("there", "here") == (
+        Rule("there.weight", "here.scale"),
+        Rule("there.bias", "here.bias"),
+    )
 
 
 def test_a_causal_convolution_has_time_first_and_outputs_last():
@@ -97,12 +120,22 @@ def test_query_rows_change_from_interleaved_pairs_to_halves_of_a_head():
     table = TABLES["transformer"](TransformerConfig(num_attention_heads=2, attention_head_dim=16))
     width = 32
     rows = np.arange(width, dtype=np.float32)
-    columns = rule_of(table, "transformer_blocks.{}.attn1.to_q.weight").to_flax(np.broadcast_to(rows[:, None], (width, width)))[0]
-    halves = np.concatenate([[*range(head, head + 16, 2), *range(head + 1, head + 16, 2)] for head in (0, 16)])
+    columns = rule_of(table, "transformer_blocks.{}.attn1.to_q.weight").to_flax(
+        np.broadcast_to(rows[:, None], (width, width))
+    )[0]
+    halves = np.concatenate(
+        [[*range(head, head + 16, 2), *range(head + 1, head + 16, 2)] for head in (0, 16)]
+    )
     np.testing.assert_array_equal(columns, halves)
-    np.testing.assert_array_equal(rule_of(table, "transformer_blocks.{}.attn1.to_k.bias").to_flax(rows), halves)
-    np.testing.assert_array_equal(rule_of(table, "transformer_blocks.{}.attn1.norm_q.weight").to_flax(rows[:16]), halves[:16])
-    np.testing.assert_array_equal(rule_of(table, "transformer_blocks.{}.attn1.to_v.bias").to_flax(rows), rows)
+    np.testing.assert_array_equal(
+        rule_of(table, "transformer_blocks.{}.attn1.to_k.bias").to_flax(rows), halves
+    )
+    np.testing.assert_array_equal(
+        rule_of(table, "transformer_blocks.{}.attn1.norm_q.weight").to_flax(rows[:16]), halves[:16]
+    )
+    np.testing.assert_array_equal(
+        rule_of(table, "transformer_blocks.{}.attn1.to_v.bias").to_flax(rows), rows
+    )
 
 
 # a table
@@ -133,7 +166,11 @@ FOUND = {"in.weight": (3, 4), "blocks.0.weight": (5, 3), "blocks.1.weight": (5, 
         ({"blocks.1.weight": (3, 5)}, ["blocks.1.weight must have the shape [5, 3]: got [3, 5]"]),
         (
             {"blocks.1.weight": (5,), "in.weight": None, "new.bias": ()},
-            ["new.bias has no rule", "in.weight is missing", "blocks.1.weight must have the shape [5, 3]: got [5]"],
+            [
+                "new.bias has no rule",
+                "in.weight is missing",
+                "blocks.1.weight must have the shape [5, 3]: got [5]",
+            ],
         ),
     ],
 )
@@ -144,7 +181,9 @@ def test_misfits_name_every_tensor_that_is_missing_unknown_or_wrongly_shaped(cha
 
 def test_refusing_collects_the_faults_in_one_line():
     refuse("folder", [])
-    with pytest.raises(ValueError, match=r"^folder must fit the network: a is missing; b has no rule$"):
+    with pytest.raises(
+        ValueError, match=r"^folder must fit the network: a is missing; b has no rule$"
+    ):
         refuse("folder", ["a is missing", "b has no rule"])
 
 
@@ -168,7 +207,9 @@ def state_dicts():
             modules = {
                 "transformer": CogVideoXTransformer3DModel(**parts["transformer"]),
                 "vae": AutoencoderKLCogVideoX(**parts["vae"], **VAE_BLOCKS),
-                "text_encoder": T5EncoderModel(T5Config(**parts["text_encoder"], feed_forward_proj="gated-gelu")),
+                "text_encoder": T5EncoderModel(
+                    T5Config(**parts["text_encoder"], feed_forward_proj="gated-gelu")
+                ),
             }
         for part, module in modules.items():
             tensors = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
@@ -179,12 +220,21 @@ def state_dicts():
 @pytest.fixture(scope="module")
 def leaves():
     """Our names and shapes at full size."""
-    networks = {(name, part): abstract(named(name), part, jnp.dtype(jnp.bfloat16)) for name in FULL_SIZE for part in NETWORKS}
-    return {key: {name: leaf.shape for name, leaf in leaf_names(network).items()} for key, network in networks.items()}
+    networks = {
+        (name, part): abstract(named(name), part, jnp.dtype(jnp.bfloat16))
+        for name in FULL_SIZE
+        for part in NETWORKS
+    }
+    return {
+        key: {name: leaf.shape for name, leaf in leaf_names(network).items()}
+        for key, network in networks.items()
+    }
 
 
 @pytest.mark.parametrize(("name", "part"), PUBLISHED)
-def test_every_key_of_a_released_checkpoint_has_one_rule_and_every_rule_its_keys(name, part, state_dicts, leaves):
+def test_every_key_of_a_released_checkpoint_has_one_rule_and_every_rule_its_keys(
+    name, part, state_dicts, leaves
+):
     theirs = state_dicts[name, part]
     places = homes(named(name), part)
     assert theirs.keys() == places.keys()
@@ -205,9 +255,15 @@ def test_every_leaf_of_ours_is_filled_once_a_layer(name, part, leaves):
 def test_both_sides_count_the_published_numbers(name, part, state_dicts, leaves):
     tensors, parameters = PUBLISHED[name, part]
     assert len(homes(named(name), part)) == tensors
-    assert sum(int(np.prod(shape, dtype=np.int64)) for shape in leaves[name, part].values()) == parameters
+    assert (
+        sum(int(np.prod(shape, dtype=np.int64)) for shape in leaves[name, part].values())
+        == parameters
+    )
     theirs = state_dicts[name, part].values()
-    assert (len(theirs), sum(int(np.prod(shape, dtype=np.int64)) for shape in theirs)) == (tensors, parameters)
+    assert (len(theirs), sum(int(np.prod(shape, dtype=np.int64)) for shape in theirs)) == (
+        tensors,
+        parameters,
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,12 +272,25 @@ def test_both_sides_count_the_published_numbers(name, part, state_dicts, leaves)
         ({"use_learned_positional_embeddings": True}, set()),
         ({}, {"patch_embed.pos_embedding"}),
         ({"patch_bias": False}, {"patch_embed.pos_embedding", "patch_embed.proj.bias"}),
-        ({"patch_size_t": 2, "patch_bias": False}, {"patch_embed.pos_embedding"}),  # there the linear layer has its bias all the same
+        # There the linear layer has its bias all the same.
+        ({"patch_size_t": 2, "patch_bias": False}, {"patch_embed.pos_embedding"}),
     ],
 )
 def test_a_network_without_a_part_has_no_rule_for_it(settings, absent):
-    sizes = {"num_attention_heads": 2, "num_layers": 1, "in_channels": 8, "out_channels": 4, "text_embed_dim": 16, "time_embed_dim": 16}
-    positions = {"use_rotary_positional_embeddings": True, "sample_height": 4, "sample_width": 4, "sample_frames": 5}
+    sizes = {
+        "num_attention_heads": 2,
+        "num_layers": 1,
+        "in_channels": 8,
+        "out_channels": 4,
+        "text_embed_dim": 16,
+        "time_embed_dim": 16,
+    }
+    positions = {
+        "use_rotary_positional_embeddings": True,
+        "sample_height": 4,
+        "sample_width": 4,
+        "sample_frames": 5,
+    }
     config = TransformerConfig(**sizes, **positions, **settings)
     with torch.device("meta"):
         theirs = CogVideoXTransformer3DModel(**dataclasses.asdict(config)).state_dict().keys()

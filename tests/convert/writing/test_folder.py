@@ -1,4 +1,5 @@
-"""Folders in the making: killed, crowded, without room, of spoilt weights; and what a finished one says of itself."""
+"""Folders in the making: killed, crowded, without room, of spoilt weights; and what a finished one
+says of itself."""
 
 import fcntl
 import hashlib
@@ -75,7 +76,11 @@ to_flax(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 def kill(source: Path, destination: Path, units_written: int) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, source, destination, str(units_written)], capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, source, destination, str(units_written)],
+        capture_output=True,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL
 
 
@@ -84,7 +89,12 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None]]:
     """The units that are written from here on."""
     seen, write = [], layers.write_unit
     monkeypatch.setattr(
-        units, "write_unit", lambda folder, part, layer, leaves: (seen.append((part, layer)), write(folder, part, layer, leaves))
+        units,
+        "write_unit",
+        lambda folder, part, layer, leaves: (
+            seen.append((part, layer)),
+            write(folder, part, layer, leaves),
+        ),
     )
     return seen
 
@@ -105,7 +115,9 @@ def test_what_a_kill_left_looks_like_no_folder_and_is_gone_on_with(
 
 
 @pytest.mark.parametrize("change", ["dtype", "source"])
-def test_what_a_kill_left_of_something_else_is_made_anew(change: str, source: Path, tmp_path: Path, written: list) -> None:
+def test_what_a_kill_left_of_something_else_is_made_anew(
+    change: str, source: Path, tmp_path: Path, written: list
+) -> None:
     kill(source, tmp_path / "flax", 3)
     if change == "source":
         rewrite(source, "transformer", lambda tensors: tensors["proj_out.bias"].add_(1))
@@ -114,7 +126,9 @@ def test_what_a_kill_left_of_something_else_is_made_anew(change: str, source: Pa
     assert list(manifest.check(tmp_path / "flax")) == []
 
 
-def test_half_a_line_of_the_journal_counts_for_nothing(source: Path, tmp_path: Path, written: list) -> None:
+def test_half_a_line_of_the_journal_counts_for_nothing(
+    source: Path, tmp_path: Path, written: list
+) -> None:
     kill(source, tmp_path / "flax", 4)
     journal = tmp_path / ".flax.part" / "journal.jsonl"
     journal.write_text(journal.read_text()[:-20])
@@ -123,7 +137,9 @@ def test_half_a_line_of_the_journal_counts_for_nothing(source: Path, tmp_path: P
     assert list(manifest.check(tmp_path / "flax")) == []
 
 
-def test_a_second_kill_is_gone_on_with_where_the_first_left_half_a_line(source: Path, tmp_path: Path, written: list) -> None:
+def test_a_second_kill_is_gone_on_with_where_the_first_left_half_a_line(
+    source: Path, tmp_path: Path, written: list
+) -> None:
     kill(source, tmp_path / "flax", 4)
     journal = tmp_path / ".flax.part" / "journal.jsonl"
     journal.write_text(journal.read_text()[:-20])
@@ -137,7 +153,9 @@ def test_a_second_kill_is_gone_on_with_where_the_first_left_half_a_line(source: 
 
 
 @pytest.mark.parametrize("here", [".", "../here", "{}"])
-def test_the_current_folder_is_no_new_name(here: str, source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_folder_is_no_new_name(
+    here: str, source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     line = one_line(capsys, ["to-flax", source, here.format(tmp_path / "here")])
@@ -146,17 +164,23 @@ def test_the_current_folder_is_no_new_name(here: str, source: Path, tmp_path: Pa
     assert left(tmp_path / "here") == set()
 
 
-def test_a_folder_that_can_not_be_made_is_named(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_folder_that_can_not_be_made_is_named(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "file").touch()
     line = one_line(capsys, ["to-flax", source, tmp_path / "file" / "flax"])
-    assert line.endswith(f"file/flax must lie in a folder that can be made: File exists: {tmp_path / 'file'}")
+    assert line.endswith(
+        f"file/flax must lie in a folder that can be made: File exists: {tmp_path / 'file'}"
+    )
     assert left(tmp_path) == {"source", "file"}
 
 
 # crowded
 
 
-def test_two_conversions_into_one_folder_are_refused_in_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_conversions_into_one_folder_are_refused_in_one_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     part = tmp_path / ".flax.part"
     part.mkdir()
     (part / "mine").touch()
@@ -169,7 +193,9 @@ def test_two_conversions_into_one_folder_are_refused_in_one_line(source: Path, t
     assert main(["to-flax", str(source), str(tmp_path / "flax")]) == 0
 
 
-def test_who_waits_for_another_conversion_finds_its_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_for_another_conversion_finds_its_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started, go, write = threading.Event(), threading.Event(), layers.write_unit
 
     def slow(*args: object) -> None:
@@ -206,7 +232,11 @@ def test_who_waits_for_another_conversion_finds_its_folder(source: Path, tmp_pat
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, written: list
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    written: list,
 ) -> None:
     monkeypatch.setattr(bucket.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     line = one_line(capsys, ["to-flax", source, tmp_path / "flax"])
@@ -215,18 +245,27 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     assert written == []
 
 
-def test_a_disk_that_fills_meanwhile_ends_in_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_disk_that_fills_meanwhile_ends_in_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     """A real one, where this process may make it."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True, check=False
+    ).returncode:
         pytest.skip("a small disk can't be mounted here")
     try:
         usage = shutil.disk_usage
         answers = iter([SimpleNamespace(free=10**12)])  # there seems to be room, at first
-        monkeypatch.setattr(bucket.shutil, "disk_usage", lambda path: next(answers, None) or usage(path))
+        monkeypatch.setattr(
+            bucket.shutil, "disk_usage", lambda path: next(answers, None) or usage(path)
+        )
         line = one_line(capsys, ["to-flax", source, disk / "flax"])
-        assert "disk/.flax.part must have 0.0 GB free for a layer of the transformer: got 0.0 GB" in line
+        assert (
+            "disk/.flax.part must have 0.0 GB free for a layer of the transformer: got 0.0 GB"
+            in line
+        )
         assert left(disk) == set()
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -237,9 +276,13 @@ def test_a_disk_that_fills_meanwhile_ends_in_one_line(source: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_weight_that_is_not_finite_is_named(value: float, dtype: torch.dtype, source: Path, tmp_path: Path, capsys) -> None:
+def test_a_weight_that_is_not_finite_is_named(
+    value: float, dtype: torch.dtype, source: Path, tmp_path: Path, capsys
+) -> None:
     def spoil(tensors: dict) -> None:
-        tensors["transformer_blocks.1.ff.net.2.weight"] = tensors["transformer_blocks.1.ff.net.2.weight"].to(dtype)
+        tensors["transformer_blocks.1.ff.net.2.weight"] = tensors[
+            "transformer_blocks.1.ff.net.2.weight"
+        ].to(dtype)
         tensors["transformer_blocks.1.ff.net.2.weight"][5, 7] = value
 
     rewrite(source, "transformer", spoil)
@@ -258,8 +301,11 @@ def test_a_number_that_a_cast_makes_infinite_is_named(source: Path, tmp_path: Pa
     assert "proj_out.bias in bfloat16 must be finite: got inf at [3]" in line
 
 
-def test_a_flipped_byte_of_a_file_whose_hash_the_hub_knows_is_found(source: Path, tmp_path: Path, capsys) -> None:
-    """The hub's cache calls a large file by its SHA-256, and the snapshot's name is a link to it."""
+def test_a_flipped_byte_of_a_file_whose_hash_the_hub_knows_is_found(
+    source: Path, tmp_path: Path, capsys
+) -> None:
+    """The hub's cache calls a large file by its SHA-256, and the snapshot's name is a link to
+    it."""
     file = weights(source, "vae")
     data = bytearray(file.read_bytes())
     blob = tmp_path / hashlib.sha256(data).hexdigest()
@@ -279,21 +325,32 @@ def test_a_flipped_byte_of_a_file_whose_hash_the_hub_knows_is_found(source: Path
 # finished
 
 
-def test_the_manifest_says_what_a_folder_was_made_of_and_what_is_in_it(kept: tuple[Path, Path]) -> None:
+def test_the_manifest_says_what_a_folder_was_made_of_and_what_is_in_it(
+    kept: tuple[Path, Path],
+) -> None:
     source, flax = kept
     found = manifest_of(flax)
     for part in PARTS:
         (entry,) = found["sources"][part]
         file = weights(source, part)
-        assert entry == {"file": file.name, "bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        assert entry == {
+            "file": file.name,
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
         assert found["count"][part] == len(raw(source, part))
         leaves = [leaf for unit in found["leaves"][part].values() for leaf in unit.values()]
         assert len(leaves) == found["count"][part]
-        assert {leaf["dtype"] for leaf in leaves} <= {"float32", "float64"}  # the reference keeps its learned table in float64
+        # The reference keeps its learned table in float64.
+        assert {leaf["dtype"] for leaf in leaves} <= {"float32", "float64"}
         assert all(len(leaf["crc32"]) == 8 for leaf in leaves)
     assert found["versions"]["orbax-checkpoint"] == version("orbax-checkpoint")
     assert found["dtype"] is None
-    assert set(found["settings"]) >= {"transformer/config.json", "tokenizer/spiece.model", "scheduler/scheduler_config.json"}
+    assert set(found["settings"]) >= {
+        "transformer/config.json",
+        "tokenizer/spiece.model",
+        "scheduler/scheduler_config.json",
+    }
 
 
 def test_check_finds_nothing_in_a_whole_folder(flax: Path, capsys) -> None:
@@ -308,7 +365,9 @@ def flip(path: Path, at: int) -> None:
 
 
 def largest(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
 
 
 def without(*way: str):
@@ -330,28 +389,58 @@ def stating(**values: object):
 
 
 DAMAGE = {
-    "a byte of a layer": (lambda folder: flip(largest(folder / "transformer" / "weights" / "001"), -9000), r"transformer/weights/001"),
-    "a byte of the VAE": (lambda folder: flip(largest(folder / "vae" / "weights" / "rest"), 70000), r"vae/weights/rest"),
+    "a byte of a layer": (
+        lambda folder: flip(largest(folder / "transformer" / "weights" / "001"), -9000),
+        r"transformer/weights/001",
+    ),
+    "a byte of the VAE": (
+        lambda folder: flip(largest(folder / "vae" / "weights" / "rest"), 70000),
+        r"vae/weights/rest",
+    ),
     "a weight file less": (
         lambda folder: largest(folder / "text_encoder" / "weights" / "002").unlink(),
         r"must have \d+ bytes: got no such",
     ),
-    "a layer less": (lambda folder: shutil.rmtree(folder / "transformer" / "weights" / "000"), r"transformer/weights/000"),
-    "a file more": (lambda folder: (folder / "vae" / "weights" / "more").touch(), r"vae/weights/more must not be there"),
-    "a configuration": (lambda folder: flip(folder / "vae" / "config.json", -2), r"vae/config.json must"),
-    "the tokenizer": (lambda folder: flip(folder / "tokenizer" / "spiece.model", 100), r"tokenizer/spiece.model must have the SHA-256"),
-    "no tokenizer": (lambda folder: (folder / "tokenizer" / "spiece.model").unlink(), r"tokenizer/spiece.model is missing"),
+    "a layer less": (
+        lambda folder: shutil.rmtree(folder / "transformer" / "weights" / "000"),
+        r"transformer/weights/000",
+    ),
+    "a file more": (
+        lambda folder: (folder / "vae" / "weights" / "more").touch(),
+        r"vae/weights/more must not be there",
+    ),
+    "a configuration": (
+        lambda folder: flip(folder / "vae" / "config.json", -2),
+        r"vae/config.json must",
+    ),
+    "the tokenizer": (
+        lambda folder: flip(folder / "tokenizer" / "spiece.model", 100),
+        r"tokenizer/spiece.model must have the SHA-256",
+    ),
+    "no tokenizer": (
+        lambda folder: (folder / "tokenizer" / "spiece.model").unlink(),
+        r"tokenizer/spiece.model is missing",
+    ),
     "no checksums": (without("leaves"), r"must have a manifest of format 2"),
-    "no checksums of a part": (without("leaves", "vae"), r"vae/weights/rest must hold the 0 tensors that the manifest has: got \d+"),
+    "no checksums of a part": (
+        without("leaves", "vae"),
+        r"vae/weights/rest must hold the 0 tensors that the manifest has: got \d+",
+    ),
     "no checksum of a tensor": (
         without("leaves", "transformer", "001", "blocks.attn_norm.bias"),
         r"transformer/weights/001 must hold the \d+ tensors",
     ),
-    "a number for checksums": (stating(leaves={"transformer": 5}), r"must have a manifest of format 2"),
+    "a number for checksums": (
+        stating(leaves={"transformer": 5}),
+        r"must have a manifest of format 2",
+    ),
     "a list of files": (stating(files=["x"]), r"must have a manifest of format 2"),
     "a name with a line's end": (stating(settings={"a\nb": "0"}), r"a\\nb is missing"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), r"checkpoint.json"),
-    "half a manifest": (lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:500]), r"checkpoint.json"),
+    "half a manifest": (
+        lambda folder: (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:500]),
+        r"checkpoint.json",
+    ),
 }
 
 
@@ -367,9 +456,18 @@ def test_check_names_what_is_damaged(damage: str, flax: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["a byte of a layer", "a byte of the VAE", "no checksums of a part", "no checksum of a tensor", "a number for checksums"]
+    "damage",
+    [
+        "a byte of a layer",
+        "a byte of the VAE",
+        "no checksums of a part",
+        "no checksum of a tensor",
+        "a number for checksums",
+    ],
 )
-def test_no_weights_are_given_back_but_those_that_were_made(damage: str, flax: Path, tmp_path: Path, capsys) -> None:
+def test_no_weights_are_given_back_but_those_that_were_made(
+    damage: str, flax: Path, tmp_path: Path, capsys
+) -> None:
     change, expected = DAMAGE[damage]
     change(flax)
     line = one_line(capsys, ["to-torch", flax, tmp_path / "torch"])
@@ -384,7 +482,9 @@ def inodes(folder: Path, part: str) -> set[int]:
     return {path.stat().st_ino for path in (folder / part / "weights").rglob("*") if path.is_file()}
 
 
-def test_a_t5_of_the_same_bytes_is_on_the_disk_once(source: Path, tmp_path: Path, written: list) -> None:
+def test_a_t5_of_the_same_bytes_is_on_the_disk_once(
+    source: Path, tmp_path: Path, written: list
+) -> None:
     first = Path(to_flax(source, tmp_path / "first"))
     rewrite(source, "transformer", lambda tensors: tensors["proj_out.bias"].add_(1))
     del written[:]
@@ -392,12 +492,17 @@ def test_a_t5_of_the_same_bytes_is_on_the_disk_once(source: Path, tmp_path: Path
     assert "text_encoder" not in dict(written)
     assert inodes(first, "text_encoder") == inodes(second, "text_encoder")
     assert not inodes(first, "vae") & inodes(second, "vae")
-    assert manifest_of(second)["leaves"]["text_encoder"] == manifest_of(first)["leaves"]["text_encoder"]
+    assert (
+        manifest_of(second)["leaves"]["text_encoder"]
+        == manifest_of(first)["leaves"]["text_encoder"]
+    )
     shutil.rmtree(first)
     assert list(manifest.check(second)) == []
 
 
-def test_a_t5_that_another_conversion_finished_takes_the_place_of_half_of_it(source: Path, tmp_path: Path) -> None:
+def test_a_t5_that_another_conversion_finished_takes_the_place_of_half_of_it(
+    source: Path, tmp_path: Path
+) -> None:
     kill(source, tmp_path / "second", 7)
     first = Path(to_flax(source, tmp_path / "first"))
     second = Path(to_flax(source, tmp_path / "second"))
