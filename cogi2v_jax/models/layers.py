@@ -124,7 +124,7 @@ class RMSNorm(nnx.Module):
         return (x * self.scale[...].astype(jnp.float32)).astype(self.scale.dtype)
 
 
-class Moved(NamedTuple):
+class NormCoefficients(NamedTuple):
     """A normalisation whose moments are known, in float32: (x - mean) * scale + shift. Scale and
     shift may be coarser than x by whole factors of its frames, rows and columns."""
 
@@ -135,7 +135,7 @@ class Moved(NamedTuple):
 
 class GroupNorm(nnx.Module):
     """Over frames, rows, columns and the channels of a group, for each video of the batch. Frames
-    count by their `shares`, whose sum is one. It returns what is to be done with every value, which
+    count by their `frame_weights`, whose sum is one. It returns what is to be done with every value, which
     can then happen a few rows at a time."""
 
     def __init__(
@@ -146,21 +146,25 @@ class GroupNorm(nnx.Module):
         self.groups = groups
         self.epsilon = epsilon
 
-    def __call__(self, x: Float[Array, "b f h w c"], shares: Float[Array, " f"]) -> Moved:
+    def __call__(
+        self, x: Float[Array, "b f h w c"], frame_weights: Float[Array, " f"]
+    ) -> NormCoefficients:
         x = x.astype(jnp.float32)
-        mean = self._grouped_mean(x, shares)
-        deviation = lax.rsqrt(self._grouped_mean(jnp.square(x - mean), shares) + self.epsilon)
+        mean = self._grouped_mean(x, frame_weights)
+        deviation = lax.rsqrt(
+            self._grouped_mean(jnp.square(x - mean), frame_weights) + self.epsilon
+        )
         shift = jnp.broadcast_to(self.bias[...].astype(jnp.float32), mean.shape)
-        return Moved(mean, deviation * self.scale[...].astype(jnp.float32), shift)
+        return NormCoefficients(mean, deviation * self.scale[...].astype(jnp.float32), shift)
 
     def _grouped_mean(
-        self, x: Float[Array, "b f h w c"], shares: Float[Array, " f"]
+        self, x: Float[Array, "b f h w c"], frame_weights: Float[Array, " f"]
     ) -> Float[Array, "b 1 1 1 c"]:
         # Channels first reduce alone, which keeps them in the minor dimension; their groups meet
         # only afterwards.
         b, *_, c = x.shape
         means = (
-            jnp.sum(jnp.mean(x, axis=(2, 3)) * shares[:, None], axis=1)
+            jnp.sum(jnp.mean(x, axis=(2, 3)) * frame_weights[:, None], axis=1)
             .reshape(b, self.groups, c // self.groups)
             .mean(axis=-1)
         )

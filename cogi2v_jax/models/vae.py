@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from ..config import VAEConfig
-from .layers import Conv, GroupNorm, Linear, Moved, convolve, param, silu
+from .layers import Conv, GroupNorm, Linear, NormCoefficients, convolve, param, silu
 from .vae_strips import Strip, in_strips
 
 ENCODE_CHUNK = 8  # pixel frames
@@ -117,7 +117,7 @@ class PlainNorm(GroupNorm):
 
     def __call__(
         self, x: Float[Array, "b f h w c"], shares: Float[Array, " f"], latents: None = None
-    ) -> Moved:
+    ) -> NormCoefficients:
         return super().__call__(x, shares)
 
 
@@ -142,13 +142,13 @@ class SpatialNorm(nnx.Module):
         x: Float[Array, "b f h w c"],
         shares: Float[Array, " f"],
         latents: Float[Array, "b t h2 w2 z"],
-    ) -> Moved:
+    ) -> NormCoefficients:
         scale, shift = (part(latents).astype(jnp.float32) for part in (self.scale, self.shift))
         normed = self.norm(x, shares)
-        return Moved(normed.mean, normed.scale * scale, normed.shift * scale + shift)
+        return NormCoefficients(normed.mean, normed.scale * scale, normed.shift * scale + shift)
 
 
-def normed(norm: Moved, x: Float[Array, "b f h w c"]) -> Rows:
+def normed(norm: NormCoefficients, x: Float[Array, "b f h w c"]) -> Rows:
     """silu(norm(x)), strip by strip."""
 
     def wide(strip: Strip) -> Float[Array, "b f h w c"]:
