@@ -27,11 +27,11 @@ from cogi2v_convert.sources.diffusers import write_index, write_safetensors
 from cogi2v_convert.sources.parts import Tensor
 from cogi2v_convert.tables.rules import expand
 from cogi2v_convert.tables.transformer import table
-from cogi2v_convert.writing.folder import sync
 from full_networks import cut
 from vs_reference import aligned, machine
 
 from cogi2v_jax import config
+from cogi2v_jax.disk import sync
 from cogi2v_jax.weights.pieces import abstract, leaf_names
 
 SHARD = 5e9  # bytes of a source file, as the released ones have

@@ -10,19 +10,18 @@ import shutil
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from platformdirs import user_cache_path
 
 from .arguments import weighted
 from .config import CheckpointConfig
 from .devices import hosts
 from .devices.compiling import keep_compilations
+from .disk import beside, cache_folder, sha256
 from .models.attention import choose
 from .weights.checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
 from .weights.hub import locate
@@ -134,7 +133,7 @@ def _converted(folder: Path, say: Say) -> Path:
 def _cache(say: Say) -> Path:
     """The user's cache of conversions; where it can't be written, one that lasts as long as the
     process."""
-    cache = user_cache_path("cogi2v-jax") / "converted"
+    cache = cache_folder("converted")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         writable = os.access(cache, os.W_OK)
@@ -158,11 +157,9 @@ def _digest(file: Path, cache: Path) -> str:
     note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     if stat.st_size >= LARGE and note.is_file():
         return note.read_text()
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = sha256(file)
     if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > YOUNG:
         memory.mkdir(parents=True, exist_ok=True)
-        part = note.with_suffix(f".{uuid.uuid4().hex[:8]}")
-        part.write_text(digest)
-        part.replace(note)
+        with beside(note) as part:
+            part.write_text(digest)
     return digest

@@ -272,8 +272,9 @@ def _record(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Runs every stage in JAX, fed with the reference's input and freely from the start. Exits 1
     where one is not the reference's."""
+    from cogi2v_jax.disk import beside, check_target
+
     from .proof.verify import verify
-    from .targets import beside, check_target
 
     if options.json:
         check_target(

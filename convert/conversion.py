@@ -12,7 +12,7 @@ import numpy as np
 
 from cogi2v_jax import __version__
 from cogi2v_jax.config import CheckpointConfig, read_json
-from cogi2v_jax.weights import bucket
+from cogi2v_jax.disk import check_space
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, FORMAT, MANIFEST, open_folder, read_leaves
 from cogi2v_jax.weights.pieces import NETWORKS, abstract, layer_count, leaf_names, unit_shapes
 
@@ -138,7 +138,7 @@ def to_flax(
     meter = Meter(sum(sizes.values()), progress)
     with appearing(destination, wait, again=True) as folder, Digests(files, known) as digests:
         journal = Journal(folder, made_of)
-        bucket.check_space(folder, meter.total - bytes_in(journal), str(destination))
+        check_space(folder, meter.total - bytes_in(journal), str(destination))
         _copy_settings(source.settings, source.folder, folder, source.tokenizer_files)
         for part, matched in matches.items():
             if part == SHARED and (twin := _twin(source, Path(destination), dtype, digests)):

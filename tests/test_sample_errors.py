@@ -154,12 +154,12 @@ ERRORS = {
     "no output folder": (
         ["--output", "nowhere/out.mp4"],
         1,
-        r"output must lie in an existing, writable folder: got nowhere",
+        r"output must be in an existing, writable folder: got nowhere",
     ),
     "file as an output folder": (
         ["--output", "photo.png/out.mp4"],
         1,
-        r"output must lie in an existing, writable folder",
+        r"output must be in an existing, writable folder",
     ),
     "unknown suffix": (["--output", "out.avi"], 1, r"output must end in .mp4, .gif, or .png"),
     "folder as an output": (
@@ -260,7 +260,7 @@ def test_a_hub_id_without_a_network_is_one_line(capsys):
 
 def test_an_output_folder_that_is_read_only_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(videos.os, "access", lambda path, mode: False)
-    assert "output must lie in an existing, writable folder" in failed(capsys, [], 1)
+    assert "output must be in an existing, writable folder" in failed(capsys, [], 1)
 
 
 def test_a_missing_ffmpeg_is_one_line_before_anything_is_sampled(requests, monkeypatch, capsys):

@@ -1,13 +1,12 @@
 """All it takes to make a video again: its recipe, and the latents before decoding, in a file that
 carries the recipe along."""
 
-import hashlib
 import json
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..disk import beside, sha256
 from ..request import Request, Video
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def recipe_of(
         "model": name,
         "checkpoint": models.config.title,
         "image": image.name,
-        "image_sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
+        "image_sha256": sha256(image),
         "prompt": video.prompt,
         "negative_prompt": video.negative_prompt,
         "seed": video.seed,
@@ -65,13 +64,9 @@ def write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
     memory there costs no sampling."""
     from safetensors.numpy import save
 
-    part = path.with_name(f".{path.name}.part-{uuid.uuid4().hex[:8]}")
-    try:
-        # Save_file's files are for their owner alone.
+    with beside(path) as part:
+        # save_file's files are for their owner alone.
         part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_latents(path: Path) -> tuple[Any, dict[str, Any]]:

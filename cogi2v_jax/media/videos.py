@@ -7,13 +7,13 @@ import math
 import os
 import re
 import subprocess
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageSequence, PngImagePlugin
 
+from ..disk import beside, check_target
 from .images import decoding, read_image
 
 FRAME_NAME = re.compile(r"\d{5,}\.png")
@@ -32,21 +32,12 @@ def check_output(path: str | os.PathLike) -> Path:
         raise ValueError(
             f"output must end in .mp4, .gif, or .png or nothing for a folder of frames: got {path}"
         )
-    if path.name in ("", "..") or len(os.fsencode(path.name)) > 200:
-        raise ValueError(f"output must have a name of 1 to 200 bytes: got {path}")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"output must lie in an existing, writable folder: got {path}; make {path.parent} or choose another"
-        )
+    is_file = path.suffix.lower() in (".mp4", ".gif")
+    check_target("output", path, folder=not is_file)
     target = _target(path)
     if path.suffix.lower() == ".mp4":
         _ffmpeg("-version")  # a missing one must show now
-    if path.suffix.lower() in (".mp4", ".gif"):
-        if target.exists() and not target.is_file():
-            raise ValueError(
-                f"output must be a file or a new name: got {path}, which is a folder or a device"
-            )
-    elif target.exists():
+    elif not is_file and target.exists():
         names = set(os.listdir(target)) if target.is_dir() else {"a file"}
         ours = "recipe.json" in names and all(
             FRAME_NAME.fullmatch(name) for name in names - {"recipe.json"}
@@ -82,18 +73,8 @@ def write_video(
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe must hold only what JSON can: got {error}") from error
     target = _target(path)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.part-", dir=target.parent, ignore_cleanup_errors=True
-    ) as folder:
-        part, old = Path(folder, "new"), Path(folder, "old")
+    with beside(target) as part:
         WRITERS[path.suffix.lower()](part, frames, fps, text)
-        try:
-            if target.is_dir():  # os.replace does not go over a folder
-                os.replace(target, old)
-            os.replace(part, target)
-        finally:
-            if old.exists() and not target.exists():
-                os.replace(old, target)
     return target
 
 

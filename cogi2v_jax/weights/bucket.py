@@ -6,14 +6,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from platformdirs import user_cache_path
-
+from ..disk import beside, cache_folder, check_space, first_line
 from .needed_files import wanted
 
 SCHEME = "gs:/"  # pathlib leaves one slash of two
@@ -39,9 +37,7 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
         taken = names if manifest in names else wanted(names)
         if not taken:
             raise FileNotFoundError("found neither a diffusers nor a converted folder there")
-        target = (
-            user_cache_path("cogi2v-jax") / "gs" / hashlib.sha256(source.encode()).hexdigest()[:32]
-        )
+        target = cache_folder("gs", hashlib.sha256(source.encode()).hexdigest()[:32])
         sizes = {name: (root / name).stat() for name in taken}
         missing = {name: stat for name, stat in sizes.items() if not _is_same(target / name, stat)}
         check_space(target, sum(stat.length for stat in missing.values()), source)
@@ -50,14 +46,10 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
         for name, stat in missing.items():
             local = target / name
             local.parent.mkdir(parents=True, exist_ok=True)
-            part = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}")
-            try:
+            with beside(local) as part:
                 with (root / name).open("rb") as there, part.open("wb") as here:
                     shutil.copyfileobj(there, here, BLOCK)
                 os.utime(part, (stat.mtime, stat.mtime))
-                part.replace(local)
-            finally:
-                part.unlink(missing_ok=True)
         for extra in {file for file in target.rglob("*") if file.is_file()} - {
             target / name for name in taken
         }:
@@ -99,17 +91,6 @@ def uploading(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
             raise
 
 
-def check_space(folder: Path, size: int, what: str) -> None:
-    """Raises OSError, in one line, where a folder that need not exist yet has less room than `size`
-    bytes."""
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(nearest).free
-    if size > free:
-        raise OSError(
-            f"{nearest} must have {size / 1e9:.1f} GB free for {what}: got {free / 1e9:.1f} GB"
-        )
-
-
 def _root(source: str) -> Any:
     from etils import epath
 
@@ -146,5 +127,4 @@ def _remove(root: Any) -> None:
 def _line(target: str, error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"{target} must be reached by a library that is missing here: pip install gcsfs"
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return f"{target} must be a folder that you may use: {said}; gcloud auth application-default login signs in"
+    return f"{target} must be a folder that you may use: {first_line(error)}; gcloud auth application-default login signs in"

@@ -29,6 +29,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from ..config import PARTS, CheckpointConfig, read_json
 from ..devices.mesh import Sizes, make_mesh
+from ..disk import first_line
 from .lora import Leaves, Lora, changing, check_leaves, read_merged
 from .pieces import (
     NETWORKS,
@@ -195,10 +196,6 @@ def weight_files(folder: Path) -> dict[str, int]:
         if path.is_file()
     )
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @dataclass

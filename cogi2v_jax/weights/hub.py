@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import config
+from ..disk import check_space, first_line
 from . import bucket
-from .checkpoint import MANIFEST, first_line
+from .checkpoint import MANIFEST
 from .needed_files import wanted
 
 EMBEDDED = Path(__file__).parent.parent / "assets"
@@ -111,7 +112,7 @@ def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
         Exception
     ) as error:  # the client raises a dozen kinds, from missing networks to private repositories
         return _cached(repository, revision, say, _way_out(error, repository))
-    bucket.check_space(
+    check_space(
         Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME names another place)"
     )
     size = f"{found.missing / 1e9:.1f} GB" if found.missing else "nothing new"

@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, UInt8
 
+from cogi2v_jax.disk import beside, check_target
 from cogi2v_jax.media.videos import read_frames
-
-from ..targets import beside, check_target
 
 TOP = 255  # the range of a byte
 # SSIM's Gaussian of sigma 1.5, cut off at 3.5 sigma: Wang et al. 2004, "Image quality assessment".

@@ -18,15 +18,15 @@ from unittest import mock
 import numpy as np
 
 from cogi2v_jax.config import CheckpointConfig
+from cogi2v_jax.disk import beside, check_target, first_line
 from cogi2v_jax.media.images import read_image
 from cogi2v_jax.media.recipe import SETTINGS
 from cogi2v_jax.pipeline import tokens
 from cogi2v_jax.request import Request, Resolved
 from cogi2v_jax.sampling.schedule import tableau
-from cogi2v_jax.weights.checkpoint import MANIFEST, first_line
+from cogi2v_jax.weights.checkpoint import MANIFEST
 
 from ..sources.gather import Source
-from ..targets import beside, check_target
 from . import trace
 
 MODULES = (  # where the reference draws noise

@@ -1,7 +1,6 @@
 """LoRA files as they lie on disk: their tensors, and all that is said of them in a header, or
 beside them."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cogi2v_jax.config import read_json
+from cogi2v_jax.disk import sha256
 
 from .tensor_files import DTYPES, NARROW, open_file
 
@@ -63,8 +63,7 @@ def open_lora(path: Path) -> LoraFile:
     said = [
         str(source[key]) for source in (settings, beside, head) for key in BASES if source.get(key)
     ]
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = sha256(path)
     return LoraFile(path, name, digest, shapes, file.read, settings, (said or [_card(path)])[0])
 
 

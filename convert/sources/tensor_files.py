@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cogi2v_jax.weights.checkpoint import first_line
+from cogi2v_jax.disk import first_line
 
 # Safetensors' names of the dtypes that weights may have. The last two are narrow: they come with
 # scales, and no network here holds them.

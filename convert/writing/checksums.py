@@ -1,7 +1,6 @@
 """Checksums: of source files while they are converted, and of the converted leaves, which `check`
 reads again."""
 
-import hashlib
 import math
 import re
 import zlib
@@ -13,6 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+
+from cogi2v_jax.disk import sha256
 
 from .folder import Sums
 
@@ -27,7 +28,7 @@ class Digests:
         self._worker = ThreadPoolExecutor(1)
         self._known = known or {}
         self._found: dict[Path, Future[str]] = {
-            file: self._worker.submit(digest, file) for file in files if file not in self._known
+            file: self._worker.submit(sha256, file) for file in files if file not in self._known
         }
 
     def __enter__(self) -> "Digests":
@@ -44,11 +45,6 @@ class Digests:
                 f"{file} must have the SHA-256 {blob.name}, as the hub says: got {found}; delete {blob} and fetch it again"
             )
         return {"file": file.name, "bytes": file.stat().st_size, "sha256": found}
-
-
-def digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sums(leaves: Mapping[str, np.ndarray]) -> Sums:

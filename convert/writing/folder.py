@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cogi2v_jax.disk import sync
 from cogi2v_jax.weights import bucket
 from cogi2v_jax.weights.checkpoint import MANIFEST, unit_path
 
@@ -139,12 +140,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 return
-
-
-def sync(path: Path) -> None:
-    """To the disk: a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cogi2v_jax.weights.bucket import check_space
+from cogi2v_jax.disk import check_space
 from cogi2v_jax.weights.checkpoint import write_unit
 
 from ..tables.rules import Home, contiguous

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from platformdirs import user_cache_path
 
 from cogi2v_jax import __version__
 from cogi2v_jax.config import read_json
+from cogi2v_jax.disk import cache_folder, sha256, sync
 from cogi2v_jax.weights.checkpoint import (
     CONFIG_FILES,
     FORMAT,
@@ -25,8 +25,8 @@ from cogi2v_jax.weights.checkpoint import (
 )
 from cogi2v_jax.weights.pieces import NETWORKS, layer_count
 
-from .checksums import crc32, digest
-from .folder import Journal, Sums, sync
+from .checksums import crc32
+from .folder import Journal, Sums
 
 PACKAGES = ("jax", "numpy", "orbax-checkpoint")
 Origins = Mapping[str, list[dict[str, Any]]]  # the source files of every part: name, bytes, SHA-256
@@ -64,7 +64,7 @@ def write(
             part: sum(len(sums) for sums in units.values()) for part, units in leaves.items()
         },
         "leaves": leaves,
-        "settings": {path.relative_to(folder).as_posix(): digest(path) for path in others},
+        "settings": {path.relative_to(folder).as_posix(): sha256(path) for path in others},
         "files": weight_files(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -110,7 +110,7 @@ def check(folder: Path) -> Iterator[str]:
         path = folder / name
         if not path.is_file():
             yield f"{name} is missing"
-        elif digest(path) != expected:
+        elif sha256(path) != expected:
             yield f"{name} must have the SHA-256 {expected}: got other bytes"
     config = read_config(folder)
     for part in NETWORKS:
@@ -143,7 +143,7 @@ def twin_of(
 ) -> tuple[Path, dict[str, Any]] | None:
     """A converted folder beside the destination, or in the cache, a part of which may be of the
     same files by their sizes; and its manifest."""
-    for parent in dict.fromkeys((destination.parent, user_cache_path("cogi2v-jax") / "converted")):
+    for parent in dict.fromkeys((destination.parent, cache_folder("converted"))):
         for path in sorted(parent.glob(f"*/{MANIFEST}")):
             try:
                 manifest, there = read(path.parent), weight_files(path.parent)

@@ -486,9 +486,9 @@ def test_nothing_that_is_read_is_written_over(
         )
         == 1
     )
-    assert "trace must lie outside of what is read" in capsys.readouterr().err
+    assert "trace must be outside of what is read" in capsys.readouterr().err
     assert __main__.main(["verify", str(case.source), target, "--json", target]) == 1
-    assert "json must lie outside of what is read" in capsys.readouterr().err
+    assert "json must be outside of what is read" in capsys.readouterr().err
     assert __main__.main(["verify", str(case.source), target, "--json", str(tmp_path)]) == 1
     assert "json must be a file or a new name" in capsys.readouterr().err
     assert (tmp_path / "image.png").read_bytes() == picture.read_bytes()

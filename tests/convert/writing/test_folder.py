@@ -24,7 +24,6 @@ from cogi2v_convert.writing import layers, manifest
 from folders import PARTS, left, one_line, raw, rewrite, weights
 
 from cogi2v_jax import loading
-from cogi2v_jax.weights import bucket
 from cogi2v_jax.weights.checkpoint import MANIFEST
 
 
@@ -61,7 +60,7 @@ def manifest_of(folder: Path) -> dict:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cogi2v_convert import units
+from cogi2v_convert.writing import layers
 from cogi2v_convert.conversion import to_flax
 write, count = layers.write_unit, 0
 def killed(*args):
@@ -89,7 +88,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None]]:
     """The units that are written from here on."""
     seen, write = [], layers.write_unit
     monkeypatch.setattr(
-        units,
+        layers,
         "write_unit",
         lambda folder, part, layer, leaves: (
             seen.append((part, layer)),
@@ -238,7 +237,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
     capsys: pytest.CaptureFixture,
     written: list,
 ) -> None:
-    monkeypatch.setattr(bucket.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     line = one_line(capsys, ["to-flax", source, tmp_path / "flax"])
     assert "must have 0.0 GB free for" in line
     assert left(tmp_path) == {"source"}
@@ -258,9 +257,7 @@ def test_a_disk_that_fills_meanwhile_ends_in_one_line(
     try:
         usage = shutil.disk_usage
         answers = iter([SimpleNamespace(free=10**12)])  # there seems to be room, at first
-        monkeypatch.setattr(
-            bucket.shutil, "disk_usage", lambda path: next(answers, None) or usage(path)
-        )
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: next(answers, None) or usage(path))
         line = one_line(capsys, ["to-flax", source, disk / "flax"])
         assert (
             "disk/.flax.part must have 0.0 GB free for a layer of the transformer: got 0.0 GB"
