@@ -376,8 +376,13 @@ class VAE(nnx.Module):
     finest resolution; results don't depend on it."""
 
     def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.spatial_ratio = config.spatial_ratio
         self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.encoder.conv_in.kernel.dtype
 
     def encode(
         self, video: Float[Array, "b f h w c"], strips: int = 1
