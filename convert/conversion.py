@@ -21,7 +21,7 @@ from .sources.diffusers import CODES, write_index, write_safetensors
 from .sources.gather import Source, gather
 from .sources.parts import WIDE, Tensor
 from .tables import t5, transformer, vae
-from .tables.rules import Home, contiguous, expand, misfits, refuse
+from .tables.rules import Target, contiguous, expand, misfits, refuse
 from .writing import int8, manifest
 from .writing.checksums import Digests, size_of
 from .writing.folder import Journal, appearing
@@ -37,7 +37,7 @@ TABLES: dict[str, Callable[[Any], tuple]] = {
 SHARED = "text_encoder"  # the part that many checkpoints have in common, and half of their bytes
 
 
-def homes(config: CheckpointConfig, part: str) -> dict[str, Home]:
+def homes(config: CheckpointConfig, part: str) -> dict[str, Target]:
     """Where every torch tensor of a part lives with us."""
     return expand(TABLES[part](getattr(config, part)), layer_count(config, part))
 
@@ -45,7 +45,7 @@ def homes(config: CheckpointConfig, part: str) -> dict[str, Home]:
 class Match(NamedTuple):
     """How a source's tensors meet a network."""
 
-    homes: dict[str, Home]
+    homes: dict[str, Target]
     tensors: dict[str, Tensor]
     faults: list[str]
 
@@ -55,7 +55,7 @@ def match(source: Source, part: str) -> Match:
     places = homes(source.config, part)
     tensors = source.tensors(part)
     if part == "text_encoder":
-        for alias, name in t5.SAME.items():
+        for alias, name in t5.TIED.items():
             if alias in tensors:
                 places[alias] = places[name]
                 if name not in tensors:
@@ -78,7 +78,7 @@ def match(source: Source, part: str) -> Match:
     faults += misfits(places, leaves, shapes)
     if part == "text_encoder":
         doubles = {
-            alias: name for alias, name in t5.SAME.items() if alias in tensors and name in tensors
+            alias: name for alias, name in t5.TIED.items() if alias in tensors and name in tensors
         }
         faults += [
             f"{alias} must equal {name}, its other name: got other values"
@@ -254,11 +254,11 @@ def to_torch(
     return destination
 
 
-def _places(config: CheckpointConfig, part: str) -> dict[str, Home]:
+def _places(config: CheckpointConfig, part: str) -> dict[str, Target]:
     """Where every torch tensor lives with us, under each of its names."""
     places = homes(config, part)
     return (
-        places | {alias: places[name] for alias, name in t5.SAME.items()}
+        places | {alias: places[name] for alias, name in t5.TIED.items()}
         if part == "text_encoder"
         else places
     )
@@ -293,7 +293,7 @@ def tensors_recorded(
     tensors = read_json(folder / MANIFEST).get("tensors")
     entries = tensors.get(part) if isinstance(tensors, dict) else None
     places = homes(config, part)
-    same = t5.SAME if part == "text_encoder" else {}
+    same = t5.TIED if part == "text_encoder" else {}
     if not isinstance(entries, dict) or {same.get(name, name) for name in entries} != places.keys():
         raise ValueError(
             f"{folder / MANIFEST} must record the tensors of this {part}: convert its source again"
@@ -315,7 +315,7 @@ def tensors_recorded(
 
 
 def _values(
-    folder: Path, config: CheckpointConfig, part: str, places: dict[str, Home], meter: Meter
+    folder: Path, config: CheckpointConfig, part: str, places: dict[str, Target], meter: Meter
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Tensors in order, as the manifest has them; the unstacked ones and one layer are held at a
     time."""

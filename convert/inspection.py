@@ -55,7 +55,7 @@ def report(sources: Sequence[str], keys: bool) -> tuple[list[str], bool]:
         else:
             recorded = tensors_recorded(folder, config, part)
             names, faults, places = recorded, [], homes(config, part)
-            places |= {alias: places[name] for alias, name in t5.SAME.items() if alias in names}
+            places |= {alias: places[name] for alias, name in t5.TIED.items() if alias in names}
             dtypes = sorted({entry["dtype"] for entry in recorded.values()})
             if part in config.int8:
                 dtypes.append(int8.summary(int8_errors(folder)[part]))

@@ -15,7 +15,7 @@ from cogi2v_jax.weights.pieces import abstract, leaf_names
 
 from .sources.lora_file import LoraFile
 from .tables.lora_keys import KINDS, kind, meaning
-from .tables.rules import Home, expand
+from .tables.rules import Target, expand
 from .tables.transformer import table
 
 SAT_ALPHA = 1.0  # SAT's default, which its published recipes keep and its files don't tell
@@ -191,7 +191,7 @@ def _misfits(
 def _read(
     found: Match,
     modules: Mapping[str, Mapping[str, str]],
-    targets: Mapping[str, Home],
+    targets: Mapping[str, Target],
     shapes: Mapping[str, Any],
 ) -> None:
     """The factors themselves."""

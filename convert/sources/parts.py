@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..tables import sat
-from ..tables.rules import Place
+from ..tables.rules import FileTensor
 from . import lookalikes
 from .tensor_files import BYTES, DTYPES, NARROW, WeightFile, open_file
 
@@ -58,7 +58,7 @@ class Weights:
 
     file: WeightFile
     naming: str
-    places: Mapping[str, Place]
+    places: Mapping[str, FileTensor]
     wide: np.dtype[Any] = WIDE
 
     def tensors(self) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class Weights:
             if code in DTYPES
         }
 
-    def _tensor(self, place: Place) -> Tensor:
+    def _tensor(self, place: FileTensor) -> Tensor:
         shape, code = self.file.entries[place.name]
         where = f"{self.file.path}: {place.name}"
         if code not in DTYPES:
@@ -93,24 +93,24 @@ class Weights:
                 raise ValueError(
                     f"{where} must have one scale, or one an output row: got {place.scale} {list(entry.shape)} {entry.dtype}"
                 )
-        if place.cuts > 1:
-            if not shape or shape[0] % place.cuts:
+        if place.chunks > 1:
+            if not shape or shape[0] % place.chunks:
                 raise ValueError(
-                    f"{where} must divide into {place.cuts} along its first axis: got {list(shape)}"
+                    f"{where} must divide into {place.chunks} along its first axis: got {list(shape)}"
                 )
-            shape = (shape[0] // place.cuts * len(place.taken), *shape[1:])
+            shape = (shape[0] // place.chunks * len(place.indices), *shape[1:])
         return Tensor(self.file.path, shape, self.wide if code in NARROW else DTYPES[code])
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, with its scale applied in float32."""
         place = self.places[name]
         code = self.file.entries[place.name].dtype
-        if place.cuts == 1:
+        if place.chunks == 1:
             values = self.file.read(place.name)
         else:
-            rows = self.file.entries[place.name].shape[0] // place.cuts
+            rows = self.file.entries[place.name].shape[0] // place.chunks
             values = np.concatenate(
-                [self.file.read(place.name, cut * rows, (cut + 1) * rows) for cut in place.taken]
+                [self.file.read(place.name, cut * rows, (cut + 1) * rows) for cut in place.indices]
             )
         if place.scale:
             scale = self.file.read(place.scale).astype(np.float32)
@@ -150,7 +150,7 @@ def of_part(
         file,
         naming,
         {
-            name: Place(there, scale=scales.get(there))
+            name: FileTensor(there, scale=scales.get(there))
             for name, there in own.items()
             if there not in unused
         },

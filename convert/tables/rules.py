@@ -1,4 +1,5 @@
-"""A weight map is a table of rules, each read in both directions; this file reads them."""
+"""Rules that map torch tensors to our leaves. A weight map is a table of rules, and each rule is
+read in both directions."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,62 +16,69 @@ from cogi2v_jax.config import one_line
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of tensor: its name here and there, and its axes as an einops pattern. "{}" in the
-    torch name is the layer index, which becomes a new first axis of ours; `sizes` are the axis
-    lengths that a pattern needs to be read backwards."""
+    """One kind of tensor: its torch name, the name of our leaf, and its axes as an einops pattern.
+    "{}" in the torch name is the layer index, which becomes the first axis of our leaf; `sizes` are
+    the axis lengths that einops needs to split grouped axes."""
 
     torch: str
     flax: str
-    axes: str = ""  # empty: as it is
+    axes: str = ""  # empty: the axes stay as they are
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def to_flax(self, tensor: np.ndarray | jax.Array) -> Any:
-        if not self.axes:
-            return tensor
-        theirs, ours = self.axes.split(" -> ")
-        # Whole rows are moved first, and turned last: a view, where that can be one.
-        if theirs.endswith(" i") and ours.startswith("i "):
-            return rearrange(tensor, f"{theirs} -> {ours.removeprefix('i ')} i", **self.sizes).T
-        return rearrange(tensor, self.axes, **self.sizes)
+        """Our leaf, in row-major order, from a torch tensor (of one layer, if stacked)."""
+        return self._rearrange(tensor, *self.axes.split(" -> ")) if self.axes else tensor
 
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        if not self.axes:
-            return array
-        theirs, ours = self.axes.split(" -> ")
-        return rearrange(array, f"{ours} -> {theirs}", **self.sizes)
+    def to_torch(self, leaf: np.ndarray) -> np.ndarray:
+        """The torch tensor, in row-major order, from our leaf (of one layer, if stacked)."""
+        return self._rearrange(leaf, *self.axes.split(" -> ")[::-1]) if self.axes else leaf
+
+    def _rearrange(self, array: Any, before: str, after: str) -> Any:
+        # einops permutes axes without copying, but to group permuted axes numpy would copy, in
+        # twice the time that `contiguous` takes: permute, copy, then group.
+        ungrouped = re.sub("[()]", "", after)
+        permuted = rearrange(array, f"{before} -> {ungrouped}", **self.sizes)
+        return rearrange(contiguous(permuted), f"{ungrouped} -> {after}")
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a linear map's weight, convolutions of patches among them: outputs first
-        there, inputs and outputs here."""
+        """Whether this is the weight of a linear map (a convolution of patches included): torch has
+        outputs first, we have inputs first."""
         return self.flax.endswith(".kernel")
 
     def factors(self, down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The two factors of a linear weight, [r, *inputs] and [outputs, r] there, as [inputs, r]
-        and [r, outputs]: the product of these is `to_flax` of theirs, for the pattern rearranges
-        outputs and inputs apart from each other."""
-        (outputs, *inputs), (ours_in, ours_out) = (
+        """The low-rank factors of a linear weight: torch's [r, *inputs] and [outputs, r] become
+        [inputs, r] and [r, outputs]. Their product equals `to_flax` of torch's product, because the
+        pattern rearranges outputs and inputs independently."""
+        (outputs, *inputs), (our_inputs, our_outputs) = (
             re.findall(r"\(.*?\)|\S+", side) for side in self.axes.split(" -> ")
         )
-        patterns = (
-            f"rank {' '.join(inputs)} -> {ours_in} rank",
-            f"{outputs} rank -> rank {ours_out}",
+
+        def apply(array: np.ndarray, pattern: str) -> np.ndarray:
+            named = re.findall(r"\w+", pattern)
+            sizes = {axis: size for axis, size in self.sizes.items() if axis in named}
+            return rearrange(array, pattern, **sizes)
+
+        return (
+            apply(down, f"rank {' '.join(inputs)} -> {our_inputs} rank"),
+            apply(up, f"{outputs} rank -> rank {our_outputs}"),
         )
-        sizes = [
-            {axis: size for axis, size in self.sizes.items() if axis in re.findall(r"\w+", pattern)}
-            for pattern in patterns
-        ]
-        return rearrange(down, patterns[0], **sizes[0]), rearrange(up, patterns[1], **sizes[1])
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The torch shape of one layer's tensor, from ours."""
-        return self.to_torch(np.broadcast_to(np.int8(0), shape)).shape
+        """The shape of the torch tensor of one layer, from the shape of our leaf."""
+        if not self.axes:
+            return shape
+        theirs, ours = self.axes.split(" -> ")
+        empty = np.broadcast_to(np.int8(0), shape)  # takes no memory
+        return rearrange(empty, f"{ours} -> {theirs}", **self.sizes).shape
 
 
-def contiguous(array: np.ndarray) -> np.ndarray:
-    """In row-major order; by XLA's transposition, in a third of numpy's CPU time, where there is
-    one (JAX_PLATFORMS may leave CPUs out) and it keeps every bit (of 8 bytes it would take 4)."""
-    cpu = None if array.flags.c_contiguous or array.itemsize > 4 else _cpu()
+def contiguous(array: Any) -> Any:
+    """The array in row-major order. Where JAX has a CPU device (JAX_PLATFORMS may exclude it), XLA
+    transposes, in a third of numpy's CPU time; not 8-byte numbers, which JAX would narrow to 4."""
+    if not isinstance(array, np.ndarray) or array.flags.c_contiguous:
+        return array
+    cpu = _cpu() if array.itemsize <= 4 else None
     return np.ascontiguousarray(array) if cpu is None else np.asarray(jax.device_put(array, cpu))
 
 
@@ -85,62 +93,61 @@ def _cpu() -> jax.Device | None:
 Table = tuple[Rule, ...]
 
 
-class Place(NamedTuple):
-    """Where a tensor of diffusers' lies in a file: in which of the file's, in which of so many
-    equal cuts of its first axis, in order, and what it is to be multiplied with."""
+class FileTensor(NamedTuple):
+    """How a file stores one of diffusers' tensors: the name in the file; of how many equal chunks
+    along its first axis it takes which, in this order; and the name of the scale to multiply it
+    with."""
 
     name: str
-    cuts: int = 1
-    taken: tuple[int, ...] = (0,)
+    chunks: int = 1
+    indices: tuple[int, ...] = (0,)
     scale: str | None = None
 
 
-class Home(NamedTuple):
-    """Where a torch tensor lives with us: its rule, and its layer where the leaf is stacked over
-    layers."""
+class Target(NamedTuple):
+    """Our leaf for one torch tensor: its rule, and its layer where the leaf is stacked."""
 
     rule: Rule
     layer: int | None
 
 
-def expand(table: Table, layers: int) -> dict[str, Home]:
-    """Every torch name of a network with so many layers."""
-    homes: dict[str, Home] = {}
-    for rule in table:
-        for layer in range(layers) if "{}" in rule.torch else (None,):
-            homes[rule.torch.format(layer)] = Home(rule, layer)
-    return homes
+def expand(table: Table, layers: int) -> dict[str, Target]:
+    """The target of every torch name of a network with so many layers."""
+    return {
+        rule.torch.format(layer): Target(rule, layer)
+        for rule in table
+        for layer in (range(layers) if "{}" in rule.torch else (None,))
+    }
 
 
 def misfits(
-    homes: Mapping[str, Home],
+    targets: Mapping[str, Target],
     leaves: Mapping[str, tuple[int, ...]],
     found: Mapping[str, tuple[int, ...]],
 ) -> list[str]:
-    """Whatever keeps the tensors `found` (name to shape) from filling the `leaves` (our name to our
-    shape), a line each."""
-    faults = [f"{name} has no rule" for name in found if name not in homes]
-    shapes: dict[int, tuple[int, ...]] = {}  # by the rule's identity: a rule's sizes don't hash
-    for name, (rule, layer) in homes.items():
+    """Why the tensors `found` (torch name to shape) do not fill the `leaves` (our name to shape),
+    a line each; empty if they do."""
+    faults = [f"{name} has no rule" for name in found if name not in targets]
+    shapes: dict[int, tuple[int, ...]] = {}  # by the rule's id: its sizes make it unhashable
+    for name, (rule, layer) in targets.items():
         if name not in found:
             faults.append(f"{name} is missing")
             continue
         if id(rule) not in shapes:
             shapes[id(rule)] = rule.torch_shape(leaves[rule.flax][0 if layer is None else 1 :])
         if found[name] != shapes[id(rule)]:
-            faults.append(
-                f"{name} must have the shape {list(shapes[id(rule)])}: got {list(found[name])}"
-            )
+            must, got = list(shapes[id(rule)]), list(found[name])
+            faults.append(f"{name} must have the shape {must}: got {got}")
     return faults
 
 
 def refuse(where: str, faults: Iterable[str], shown: int = 20) -> None:
-    """Raises ValueError with all the faults, or with as many as a screen takes."""
+    """Raises ValueError, in one line, with the first `shown` faults, if there are any."""
     faults = list(faults)
     if faults:
         more = f"; and {len(faults) - shown} more" if len(faults) > shown else ""
         raise ValueError(
-            one_line(f"{where} must fit the network: " + "; ".join(faults[:shown]) + more)
+            one_line(f"{where} must fit the network: {'; '.join(faults[:shown])}{more}")
         )
 
 

@@ -1,6 +1,7 @@
 """vae/: AutoencoderKLCogVideoX."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from cogi2v_jax.config import VAEConfig
 
@@ -8,11 +9,7 @@ from .rules import Rule, Table, norm
 
 
 def table(config: VAEConfig) -> Table:
-    widths = config.block_out_channels
-    encoder = [((widths[0], *widths)[level], width) for level, width in enumerate(widths)]
-    decoder = [
-        ((widths[-1], *widths[::-1])[level], width) for level, width in enumerate(widths[::-1])
-    ]
+    widths, layers = config.block_out_channels, config.layers_per_block
     rules = [
         *causal("encoder.conv_in", "encoder.conv_in"),
         *resnets("encoder.mid_block", "encoder.middle", [False] * 2, norm),
@@ -23,40 +20,30 @@ def table(config: VAEConfig) -> Table:
         *spatial_norm("decoder.norm_out", "decoder.norm_out"),
         *causal("decoder.conv_out", "decoder.conv_out"),
     ]
-    for level, (inputs, outputs) in enumerate(encoder):
-        there, here = f"encoder.down_blocks.{level}", f"encoder.stages.{level}"
-        rules += resnets(
-            there, here, [inputs != outputs] + [False] * (config.layers_per_block - 1), norm
-        )
-        rules += (
-            conv(f"{there}.downsamplers.0.conv", f"{here}.resample.conv")
-            if level < len(widths) - 1
-            else ()
-        )
-    for level, (inputs, outputs) in enumerate(decoder):
-        there, here = f"decoder.up_blocks.{level}", f"decoder.stages.{level}"
-        rules += resnets(
-            there, here, [inputs != outputs] + [False] * config.layers_per_block, spatial_norm
-        )
-        rules += (
-            conv(f"{there}.upsamplers.0.conv", f"{here}.resample.conv")
-            if level < len(widths) - 1
-            else ()
-        )
+    for side, scale, of_side, count, kind in (
+        ("encoder", "down", widths, layers, norm),
+        ("decoder", "up", widths[::-1], layers + 1, spatial_norm),
+    ):
+        for level, (inputs, outputs) in enumerate(pairwise((of_side[0], *of_side))):
+            torch, flax = f"{side}.{scale}_blocks.{level}", f"{side}.stages.{level}"
+            rules += resnets(torch, flax, [inputs != outputs] + [False] * (count - 1), kind)
+            if level < len(widths) - 1:
+                rules += conv(f"{torch}.{scale}samplers.0.conv", f"{flax}.resample.conv")
     return tuple(rules)
 
 
 def resnets(
     torch: str, flax: str, shortcuts: list[bool], norm: Callable[[str, str], Table]
 ) -> Table:
-    """Resnets with their kind of norm; `shortcuts` says which of them change their width."""
+    """Resnets with this kind of norm; `shortcuts` says which of them change the width."""
     rules: list[Rule] = []
     for index, shortcut in enumerate(shortcuts):
-        there, here = f"{torch}.resnets.{index}", f"{flax}.resnets.{index}"
+        theirs, ours = f"{torch}.resnets.{index}", f"{flax}.resnets.{index}"
         for which in (1, 2):
-            rules += norm(f"{there}.norm{which}", f"{here}.norm_{which}")
-            rules += causal(f"{there}.conv{which}", f"{here}.conv_{which}")
-        rules += pointwise(f"{there}.conv_shortcut", f"{here}.shortcut") if shortcut else ()
+            rules += norm(f"{theirs}.norm{which}", f"{ours}.norm_{which}")
+            rules += causal(f"{theirs}.conv{which}", f"{ours}.conv_{which}")
+        if shortcut:
+            rules += pointwise(f"{theirs}.conv_shortcut", f"{ours}.shortcut")
     return tuple(rules)
 
 
@@ -69,18 +56,12 @@ def spatial_norm(torch: str, flax: str) -> Table:
 
 
 def causal(torch: str, flax: str) -> Table:
-    return Rule(f"{torch}.conv.weight", f"{flax}.kernel", "o i t h w -> t h w i o"), Rule(
-        f"{torch}.conv.bias", f"{flax}.bias"
-    )
+    return conv(f"{torch}.conv", flax, "o i t h w -> t h w i o")
 
 
 def pointwise(torch: str, flax: str) -> Table:
-    return Rule(f"{torch}.weight", f"{flax}.kernel", "o i 1 1 1 -> i o"), Rule(
-        f"{torch}.bias", f"{flax}.bias"
-    )
+    return conv(torch, flax, "o i 1 1 1 -> i o")
 
 
-def conv(torch: str, flax: str) -> Table:
-    return Rule(f"{torch}.weight", f"{flax}.kernel", "o i h w -> h w i o"), Rule(
-        f"{torch}.bias", f"{flax}.bias"
-    )
+def conv(torch: str, flax: str, axes: str = "o i h w -> h w i o") -> Table:
+    return Rule(f"{torch}.weight", f"{flax}.kernel", axes), Rule(f"{torch}.bias", f"{flax}.bias")

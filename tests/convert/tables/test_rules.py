@@ -11,7 +11,7 @@ import torch
 from cogi2v_convert.conversion import TABLES, homes
 from cogi2v_convert.tables import rules, t5, vae
 from cogi2v_convert.tables.rules import (
-    Home,
+    Target,
     Rule,
     contiguous,
     expand,
@@ -144,10 +144,10 @@ def test_query_rows_change_from_interleaved_pairs_to_halves_of_a_head():
 def test_expanding_gives_every_layer_its_names_and_what_is_not_layered_one():
     one, each = Rule("first.weight", "first"), Rule("blocks.{}.weight", "blocks.weight")
     assert expand((one, each), 3) == {
-        "first.weight": Home(one, None),
-        "blocks.0.weight": Home(each, 0),
-        "blocks.1.weight": Home(each, 1),
-        "blocks.2.weight": Home(each, 2),
+        "first.weight": Target(one, None),
+        "blocks.0.weight": Target(each, 0),
+        "blocks.1.weight": Target(each, 1),
+        "blocks.2.weight": Target(each, 2),
     }
 
 
@@ -213,7 +213,7 @@ def state_dicts():
             }
         for part, module in modules.items():
             tensors = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-            found[name, part] = {key: shape for key, shape in tensors.items() if key not in t5.SAME}
+            found[name, part] = {key: shape for key, shape in tensors.items() if key not in t5.TIED}
     return found
 
 
