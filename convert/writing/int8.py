@@ -15,7 +15,7 @@ from cogi2v_jax.config import BLOCKS, CheckpointConfig
 from cogi2v_jax.weights.checkpoint import int8_errors
 from cogi2v_jax.weights.pieces import abstract, leaf_names
 
-from ..tables.rules import Home
+from ..tables.rules import Target
 from .folder import Sums
 
 SHOWN = 3  # of a part's tensors: those that are furthest off
@@ -53,7 +53,7 @@ def quantised(
 
 
 def errors(
-    homes: Mapping[str, Home], part: str, units: Mapping[tuple[str, int | None], Sums]
+    homes: Mapping[str, Target], part: str, units: Mapping[tuple[str, int | None], Sums]
 ) -> dict[str, float]:
     """The relative error of every torch tensor of a part that became int8."""
     leaves = ((name, units[part, home.layer][home.rule.flax]) for name, home in homes.items())

@@ -10,7 +10,7 @@ import numpy as np
 from cogi2v_jax.disk import check_space
 from cogi2v_jax.weights.checkpoint import write_unit
 
-from ..tables.rules import Home, contiguous
+from ..tables.rules import Target
 from . import int8
 from .checksums import check_finite, size_of, sums
 from .folder import Journal, Sums
@@ -36,7 +36,7 @@ def write_part(
     folder: Path,
     part: str,
     layers: list[int | None],
-    homes: Mapping[str, Home],
+    homes: Mapping[str, Target],
     read: Callable[[str], np.ndarray],
     cast: np.dtype[Any] | None,
     kernels: set[str],
@@ -69,13 +69,13 @@ def write_part(
             writing.result()
 
 
-def _converted(name: str, home: Home, tensor: np.ndarray, cast: np.dtype[Any] | None) -> np.ndarray:
+def _converted(name: str, home: Target, tensor: np.ndarray, cast: np.dtype[Any] | None) -> np.ndarray:
     check_finite(name, tensor)
     if cast is not None and tensor.dtype != cast:
         with np.errstate(over="ignore"):
             tensor = tensor.astype(cast)
         check_finite(f"{name} in {cast}", tensor)
-    return contiguous(home.rule.to_flax(tensor))
+    return home.rule.to_flax(tensor)
 
 
 def _write(

@@ -11,8 +11,8 @@ import torch
 from cogi2v_convert.conversion import TABLES, homes
 from cogi2v_convert.tables import rules, t5, vae
 from cogi2v_convert.tables.rules import (
-    Target,
     Rule,
+    Target,
     contiguous,
     expand,
     linear,
