@@ -1,13 +1,16 @@
-"""Files on disk: where the cache is, how much room there is, and writing that leaves nothing
-half-written under a final name."""
+"""Files on disk: the cache, free space, JSON and TOML, and writing that leaves nothing half-written
+under a final name."""
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -51,6 +54,33 @@ def sha256(path: Path) -> str:
     """A file's SHA-256 in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises FileNotFoundError or ValueError in one line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} must hold {path.name}: found none") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise ValueError(f"{path} must be a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object: got {type(value).__name__}")
+    return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ValueError in one line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} must be a TOML file: {error}") from None
+
+
+def one_line(text: str) -> str:
+    """The text with escapes for whatever could end the line or move a terminal's cursor: names in
+    a file are anyone's."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def first_line(error: BaseException) -> str:

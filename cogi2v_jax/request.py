@@ -5,9 +5,9 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,24 +16,83 @@ from .config import CheckpointConfig
 # What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales;
 # the reference's is the default.
 IMAGE_LATENT_SCALES = ("reference", "sat", "trainer")
-FITS = ("crop", "pad", "stretch")  # how the image meets the size asked for
-NOISES = ("jax", "torch")  # whose random numbers a seed means
+FITS = ("crop", "pad", "stretch")  # how the image is fitted to the size of the video
 
 Whole = int | np.integer
 Real = int | float | np.number
-PLAIN = {
-    "height": int,
-    "width": int,
-    "num_frames": int,
-    "fps": float,
-    "num_inference_steps": int,
-    "guidance_scale": float,
-    "use_dynamic_cfg": bool,
-    "image_latent_scale": lambda scale: scale if isinstance(scale, str) else float(scale),
-    "seed": lambda seed: (
-        int(seed) if isinstance(seed, numbers.Integral) else [int(one) for one in seed]
-    ),
-}
+
+
+class Kind(NamedTuple):
+    """The values that some settings take: the rule, its test, and what makes Python's own value of
+    one of numpy's or of a string."""
+
+    rule: str
+    fits: Callable[[Any], bool]
+    convert: Callable[[Any], Any]
+    names: tuple[str, ...] = ()  # all there are, where they can be listed
+
+
+def _is_real(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _one_of(*names: str) -> Kind:
+    rule = f"{', '.join(names[:-1])} or {names[-1]}"
+    return Kind(rule, lambda value: value in names, str, names)
+
+
+COUNT = Kind("a positive integer", lambda value: _is_whole(value) and value > 0, int)
+RATE = Kind("a finite number and positive", lambda value: _is_real(value) and value > 0, float)
+SCALE = Kind("a finite number and not negative", lambda v: _is_real(v) and v >= 0, float)
+SWITCH = Kind("true or false", lambda value: isinstance(value, (bool, np.bool_)), bool)
+LATENT_SCALE = Kind(
+    f"{', '.join(IMAGE_LATENT_SCALES)} or a positive number",
+    lambda value: value in IMAGE_LATENT_SCALES or (_is_real(value) and value > 0),
+    lambda value: value if value in IMAGE_LATENT_SCALES else float(value),
+)
+
+
+def _setting(kind: Kind, **flag: str) -> Any:
+    """A field with the values that it takes and how `--help` shows its flag."""
+    return field(metadata={"kind": kind, "flag": flag})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to sample. This is the one list of the settings: checks, command-line flags, recipes and
+    traces are made of it. A checkpoint answers what a request leaves out."""
+
+    height: int = _setting(COUNT, metavar="PX", help="multiple of 16")
+    width: int = _setting(COUNT, metavar="PX", help="multiple of 16")
+    num_frames: int = _setting(COUNT, metavar="N", help="8k+1")
+    fps: float = _setting(RATE, metavar="N")
+    num_inference_steps: int = _setting(COUNT, metavar="N")
+    guidance_scale: float = _setting(
+        SCALE, metavar="X", help="1 or less samples without guidance, in half the time"
+    )
+    use_dynamic_cfg: bool = _setting(SWITCH, help="guidance that varies over the steps")
+    scheduler: str = _setting(_one_of("dpm", "ddim"))
+    fit: str = _setting(
+        _one_of(*FITS), help="how the image is fitted to the size; stretch is the reference's way"
+    )
+    image_latent_scale: str | float = _setting(
+        LATENT_SCALE,
+        metavar="X",
+        help="reference, sat, trainer or a number; sat helps 1.5 videos that start too bright",
+    )
+    noise: str = _setting(
+        _one_of("jax", "torch"),
+        help="whose random numbers a seed means; torch draws those of the official script",
+    )
+
+
+KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(Settings)}
+SETTINGS = tuple(KINDS)
 
 
 class Video(NamedTuple):
@@ -58,15 +117,14 @@ class LatentShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise given instead of drawn, channels last, float32; what is None is drawn from the
-    seeds."""
+    """Given noise, channels last, float32. What is None is drawn from the seeds."""
 
     posterior: Any = None  # [b 1 h w c], of the image's VAE posterior
     initial: Any = None  # [b t h w c], t padded as the network needs it
-    steps: Any = None  # [i b t h w c], the draw each step really uses; ddim ignores it
+    steps: Any = None  # [i b t h w c], the draw that each step uses; ddim ignores it
 
     def check(self, shape: LatentShape, videos: int, steps: int) -> "Noise":
-        """The same as float32 arrays. Raises ValueError for a shape the request doesn't have."""
+        """The same as float32 arrays. Raises ValueError for shapes other than the request's."""
         latents = (videos, *shape[:4])
         expected = {
             "posterior": (videos, 1, *shape[1:4]),
@@ -93,9 +151,9 @@ class Noise:
 
 @dataclass(frozen=True)
 class Request:
-    """A video to make. `image` (a path, a PIL image or an array), `prompt`, `negative_prompt` and
-    `seed` may be sequences of equal length: a batch. What is None is answered by the checkpoint
-    (see `CheckpointConfig.defaults`)."""
+    """A video to make, or a batch: `image` (a path, a PIL image or an array), `prompt`,
+    `negative_prompt` and `seed` may be sequences of one length. A setting that is None has the
+    checkpoint's default (see `Settings` and `CheckpointConfig.defaults`)."""
 
     image: Any
     prompt: str | Sequence[str]
@@ -116,8 +174,8 @@ class Request:
 
     @property
     def videos(self) -> list[Video]:
-        """The batch; single values serve every video of it. Raises ValueError where lengths
-        differ."""
+        """The batch. Single values are the same for every video of it. Raises ValueError where
+        lengths differ."""
         negative = (
             [text or "" for text in self.negative_prompt]
             if isinstance(self.negative_prompt, (list, tuple))
@@ -131,21 +189,14 @@ class Request:
             if isinstance(column, (list, tuple))
         }
         if len(set(counts.values())) > 1 or 0 in counts.values():
-            raise ValueError(
-                f"sequences of a batch must have one length of at least 1: got {', '.join(f'{n} {c}' for n, c in counts.items())}"
-            )
+            got = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"sequences of a batch must have one length of at least 1: got {got}")
         size = max(counts.values(), default=1)
-        rows = zip(
-            *(
-                column if isinstance(column, (list, tuple)) else [column] * size
-                for column in columns
-            ),
-            strict=True,
-        )
-        return [Video(*row) for row in rows]
+        rows = [c if isinstance(c, (list, tuple)) else [c] * size for c in columns]
+        return [Video(*row) for row in zip(*rows, strict=True)]
 
     def batches(self, size: int) -> list["Request"]:
-        """The same for so many of its videos at a time."""
+        """Requests for at most `size` of its videos each."""
         videos = self.videos
         parts = [videos[first : first + size] for first in range(0, len(videos), size)]
         columns = [
@@ -157,17 +208,18 @@ class Request:
         ]
 
     def resolve(self, config: CheckpointConfig) -> "Resolved":
-        """Every open field answered. Raises ValueError naming all that the network can't compute,
-        with the nearest that it can; warns once about what is only outside the published range."""
+        """The request with the checkpoint's defaults filled in. Raises ValueError naming all values
+        that the network can't compute, with the nearest that it can. Warns once about those that
+        are only outside the published range."""
         self.check()
-        answers = dataclasses.asdict(config.defaults)
         answered: dict[str, Any] = {
-            name: answers.get(name) if value is None else value
+            name: config.defaults.get(name) if value is None else value
             for name, value in vars(self).items()
         }
-        resolved = Resolved(
-            **answered | {name: plain(answered[name]) for name, plain in PLAIN.items()}
-        )
+        answered |= {name: kind.convert(answered[name]) for name, kind in KINDS.items()}
+        seed: Any = self.seed
+        answered["seed"] = int(seed) if _is_whole(seed) else [int(one) for one in seed]
+        resolved = Resolved(**answered)
         faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
         if faults:
             raise ValueError("; ".join(faults))
@@ -180,48 +232,21 @@ class Request:
         return resolved
 
     def check(self) -> None:
-        """Raises ValueError naming all values that no checkpoint takes. What is None is left to the
-        checkpoint."""
-        faults = []
-        for name in ("height", "width", "num_frames", "num_inference_steps"):
-            value = getattr(self, name)
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1
-            ):
-                faults.append(f"{name} must be a positive integer: got {value!r}")
-        for name, least in (("fps", "positive"), ("guidance_scale", "not negative")):
-            value = getattr(self, name)
-            if value is not None and (
-                not _is_real(value)
-                or not 0 <= value < math.inf
-                or (least == "positive" and value == 0)
-            ):
-                faults.append(f"{name} must be a finite number and {least}: got {value!r}")
-        if not isinstance(self.use_dynamic_cfg, (bool, np.bool_, type(None))):
-            faults.append(f"use_dynamic_cfg must be true or false: got {self.use_dynamic_cfg!r}")
-        scale = self.image_latent_scale
-        if scale not in (None, *IMAGE_LATENT_SCALES) and not (
-            _is_real(scale) and 0 < scale < math.inf
-        ):
-            faults.append(
-                f"image_latent_scale must be {', '.join(IMAGE_LATENT_SCALES)} or a positive number: got {scale!r}"
-            )
-        if self.noise not in (None, *NOISES):
-            faults.append(f"noise must be {' or '.join(NOISES)}: got {self.noise!r}")
+        """Raises ValueError naming all values that no checkpoint takes."""
+        given = {name: getattr(self, name) for name in SETTINGS}
+        faults = [
+            f"{name} must be {KINDS[name].rule}: got {value!r}"
+            for name, value in given.items()
+            if value is not None and not KINDS[name].fits(value)
+        ]
         try:
             for video in self.videos:
                 if not isinstance(video.prompt, str) or not isinstance(video.negative_prompt, str):
-                    faults.append(
-                        f"prompt and negative_prompt must be text: got {video.prompt!r} and {video.negative_prompt!r}"
-                    )
-                if (
-                    isinstance(video.seed, bool)
-                    or not isinstance(video.seed, numbers.Integral)
-                    or not 0 <= video.seed < 2**64
-                ):
-                    faults.append(
-                        f"seed must be an integer from 0 to 2**64 - 1: got {video.seed!r}"
-                    )
+                    got = f"{video.prompt!r} and {video.negative_prompt!r}"
+                    faults.append(f"prompt and negative_prompt must be text: got {got}")
+                if not _is_whole(video.seed) or not 0 <= video.seed < 2**64:
+                    rule = "an integer from 0 to 2**64 - 1"
+                    faults.append(f"seed must be {rule}: got {video.seed!r}")
                 if video.image is None:
                     faults.append("image must be a path, a PIL image or an array: got None")
         except ValueError as error:
@@ -230,33 +255,19 @@ class Request:
             raise ValueError("; ".join(faults))
 
 
-# The point of the class is that what a request may leave out has no default here.
-# pyright: reportGeneralTypeIssues=false
 @dataclass(frozen=True, kw_only=True)
-class Resolved(Request):
-    """A request with nothing left open, valid for its checkpoint. Made by `Request.resolve`
-    alone."""
-
-    height: int
-    width: int
-    num_frames: int
-    fps: float
-    num_inference_steps: int
-    guidance_scale: float
-    use_dynamic_cfg: bool
-    scheduler: str
-    fit: str
-    image_latent_scale: str | float
-    noise: str
+class Resolved(Settings, Request):
+    """A request with nothing left open, valid for its checkpoint. Only `Request.resolve` makes
+    one."""
 
     @property
     def guided(self) -> bool:
-        """Whether the unconditional prediction is made at all: decided by the scale alone, dynamic
-        or not."""
+        """Whether the unconditional prediction is computed at all. The scale alone decides that,
+        also where guidance is dynamic."""
         return self.guidance_scale > 1
 
     def latent_shape(self, config: CheckpointConfig) -> LatentShape:
-        """Shape of a resolved request's latents: time padded at the front to whole patches."""
+        """The shape of the latents, padded at the front of time to whole patches."""
         frames = (self.num_frames - 1) // config.vae.temporal_compression_ratio + 1
         padding = -frames % config.transformer.patch[0]
         ratio = config.vae.spatial_ratio
@@ -269,8 +280,8 @@ class Resolved(Request):
         )
 
     def latent_scale(self, config: CheckpointConfig) -> float:
-        """What the image's latents are multiplied by. The 1.5 files say `invert_scale_latents`, and
-        mean it."""
+        """What the image's latents are multiplied by."""
+        # The 1.5 files set invert_scale_latents, and the network was trained that way.
         factor = config.vae.scaling_factor
         named = {
             "reference": 1 / factor if config.vae.invert_scale_latents else factor,
@@ -288,8 +299,8 @@ class Resolved(Request):
             height, width = t.sample_height * ratio, t.sample_width * ratio
             if (self.height, self.width) != (height, width):
                 return [
-                    f"height x width must be {height}x{width} for {config.title}, whose position table covers no other size: "
-                    f"got {self.height}x{self.width}"
+                    f"height x width must be {height}x{width} for {config.title}, whose position "
+                    f"table covers no other size: got {self.height}x{self.width}"
                 ]
             return []
         step = ratio * t.patch_size
@@ -304,8 +315,8 @@ class Resolved(Request):
         return faults
 
     def _frame_faults(self, config: CheckpointConfig) -> list[str]:
-        """An odd number of latent frames decodes to 8k+1 frames, an even one to 8k: no other count
-        comes out as asked for."""
+        """An odd number of latent frames decodes to 8k+1 frames and an even one to 8k, so no other
+        number of frames can be made."""
         period = 2 * config.vae.temporal_compression_ratio
         learned = config.transformer.use_learned_positional_embeddings
         most = (
@@ -341,10 +352,6 @@ class Resolved(Request):
                 f"{', '.join(map(str, published.frames))} frames (this is {self.num_frames})"
             )
         return outside
-
-
-def _is_real(value: Any) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _span(bounds: tuple[int, int]) -> str:

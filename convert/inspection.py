@@ -123,7 +123,7 @@ def _facts(config: CheckpointConfig) -> list[str]:
     )
     schedule = f"snr shift {config.scheduler.snr_shift_scale:g}, zero SNR {'on' if config.scheduler.rescale_betas_zero_snr else 'off'}"
     answers = ", ".join(
-        f"{name} {value}" for name, value in dataclasses.asdict(config.defaults).items()
+        f"{name} {value}" for name, value in config.defaults.items()
     )
     return [
         f"network: {t.num_layers} layers of {t.num_attention_heads} heads x {t.attention_head_dim}, patches {t.patch}, "

@@ -57,7 +57,7 @@ def test_open_fields_are_answered_by_the_checkpoint_then_its_family_then_its_fol
     config: CheckpointConfig, answers: tuple
 ) -> None:
     resolved = request().resolve(config)
-    assert tuple(getattr(resolved, name) for name in dataclasses.asdict(config.defaults)) == answers
+    assert tuple(getattr(resolved, name) for name in config.defaults) == answers
     assert (resolved.image, resolved.prompt, resolved.negative_prompt, resolved.seed) == (
         "photo.jpg",
         "a panda",

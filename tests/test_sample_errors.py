@@ -229,11 +229,11 @@ ERRORS = {
         2,
         r"--num_videos_per_prompt must be at least 1: got 0",
     ),
-    "text as a number": (["--height", "tall"], 2, r"--height: invalid int value: 'tall'"),
+    "text as a number": (["--height", "tall"], 2, r"--height: must be a positive integer: got 'tall'"),
     "text as a scale": (
         ["--image_latent_scale", "big"],
         2,
-        r"must be reference, sat, trainer or a number: got 'big'",
+        r"must be reference, sat, trainer or a positive number: got 'big'",
     ),
     "unknown flag": (["--colour"], 2, r"unrecognized arguments: --colour"),
     "unknown scheduler": (["--scheduler", "euler"], 2, r"--scheduler: invalid choice: 'euler'"),

@@ -1,5 +1,5 @@
-"""All it takes to make a video again: its recipe, and the latents before decoding, in a file that
-carries the recipe along."""
+"""What makes a video again: its recipe, and a file of its recipe and its latents before
+decoding."""
 
 import json
 from pathlib import Path
@@ -7,32 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..disk import beside, sha256
-from ..request import Request, Video
+from ..request import SETTINGS, Request, Video
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Models
 
 LATENTS = ".latents.safetensors"
-SETTINGS = (
-    "height",
-    "width",
-    "num_frames",
-    "fps",
-    "num_inference_steps",
-    "guidance_scale",
-    "use_dynamic_cfg",
-    "scheduler",
-    "fit",
-    "image_latent_scale",
-    "noise",
-)
 
 
 def recipe_of(
     models: "Models", name: str, request: Request, video: Video | None = None
 ) -> dict[str, Any]:
-    """What JSON can hold of one of a request's videos (None: its only one), made from an image
-    file, and of the checkpoint's `name`."""
+    """All that one of a request's videos (None: its only one) was made of, as JSON can hold it. Its
+    image must be a file; `name` is what the user called the checkpoint."""
     import jax
 
     (video,) = request.videos if video is None else (video,)
@@ -60,35 +47,30 @@ def recipe_of(
 
 
 def write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
-    """Latents [1 t h w c] and their recipe; for before decoding starts, so that running out of
+    """Writes latents [1 t h w c] and their recipe. Called before decoding, so that running out of
     memory there costs no sampling."""
     from safetensors.numpy import save
 
     with beside(path) as part:
-        # save_file's files are for their owner alone.
+        # Not save_file, whose files only their owner may read.
         part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))
 
 
 def read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
-    """What `write_latents` wrote. Raises FileNotFoundError, and ValueError for another file."""
+    """Latents [1 t h w c] and recipe, as `write_latents` wrote them. Raises FileNotFoundError, and
+    ValueError for another file."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise FileNotFoundError(f"latents must exist: found no {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            latents, recipe = (
-                file.get_tensor("latents"),
-                json.loads((file.metadata() or {})["recipe"]),
-            )
-        if (
-            latents.ndim != 5
-            or len(latents) != 1
-            or not {"model", "dtype", "fps"} <= dict(recipe).keys()
-        ):
-            raise ValueError(
-                f"it holds {list(latents.shape)} and a recipe of {', '.join(recipe) or 'nothing'}"
-            )
+            latents = file.get_tensor("latents")
+            recipe = json.loads((file.metadata() or {})["recipe"])
+        known = {"model", "dtype", "fps"} <= dict(recipe).keys()
+        if latents.ndim != 5 or len(latents) != 1 or not known:
+            keys = ", ".join(recipe) or "nothing"
+            raise ValueError(f"it holds {list(latents.shape)} and a recipe of {keys}")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"latents must be a *{LATENTS} file of an earlier run: {path} is not ({error})"
