@@ -1,4 +1,4 @@
-"""Batches on file: many images and prompts for one command."""
+"""Batch files: many images and prompts for one command."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ COLUMNS = ("prompt", "image", "negative_prompt", "seed")
 
 
 class Job(NamedTuple):
-    """One video to make; None is left to the command line."""
+    """One video to make. The command line answers what is None."""
 
     prompt: str
     image: Path
@@ -21,8 +21,8 @@ class Job(NamedTuple):
 
 def read_manifest(path: Path) -> list[Job]:
     """Jobs of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file
-    (`prompt@@image` a line). Image paths are relative to the file's folder. Raises ValueError or
-    FileNotFoundError naming every line at fault."""
+    (`prompt@@image` a line). Image paths are relative to the file's folder. Raises ValueError
+    naming every wrong line, or FileNotFoundError."""
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _txt}
     if path.suffix.lower() not in readers:
         raise ValueError(f"manifest must end in {', '.join(readers)}: got {path.name}")
@@ -58,16 +58,16 @@ def _csv(text: str) -> Rows:
 
 
 def _jsonl(text: str) -> Rows:
-    # Not splitlines, which also splits at U+2028 and its like: they are text, in JSON too.
+    # Not splitlines, which also splits at characters like U+2028, which JSON strings may contain.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _txt(text: str) -> Rows:
-    rows = [(number, str(line).rpartition("@@")) for number, line in _jsonl(text)]
-    return [
-        (number, {"prompt": prompt.strip(), "image": image.strip()})
-        for number, (prompt, _, image) in rows
-    ]
+    rows = []
+    for number, line in _jsonl(text):
+        prompt, _, image = str(line).rpartition("@@")
+        rows.append((number, {"prompt": prompt.strip(), "image": image.strip()}))
+    return rows
 
 
 def _job(row: object, folder: Path) -> Job:
@@ -91,9 +91,6 @@ def _job(row: object, folder: Path) -> Job:
         seed = None
     elif not re.fullmatch(r"\s*\d+\s*", str(seed)) or int(seed) >= 2**64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1: got {seed!r}")
-    return Job(
-        row["prompt"],
-        folder / row["image"],
-        row.get("negative_prompt") or None,
-        None if seed is None else int(seed),
-    )
+    negative = row.get("negative_prompt") or None
+    seed = None if seed is None else int(seed)
+    return Job(row["prompt"], folder / row["image"], negative, seed)

@@ -1,5 +1,4 @@
-"""Picture file -> pixels, and pixels -> mp4, gif or a folder of png frames, with the recipe they
-were made by inside."""
+"""Frames to and from mp4, gif or a folder of png files, with the recipe of the video inside."""
 
 import itertools
 import json
@@ -17,58 +16,63 @@ from ..disk import beside, check_target
 from .images import decoding, read_image
 
 FRAME_NAME = re.compile(r"\d{5,}\.png")
+# Pictures one after the other, which state their size: each is "P6\nW H\n255\n" and the pixels.
+PPM = "-map 0:v:0 -fps_mode passthrough -f image2pipe -c:v ppm -pix_fmt rgb24 -"
+# BT.709, with tags: without them every player guesses the colours from the picture's size.
+COLOURS = (
+    "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
+    "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+)
+H264 = f"-vf {COLOURS} -c:v libx264 -crf 17 -movflags +faststart -f mp4"
 
 
 def check_output(path: str | os.PathLike) -> Path:
-    """The path, once sure that write_video can write there; call it before any slow work.
+    """The path, if write_video can write there. Called before any slow work.
 
     `x.mp4` and `x.gif` are files; `x.png`, `x` and `x/` all mean a folder `x` of png frames. Raises
-    ValueError for another suffix, a parent folder that is missing or read-only, and a folder that
-    holds anything but frames written before; RuntimeError or OSError where an mp4 is asked for and
-    ffmpeg does not run.
+    ValueError for another suffix, a parent folder that is missing or read-only, and a folder with
+    other files than frames written before; RuntimeError or OSError where ffmpeg does not run, which
+    an mp4 needs.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
-        raise ValueError(
-            f"output must end in .mp4, .gif, or .png or nothing for a folder of frames: got {path}"
-        )
+        rule = "end in .mp4, .gif, or .png or nothing for a folder of frames"
+        raise ValueError(f"output must {rule}: got {path}")
     is_file = path.suffix.lower() in (".mp4", ".gif")
     check_target("output", path, folder=not is_file)
     target = _target(path)
     if path.suffix.lower() == ".mp4":
-        _ffmpeg("-version")  # a missing one must show now
+        _ffmpeg("-version")
     elif not is_file and target.exists():
         names = set(os.listdir(target)) if target.is_dir() else {"a file"}
         ours = "recipe.json" in names and all(
             FRAME_NAME.fullmatch(name) for name in names - {"recipe.json"}
         )
-        # It is replaced whole; a mount point (a container's /out) can't be.
+        # The folder is replaced, which a mount point (a container's /out) can't be.
         if (names and not ours) or os.path.ismount(target):
-            raise ValueError(
-                f"output folder must be new, empty or hold only frames written before: got {target}; name one inside it"
-            )
+            rule = "be new, empty or hold only frames written before"
+            raise ValueError(f"output folder must {rule}: got {target}; name one inside it")
     return path
 
 
 def write_video(
     path: str | os.PathLike, frames: np.ndarray, fps: float | int, recipe: dict
 ) -> Path:
-    """Write uint8 frames [f h w 3] at fps frames a second with the recipe inside; returns the path
-    really written.
+    """Writes uint8 frames [f h w 3] at `fps` frames a second, and the recipe. Returns the path that
+    was written.
 
-    `.mp4` is H.264 that browsers play (an odd side grows by one repeated pixel), `.gif` loops, a
-    folder holds 00000.png... and recipe.json. The output appears whole or not at all. Raises
-    ValueError for bad arguments, RuntimeError where ffmpeg fails.
+    `.mp4` is H.264 that browsers play (an odd side is extended by one repeated pixel), `.gif`
+    loops, a folder holds 00000.png... and recipe.json. The output appears whole or not at all.
+    Raises ValueError for bad arguments, RuntimeError where ffmpeg fails.
     """
     path = check_output(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
-        raise ValueError(
-            f"frames must be uint8 [f h w 3] with no side 0: got {frames.dtype} {list(frames.shape)}"
-        )
+        got = f"{frames.dtype} {list(frames.shape)}"
+        raise ValueError(f"frames must be uint8 [f h w 3] with no side 0: got {got}")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be a positive number: got {fps}")
     try:
-        # All ASCII on one line, so that no container's encoding can hurt it.
+        # ASCII on one line, which is the same in every container's encoding.
         text = json.dumps(recipe, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe must hold only what JSON can: got {error}") from error
@@ -79,8 +83,8 @@ def write_video(
 
 
 def read_recipe(path: str | os.PathLike) -> dict:
-    """The recipe inside an mp4, a gif, a frame folder or one of its frames; ValueError where there
-    is none."""
+    """The recipe inside an mp4, a gif, a frame folder or one of its frames. Raises ValueError where
+    there is none."""
     path = _existing(path)
     if path.is_dir():
         text = (path / "recipe.json").read_bytes() if (path / "recipe.json").is_file() else None
@@ -92,7 +96,7 @@ def read_recipe(path: str | os.PathLike) -> dict:
             tags = _ffmpeg("-i", f"file:{path}", "-f", "ffmetadata", "-").decode(errors="replace")
         found = re.search(r"^comment=(.*)$", tags, re.MULTILINE)
         text = re.sub(r"\\(.)", r"\1", found[1]) if found else None
-    with suppress(ValueError):  # a comment of someone else's
+    with suppress(ValueError):  # another program's comment
         recipe = json.loads(text or "null")
         if isinstance(recipe, dict):
             return recipe
@@ -102,11 +106,8 @@ def read_recipe(path: str | os.PathLike) -> dict:
 
 
 def read_frames(path: str | os.PathLike) -> np.ndarray:
-    """The frames of a video file, a gif or a frame folder as uint8 [f h w 3]; ValueError for what
-    is none of them.
-
-    mp4 and gif are lossy, and in a gif equal neighbours have become one longer frame.
-    """
+    """The frames of a video file, a gif or a frame folder as uint8 [f h w 3]. Raises ValueError for
+    anything else. mp4 and gif are lossy, and a gif has one longer frame for equal neighbours."""
     path = _existing(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if FRAME_NAME.fullmatch(file.name))
@@ -116,32 +117,13 @@ def read_frames(path: str | os.PathLike) -> np.ndarray:
     with decoding("video", path):
         if path.suffix.lower() in (".gif", ".png"):
             with Image.open(path) as image:
-                return np.stack(
-                    [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
-                )
-        # As a run of PPM pictures the stream tells its own size: each is "P6\nW H\n255\n" and then
-        # the pixels.
-        ppm = (
-            "-map",
-            "0:v:0",
-            "-fps_mode",
-            "passthrough",
-            "-f",
-            "image2pipe",
-            "-c:v",
-            "ppm",
-            "-pix_fmt",
-            "rgb24",
-            "-",
-        )
-        stream = _ffmpeg("-i", f"file:{path}", *ppm)
+                frames = (frame.convert("RGB") for frame in ImageSequence.Iterator(image))
+                return np.stack([np.asarray(frame) for frame in frames])
+        stream = _ffmpeg("-i", f"file:{path}", *PPM.split())
         width, height = map(int, stream.split(b"\n", 2)[1].split())
         start = stream.index(b"\n255\n") + 5
-        return (
-            np.frombuffer(stream, np.uint8)
-            .reshape(-1, start + height * width * 3)[:, start:]
-            .reshape(-1, height, width, 3)
-        )
+        pictures = np.frombuffer(stream, np.uint8).reshape(-1, start + height * width * 3)
+        return pictures[:, start:].reshape(-1, height, width, 3)
 
 
 def _target(path: Path) -> Path:
@@ -161,57 +143,23 @@ def _write_mp4(part: Path, frames: np.ndarray, fps: float | int, recipe: str) ->
     if height % 2 or width % 2:  # yuv420p halves both sides
         frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
         height, width = frames.shape[1:3]
-    # The recipe goes in by file, not by argument: an argument has a length limit and shows in the
-    # process list.
+    # The recipe is passed in a file: an argument has a length limit and shows in the process list.
     tags = part.with_name("tags")
     tags.write_text(";FFMETADATA1\ncomment=" + re.sub(r"([=;#\\])", r"\\\1", recipe) + "\n")
-    # The colours are BT.709 and say so; untagged, every player guesses by the size of the picture.
-    colours = "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
-    colours += "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
-    raw = (
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-video_size",
-        f"{width}x{height}",
-        "-framerate",
-        f"{fps}",
-        "-i",
-        "pipe:0",
-    )
+    raw = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0"
     meta = ("-f", "ffmetadata", "-i", f"file:{tags}", "-map", "0:v", "-map_metadata", "1")
-    out = (
-        "-vf",
-        colours,
-        "-c:v",
-        "libx264",
-        "-crf",
-        "17",
-        "-movflags",
-        "+faststart",
-        "-f",
-        "mp4",
-        f"file:{part}",
-    )
-    _ffmpeg(*raw, *meta, *out, stdin=np.ascontiguousarray(frames).data.cast("B"))
+    arguments = (*raw.split(), *meta, *H264.split(), f"file:{part}")
+    _ffmpeg(*arguments, stdin=np.ascontiguousarray(frames).data.cast("B"))
 
 
 def _write_gif(part: Path, frames: np.ndarray, fps: float | int, recipe: str) -> None:
-    # A gif counts in hundredths of a second: rounding the clock, not each step, keeps the length (8
-    # fps is 12, 13, 12, 13, ...). Browsers take steps under 2 for 10.
+    # A gif's unit is a hundredth of a second. Rounding the clock instead of each step keeps the
+    # length (8 fps is 12, 13, 12, 13, ...). Browsers show steps under 2 as 10.
     clock = [round(index * 100 / fps) for index in range(len(frames) + 1)]
     steps = [10 * max(2, later - now) for now, later in itertools.pairwise(clock)]
     first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(
-        part,
-        format="GIF",
-        save_all=True,
-        append_images=rest,
-        duration=steps,
-        loop=0,
-        comment=recipe,
-    )
+    many = {"save_all": True, "append_images": rest, "duration": steps, "loop": 0}
+    first.save(part, format="GIF", comment=recipe, **many)
 
 
 def _write_folder(part: Path, frames: np.ndarray, fps: float | int, recipe: str) -> None:
@@ -227,15 +175,13 @@ WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_folder, "": _w
 
 
 def _ffmpeg(*arguments: str, stdin: bytes | memoryview = b"") -> bytes:
-    """Run the bundled ffmpeg and hand back its stdout; RuntimeError with its last line where it
-    fails."""
+    """Runs the bundled ffmpeg and returns its stdout. Raises RuntimeError with its last line where
+    it fails."""
     import imageio_ffmpeg
 
     command = (imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", *arguments)
     done = subprocess.run(command, input=stdin, capture_output=True)
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [
-            f"exit code {done.returncode}"
-        ]
-        raise RuntimeError(f"ffmpeg must succeed: got '{lines[-1].strip()}'")
+        said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
+        raise RuntimeError(f"ffmpeg failed: {said.splitlines()[-1].strip()}")
     return done.stdout

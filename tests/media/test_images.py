@@ -1,4 +1,4 @@
-"""Image files in: reading pictures of every kind, and fitting them to the target."""
+"""Reading pictures of every kind, and fitting them to the size of the video."""
 
 import io
 import re
@@ -95,7 +95,7 @@ def test_opaque_alpha_changes_nothing():
 
 
 @pytest.mark.parametrize("transparency", [0, b"\0"])
-def test_a_palette_file_with_transparency_is_laid_on_white(tmp_path, transparency):
+def test_a_palette_file_with_transparency_is_blended_with_white(tmp_path, transparency):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 250, 0, 0])
     image.paste(0, (0, 0, 2, 4))
@@ -105,7 +105,7 @@ def test_a_palette_file_with_transparency_is_laid_on_white(tmp_path, transparenc
     np.testing.assert_array_equal(seen[:, 2:], np.full((4, 2, 3), (250, 0, 0)))
 
 
-def test_a_colour_keyed_png_is_laid_on_white(tmp_path):
+def test_a_colour_keyed_png_is_blended_with_white(tmp_path):
     Image.fromarray(np.full((2, 2, 3), (1, 2, 3), np.uint8)).save(
         tmp_path / "x.png", transparency=(1, 2, 3)
     )
@@ -150,7 +150,7 @@ def test_deep_values_out_of_range_are_refused(values):
     one_line(caught)
 
 
-TURNS = {  # orientation -> how the camera stored an upright picture
+ROTATIONS = {  # orientation -> how the camera stored an upright picture
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -162,12 +162,12 @@ TURNS = {  # orientation -> how the camera stored an upright picture
 }
 
 
-@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("orientation", ROTATIONS)
 @pytest.mark.parametrize("suffix", ["png", "webp", "tiff", "jpg"])
-def test_an_exif_rotated_photo_is_turned_upright(tmp_path, orientation, suffix):
+def test_an_exif_rotated_photo_is_rotated_upright(tmp_path, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(TURNS[orientation](picture())))
+    stored = Image.fromarray(np.ascontiguousarray(ROTATIONS[orientation](picture())))
     stored.save(tmp_path / f"x.{suffix}", exif=exif, lossless=True, quality=95)
     once = read_image(tmp_path / f"x.{suffix}")
     assert close(pixels(once), picture()) <= (3 if suffix == "jpg" else 0)
@@ -181,7 +181,7 @@ def test_a_broken_exif_block_is_ignored(tmp_path):
     assert read_image(tmp_path / "x.jpg").size == (36, 24)
 
 
-def test_an_exif_block_that_pil_cannot_rewrite_still_turns_the_photo_once(tmp_path):
+def test_an_exif_block_that_pil_cannot_rewrite_still_rotates_the_photo_once(tmp_path):
     # Two tags: the maker as a float, which PIL reads but can't write.
     exif = struct.pack(">6s2sHIH", b"Exif", b"MM", 42, 8, 2)
     exif += (
@@ -189,7 +189,7 @@ def test_an_exif_block_that_pil_cannot_rewrite_still_turns_the_photo_once(tmp_pa
         + struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
         + struct.pack(">I", 0)
     )
-    Image.fromarray(np.ascontiguousarray(TURNS[6](picture()))).save(
+    Image.fromarray(np.ascontiguousarray(ROTATIONS[6](picture()))).save(
         tmp_path / "x.jpg", exif=exif, quality=95
     )
     once = read_image(tmp_path / "x.jpg")
@@ -301,7 +301,7 @@ def test_a_file_that_is_no_whole_picture_is_refused_in_one_line(tmp_path, name):
 
 
 @pytest.mark.parametrize("size", [(40_000, 10), (15_000, 12_000)])
-def test_an_absurd_size_is_refused_before_a_pixel_is_decoded(tmp_path, monkeypatch, size):
+def test_a_size_beyond_the_limits_is_refused_before_a_pixel_is_decoded(tmp_path, monkeypatch, size):
     (tmp_path / "x.png").write_bytes(png_claiming(*size))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="pixels"):
@@ -316,7 +316,7 @@ def test_a_bomb_is_refused_where_pils_own_limit_was_lifted(tmp_path, monkeypatch
     one_line(caught)
 
 
-def test_a_large_but_sane_photo_leaks_no_warning(tmp_path):
+def test_a_large_photo_within_the_limits_warns_of_nothing(tmp_path):
     # Above PIL's warning, below its error.
     Image.new("L", (10_000, 9_000)).save(tmp_path / "x.png", compress_level=1)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Batches on file: what each format may say, and that every fault is named with its line."""
+"""Batch files: what each format may contain, and that every fault is named with its line."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,10 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-CSV = 'prompt,image,negative_prompt,seed\n"a, ""panda""",a.png,blur,7\n\nb,in/b.png\r\n"two\nlines",/c.png,,\n'
+CSV = (
+    'prompt,image,negative_prompt,seed\n"a, ""panda""",a.png,blur,7\n\n'
+    'b,in/b.png\r\n"two\nlines",/c.png,,\n'
+)
 JSONL = "\n".join(
     json.dumps(row, ensure_ascii=False)
     for row in (

@@ -1,11 +1,11 @@
-"""Pictures to read and to write, and what tests of both ask of them."""
+"""Pictures for tests, and how they are compared."""
 
 import numpy as np
 
 
 def picture(height=24, width=36) -> np.ndarray:
-    """Smooth, so that lossy codecs come close, and different in every corner and channel, so that
-    no turn goes unseen."""
+    """Smooth, so that lossy codecs come close, and different in every corner and channel, so that a
+    rotation or a flip shows."""
     y, x = np.mgrid[:height, :width] / np.array([height, width])[:, None, None]
     return np.stack([255 * x, 255 * y, 255 * (1 - x * y)], -1).round().astype(np.uint8)
 
@@ -16,6 +16,7 @@ def close(a, b) -> float:
 
 
 def one_line(caught) -> str:
+    """The message of an error about a value."""
     text = str(caught.value)
     assert "\n" not in text
     assert " must " in text
