@@ -135,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
-@hosts.together
+@hosts.distributed
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 could not be done, 2 wrong arguments, 130 stopped by the user."""
     arguments_parser = parser()
@@ -258,8 +258,8 @@ def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> N
         batches = request.batches(videos_at_once(models, request))
         # So that the last one's fault doesn't wait until all others are sampled.
         for batch in batches:
-            phases = prepare(models, batch).phases
-    for line in phases.report() if options.verbose else ():
+            job = prepare(models, batch)
+    for line in job.report() if options.verbose else ():
         _say(line)
     loading = time.perf_counter() - watch
     outputs = iter([output for *_, output in jobs])
@@ -309,7 +309,6 @@ def _decode_alone(options: argparse.Namespace) -> None:
     latents, recipe = read_latents(options.decode_latents)
     stem = options.decode_latents.name.removesuffix(LATENTS)
     output = _output(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
-    from .devices.compiling import Stopwatch
     from .loading import load
     from .pipeline import decode
 
@@ -325,13 +324,13 @@ def _decode_alone(options: argparse.Namespace) -> None:
         raise ValueError(
             f"latents must have {channels} channels for {models.config.title}: got {latents.shape[-1]}"
         )
-    stopwatch = Stopwatch()
+    seconds: dict[str, float] = {}
     loading = time.perf_counter() - watch
-    video = decode(models, latents, stopwatch)[0]
+    video = decode(models, latents, seconds)[0]
     recipe |= {"fps": options.fps or recipe["fps"]}
     _finish(
         [(output, video, recipe)],
-        {**stopwatch.seconds, "load": stopwatch.seconds["load"] + loading},
+        {**seconds, "load": seconds["load"] + loading},
     )
 
 

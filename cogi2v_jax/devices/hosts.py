@@ -1,143 +1,110 @@
-"""Several hosts: one run as many processes, each with devices of its own. Process 0 writes and
-speaks.
+"""Several hosts: one run as many processes, each with devices of its own. Process 0 leads: it alone
+writes files and prints results. jax's distributed service connects the processes and ends all of
+them when one is lost.
 
-The environment announces them: a TPU pod, SLURM, Open MPI or Kubernetes as jax knows them, or, by
-hand and in any place,
+jax finds the processes of a TPU pod, SLURM, Open MPI and Kubernetes itself. Anywhere else, set
 
     COGI2V_COORDINATOR=HOST:PORT   where process 0 listens
-    COGI2V_PROCESSES=N             how many there are; 1 stays alone whatever else is announced
-    COGI2V_PROCESS=K               which one this is, from 0
+    COGI2V_PROCESSES=N             the number of processes; 1 ignores what else is announced
+    COGI2V_PROCESS=K               the number of this process, from 0
 """
 
 import functools
+import importlib.util
 import os
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
-from . import watch
-
-COORDINATOR, PROCESSES, PROCESS = VARIABLES = (
+VARIABLES = COORDINATOR, PROCESSES, PROCESS = (
     "COGI2V_COORDINATOR",
     "COGI2V_PROCESSES",
     "COGI2V_PROCESS",
 )
-GRACE = 10.0  # seconds in which the watch may explain a failed collective
-HEARTBEATS = 600  # seconds: jax's own alarm, which is not to come before the watch's
+ARRIVAL = 100  # seconds within which all processes must have started
+HEARTBEAT = 30  # seconds without a heartbeat after which a process is lost
+LINGER = 1.0  # seconds from process 0's failure to its exit
 
-_watch: watch.Watch | None = None
+_joined = False
 _process = 0
-_under_together = False
 
 
-class Seat(NamedTuple):
-    """This process's place among all."""
-
-    host: str  # of process 0
-    port: int
-    processes: int
-    process: int
-    # This process's share of its machine's devices; None takes all.
-    devices: Sequence[int] | None = None
-
-
-def announced() -> Seat | None:
-    """What the environment says of other processes; None if there are none. Asks the network on
-    machines that hold TPU chips alone. Raises ValueError for what it can't mean."""
+def announced() -> dict[str, Any] | None:
+    """Arguments of `jax.distributed.initialize` for the processes that the environment announces:
+    {} where jax detects them itself. None if there is only this process. Only machines with TPU
+    chips ask the network. Raises ValueError for values that are not valid."""
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if given.get(PROCESSES) == "1":
         return None
-    if given:
-        return _by_hand(given)
-    hint = _hint()
-    return _as_jax_sees_it(hint) if hint else None
-
-
-def _by_hand(given: dict[str, str]) -> Seat:
+    if not given:
+        return {} if _detectable() else None
     if len(given) < len(VARIABLES):
         got = " ".join(f"{name}={value}" for name, value in given.items())
         raise ValueError(f"{', '.join(VARIABLES)} must be set together: got only {got}")
-    numbers = [
-        int(given[name]) if given[name].isascii() and given[name].isdigit() else -1
-        for name in (PROCESSES, PROCESS)
-    ]
-    processes, process = numbers
+    coordinator, *numbers = given.values()
+    processes, process = map(_number, numbers)
+    last = processes - 1
     if processes < 1:
-        raise ValueError(f"{PROCESSES} must be a number from 1: got {given[PROCESSES]!r}")
-    if not 0 <= process < processes:
-        raise ValueError(
-            f"{PROCESS} must be a number from 0 to {processes - 1}: got {given[PROCESS]!r}"
-        )
-    return Seat(*_address(given[COORDINATOR], COORDINATOR), processes, process)
+        raise ValueError(f"{PROCESSES} must be a number from 1: got {numbers[0]!r}")
+    if not 0 <= process <= last:
+        raise ValueError(f"{PROCESS} must be a number from 0 to {last}: got {numbers[1]!r}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not 0 < _number(port) < 2**16:
+        raise ValueError(f"{COORDINATOR} must be HOST:PORT: got {coordinator!r}")
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": processes,
+        "process_id": process,
+        "cluster_detection_method": "deactivate",
+    }
 
 
-def _address(text: str, name: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 2**16:
-        raise ValueError(f"{name} must be HOST:PORT: got {text!r}")
-    return host.strip("[]"), int(port)  # brackets are around IPv6 addresses
+def _number(text: str | None) -> int:
+    """-1 for what is not a number."""
+    return int(text) if text and text.isascii() and text.isdigit() else -1
 
 
-def _hint() -> str | None:
-    """The variable that makes it worth importing jax and asking what it knows of clusters, cheaply
-    found."""
-
-    def many(name: str, least: int = 2) -> bool:
-        value = os.environ.get(name, "")
-        return value.isdigit() and int(value) >= least
-
-    # A batch script's or a login's own step has one task, whatever the whole allocation has.
-    if (
-        many("SLURM_NTASKS")
-        and "SLURM_STEP_NODELIST" in os.environ
-        and os.environ.get("SLURM_STEP_NUM_TASKS") != "1"
+def _detectable() -> bool:
+    """Whether the environment announces several processes that jax can detect."""
+    environ = os.environ
+    # A batch script and a login are steps of one task, whatever the whole allocation has.
+    single = environ.get("SLURM_STEP_NUM_TASKS") == "1" or "SLURM_STEP_NODELIST" not in environ
+    if _number(environ.get("SLURM_NTASKS")) > 1 and not single:
+        return True
+    if _number(environ.get("OMPI_COMM_WORLD_SIZE")) > 1:
+        return True
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys() and (
+        importlib.util.find_spec("kubernetes")
     ):
-        return "SLURM_NTASKS"
-    if many("OMPI_COMM_WORLD_SIZE"):
-        return "OMPI_COMM_WORLD_SIZE"
-    workers = [
-        name for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES") if name in os.environ
-    ]
-    if workers and "," in os.environ[workers[0]]:
-        return workers[0]
-    if many("MEGASCALE_NUM_SLICES"):
-        return "MEGASCALE_NUM_SLICES"
-    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys():
-        return "JOB_COMPLETION_INDEX"
-    if (
-        not workers
-        and "TPU_SKIP_MDS_QUERY" not in os.environ
-        and _holds_tpus()
-        and "," in _metadata("worker-network-endpoints")
-    ):
-        return "worker-network-endpoints"
-    return None
+        return True
+    if not has_tpu():
+        return False
+    workers = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES")
+    if workers is None and "TPU_SKIP_MDS_QUERY" not in environ:
+        workers = _metadata("worker-network-endpoints")
+    return "," in (workers or "") or _number(environ.get("MEGASCALE_NUM_SLICES")) > 1
 
 
-def _holds_tpus() -> bool:
-    """Whether this is a machine of Google's with accelerators that jax may use."""
+def has_tpu() -> bool:
+    """Whether this machine has TPU chips that jax may use, by their device files: jax and the chips
+    are not started."""
     if "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         return False
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips) and any(
-        path.read_text().strip() == "0x1ae0"
-        for path in Path("/sys/bus/pci/devices").glob("*/vendor")
-    )
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    return bool(chips) and any(path.read_text().strip() == "0x1ae0" for path in vendors)
 
 
 def _metadata(key: str) -> str:
-    """What a cloud machine's own server says of it; nothing where there is none."""
-    # By number, so that no name server is waited for.
+    """An attribute of this machine from the cloud's metadata server; "" where there is none."""
+    # The server's number, so that no name server is waited for.
     server = os.environ.get("GCE_METADATA_IP", "169.254.169.254")
-    request = Request(
-        f"http://{server}/computeMetadata/v1/instance/attributes/{key}",
-        headers={"Metadata-Flavor": "Google"},
-    )
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{key}"
+    request = Request(url, headers={"Metadata-Flavor": "Google"})
     try:
         with build_opener(ProxyHandler({})).open(request, timeout=2.0) as answer:
             return answer.read().decode()
@@ -145,153 +112,67 @@ def _metadata(key: str) -> str:
         return ""
 
 
-def _as_jax_sees_it(hint: str) -> Seat | None:
-    # Jax.distributed.initialize finds the same, but tells nobody.
-    from jax._src.clusters import ClusterEnv
-
-    detect = ClusterEnv.auto_detect_unset_distributed_params
-    by_hand = f"set {', '.join(VARIABLES)}, or {PROCESSES}=1 to stay alone"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of packages that a cluster of another kind would need
-            address, processes, process, devices = detect(
-                None, None, None, None, None, int(watch.ARRIVAL)
-            )
-    except Exception as error:  # of the network, of Kubernetes' client, of numbers that are none
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"processes announced by {hint} must be numbered as jax knows it: got {said}; {by_hand}"
-        ) from None
-    if address is None or processes is None or process is None:
-        if hint == "OMPI_COMM_WORLD_SIZE":  # a launcher that jax knows not all releases of
-            raise ValueError(
-                f"processes announced by {hint}={os.environ[hint]} must have a coordinator: got none; {by_hand}"
-            )
-        return None
-    return Seat(*_address(address, hint), processes, process, devices) if processes > 1 else None
-
-
-def join(silence: float = watch.SILENCE) -> None:
-    """Joins the other processes, if the environment announces any: before jax is first used, and
-    under `together`. They reach process 0 on the announced port and on one it picks. `silence` is
-    how long (seconds) another one may give no sign of life. Raises ValueError or OSError in one
-    line."""
-    global _watch, _process
-    seat = announced()
-    if seat is None or _watch is not None:
+def join(heartbeat: int = HEARTBEAT) -> None:
+    """Joins the other processes if the environment announces any. Call it before jax is first used,
+    in a program under `distributed`. Without a heartbeat for `heartbeat` seconds a process is lost.
+    Raises ValueError or OSError in one line."""
+    global _joined, _process
+    arguments = announced()
+    if arguments is None or _joined:
         return
-    if not _under_together:
-        raise RuntimeError(
-            "join must be called by a program under hosts.together, which ends it so that the others know"
-        )
-    if seat.process == 0:
-        service = watch.free_port()
-        links, hosts = watch.gather(seat.port, seat.processes, service)
-        local = service
-    else:
-        links, hosts, service = watch.come((seat.host, seat.port), seat.process, seat.processes)
-        local = watch.shield((seat.host, service))
-    _watch, _process = watch.Watch(seat.process, links, hosts, silence), seat.process
-    _hush()
-    # Every process's service is at its own machine now: a proxy for the world outside must not
-    # stand between.
-    around = os.environ.get("no_grpc_proxy") or os.environ.get("no_proxy")  # noqa: SIM112 (gRPC reads no other spelling)
-    os.environ["no_grpc_proxy"] = f"{around},127.0.0.1" if around else "127.0.0.1"  # noqa: SIM112
-
     import jax
 
-    jax.config.update("jax_check_proxy_envs", False)
-    # It would take SIGTERM for itself, and not end.
-    jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        f"127.0.0.1:{local}",
-        seat.processes,
-        seat.process,
-        local_device_ids=seat.devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=int(watch.ARRIVAL),
-        heartbeat_timeout_seconds=HEARTBEATS,
-        shutdown_timeout_seconds=30,
-    )
-
-
-def _hush() -> None:
-    """Silences what libraries print (gloo does), and on all processes but 0 results too. Errors go
-    to stderr, which stays."""
-    sys.stdout.flush()
-    if leads() and sys.stdout is sys.__stdout__:
-        sys.stdout = os.fdopen(
-            os.dup(1), "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    # The preemption service would catch SIGTERM, and the process would go on.
+    jax.config.update("jax_enable_preemption_service", False)
+    # gRPC must not reach the other hosts through a proxy; an empty variable means none.
+    os.environ["grpc_proxy"] = ""  # noqa: SIM112 (gRPC reads no other spelling)
+    jax.config.update("jax_check_proxy_envs", False)
+    try:
+        jax.distributed.initialize(
+            **arguments, initialization_timeout=ARRIVAL, heartbeat_timeout_seconds=heartbeat
         )
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 1)
-    os.close(nothing)
+        _joined, _process = True, jax.process_index()
+    except Exception as error:  # of the network, of Kubernetes' client, of malformed numbers
+        line = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OSError(
+            f"cannot join the other processes: {line}; set {', '.join(VARIABLES)}, "
+            f"or {PROCESSES}=1 to run alone"
+        ) from None
 
 
 def leads() -> bool:
-    """Whether this process writes files and says what was done: process 0 of several, or the only
-    one."""
+    """Whether this process writes files and prints results: process 0, or the only one."""
     return _process == 0
 
 
-def meet(name: str) -> None:
-    """Waits until every process has come to the meeting of this name. It is about hosts: devices
-    may still be at work."""
-    if _watch is not None:
-        _watch.meet(name)
-
-
-def together(main: Callable[..., int]) -> Callable[..., int]:
-    """Wraps a program that may `join`, and ends it as one of several: after success all leave
-    together; after anything else this process ends at once, which stops the others. Alone, the
-    program is as it was."""
+def distributed(main: Callable[..., int]) -> Callable[..., int]:
+    """Wraps a program that may `join`. After success all processes end together. After a failure
+    this process exits at once, without jax's own shutdown, which would wait for processes that wait
+    for this one; the missing heartbeats end them. A program that runs alone is not changed."""
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> int:
-        global _under_together
-        _under_together = True
         try:
             code = main(*args, **kwargs)
         except BaseException as error:
-            if _watch is None:
+            if not _joined:
                 raise
-            _fail(error)
-        if _watch is not None:
-            if code != 0:
-                _exit(code)
-            _leave(_watch)
+            if isinstance(error, SystemExit):
+                code = error.code if isinstance(error.code, int) else 1
+            else:
+                traceback.print_exception(error)
+                code = 1
+        if _joined and code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Without process 0 jax aborts the others, which may be about to print the same error.
+            time.sleep(LINGER * leads())
+            os._exit(code)
+        if _joined:
+            import jax
+
+            jax.distributed.shutdown()
         return code
 
     return run
-
-
-def _leave(alive: watch.Watch) -> None:
-    global _watch
-    import jax
-
-    alive.leave()
-    _watch = None
-    jax.distributed.shutdown()
-
-
-def _fail(error: BaseException) -> NoReturn:
-    import jax
-
-    if isinstance(error, SystemExit):
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
-        _exit(error.code if isinstance(error.code, int) else int(error.code is not None))
-    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-        # A collective fails when another process is gone, a little before the watch knows and stops
-        # this one.
-        time.sleep(GRACE)
-    traceback.print_exception(error)
-    _exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-
-
-def _exit(code: int) -> NoReturn:
-    """Past jax's own end, which would wait for processes that wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -1,4 +1,4 @@
-"""What the environment announces, and a process alone."""
+"""Which processes the environment announces, and a process alone."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cogi2v_jax.devices import hosts
-from cogi2v_jax.devices.hosts import Seat
 
+ANNOUNCING = ("COGI2V_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_")
 BY_HAND = {"COGI2V_COORDINATOR": "node-1:8476", "COGI2V_PROCESSES": "4", "COGI2V_PROCESS": "3"}
 SLURM = {
     "SLURM_JOB_ID": "65539",
@@ -25,7 +25,6 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
 }
-POD = {"TPU_WORKER_HOSTNAMES": "localhost,t1k-w-1", "TPU_WORKER_ID": "1"}
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
 
 
@@ -33,22 +32,25 @@ KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"
 def announce(monkeypatch: pytest.MonkeyPatch):
     """Sets the variables given, and no others that could announce anything."""
     for name in os.environ:
-        if name.startswith(
-            ("COGI2V_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_")
-        ):
+        if name.startswith(ANNOUNCING):
             monkeypatch.delenv(name)
     monkeypatch.setattr(hosts, "_metadata", lambda key: pytest.fail("the network was asked"))
     return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
-def test_processes_are_announced_by_hand(announce) -> None:
+def test_processes_are_announced_by_hand_whatever_a_cluster_says(announce) -> None:
     announce(BY_HAND | SLURM)
-    assert hosts.announced() == Seat("node-1", 8476, 4, 3)
+    assert hosts.announced() == {
+        "coordinator_address": "node-1:8476",
+        "num_processes": 4,
+        "process_id": 3,
+        "cluster_detection_method": "deactivate",
+    }
 
 
 def test_an_ipv6_coordinator_stands_in_brackets(announce) -> None:
     announce(BY_HAND | {"COGI2V_COORDINATOR": "[fe80::1]:80"})
-    assert hosts.announced() == Seat("fe80::1", 80, 4, 3)
+    assert hosts.announced()["coordinator_address"] == "[fe80::1]:80"
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_an_ipv6_coordinator_stands_in_brackets(announce) -> None:
         ),
     ],
 )
-def test_what_is_announced_wrongly_is_one_line(
+def test_a_wrong_variable_is_an_error_of_one_line(
     announce, changes: dict[str, str], line: str
 ) -> None:
     announce(BY_HAND | changes)
@@ -80,39 +82,48 @@ def test_what_is_announced_wrongly_is_one_line(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_slurm_announces_a_process_a_device(announce) -> None:
-    announce(SLURM)
-    seat = hosts.announced()
-    assert seat == Seat("node001", seat.port, 8, 5, [1])
+@pytest.mark.parametrize("variables", [SLURM, OPEN_MPI])
+def test_a_cluster_without_tpus_is_left_to_jax(announce, variables: dict[str, str]) -> None:
+    announce(variables)
+    assert hosts.announced() == {}
 
 
-def test_open_mpi_announces_a_process_a_device(announce) -> None:
-    announce(OPEN_MPI)
-    seat = hosts.announced()
-    assert seat == Seat("10.96.0.1", seat.port, 2, 1, [0])
+def test_an_indexed_job_of_kubernetes_is_left_to_jax(announce, monkeypatch) -> None:
+    announce(KUBERNETES)
+    assert hosts.announced() is None  # jax could not ask it: no package `kubernetes` is installed
+    monkeypatch.setattr(hosts.importlib.util, "find_spec", lambda name: name == "kubernetes")
+    assert hosts.announced() == {}
 
 
-def test_a_pod_announces_its_workers(announce, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jax._src.clusters import cloud_tpu_cluster, cluster
-
-    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
-    monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", True)
-    # Which has nothing of several slices.
-    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ("", 404))
-    announce(POD)
-    assert hosts.announced() == Seat("localhost", 8482, 2, 1)
-
-
-def test_a_pod_without_variables_is_known_by_its_metadata(
-    announce, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"TPU_WORKER_HOSTNAMES": "localhost,t1k-w-1", "TPU_WORKER_ID": "1"},
+        {"TPU_PROCESS_ADDRESSES": "a:8476,b:8476", "TPU_WORKER_HOSTNAMES": "localhost"},
+        {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"},
+    ],
+)
+def test_a_pod_announces_its_workers_on_machines_with_tpus(
+    announce, monkeypatch, variables: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(hosts, "_holds_tpus", lambda: True)
-    monkeypatch.setattr(
-        hosts, "_metadata", {"worker-network-endpoints": "a:b:10.0.0.1,a:b:10.0.0.2"}.get
-    )
-    assert hosts._hint() == "worker-network-endpoints"
-    monkeypatch.setattr(hosts, "_metadata", {"worker-network-endpoints": "a:b:10.0.0.1"}.get)
-    assert hosts._hint() is None
+    announce(variables)
+    assert hosts.announced() is None
+    monkeypatch.setattr(hosts, "has_tpu", lambda: True)
+    assert hosts.announced() == {}
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "expected"), [("a:b:10.0.0.1,a:b:10.0.0.2", {}), ("a:b:10.0.0.1", None)]
+)
+def test_a_pod_without_variables_is_known_by_its_metadata(
+    announce, monkeypatch, endpoints: str, expected: dict | None
+) -> None:
+    announce({})
+    monkeypatch.setattr(hosts, "has_tpu", lambda: True)
+    monkeypatch.setattr(hosts, "_metadata", {"worker-network-endpoints": endpoints}.get)
+    assert hosts.announced() == expected
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    assert hosts.announced() is None
 
 
 @pytest.mark.parametrize(
@@ -128,19 +139,14 @@ def test_a_pod_without_variables_is_known_by_its_metadata(
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
     ],
 )
-def test_one_process_is_alone_and_neither_jax_nor_the_network_is_asked(
+def test_one_process_is_alone_and_the_network_is_not_asked(
     announce, monkeypatch, variables: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(
-        hosts, "_as_jax_sees_it", lambda hint: pytest.fail(f"jax was asked for {hint}")
-    )
     announce(variables)
     assert hosts.announced() is None
-
-
-def test_a_kubernetes_job_that_jax_cannot_ask_is_alone(announce) -> None:
-    announce(KUBERNETES)  # and no package `kubernetes` is installed here
-    assert hosts.announced() is None
+    if any(name.startswith("TPU_") for name in variables):
+        monkeypatch.setattr(hosts, "has_tpu", lambda: True)
+        assert hosts.announced() is None
 
 
 @pytest.mark.parametrize(
@@ -148,23 +154,25 @@ def test_a_kubernetes_job_that_jax_cannot_ask_is_alone(announce) -> None:
     [
         (
             {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
-            "processes announced by OMPI_COMM_WORLD_SIZE=2 must have a coordinator: got none; set COGI2V_COORDINATOR, ",
+            "cannot join the other processes: coordinator_address should be defined.; ",
         ),
         (
             SLURM | {"SLURM_PROCID": "second"},
-            "processes announced by SLURM_NTASKS must be numbered as jax knows it: got invalid literal for int() with base 10: 'second'; ",
+            "cannot join the other processes: invalid literal for int() with base 10: 'second'; ",
         ),
     ],
 )
-def test_a_cluster_that_jax_cannot_number_is_one_line(
-    announce, variables: dict[str, str], line: str
+def test_a_cluster_that_jax_cannot_number_is_an_error_of_one_line(
+    variables: dict[str, str], line: str, tmp_path: Path
 ) -> None:
-    announce(variables)
-    with pytest.raises(
-        ValueError, match=r"; set COGI2V_COORDINATOR, .* or COGI2V_PROCESSES=1 to stay alone$"
-    ) as caught:
-        hosts.announced()
-    assert str(caught.value).startswith(line)
+    done = alone("hosts.join()", tmp_path, variables)
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"OSError: {line}")
+    assert last.endswith(
+        "set COGI2V_COORDINATOR, COGI2V_PROCESSES, COGI2V_PROCESS, "
+        "or COGI2V_PROCESSES=1 to run alone"
+    )
 
 
 def test_metadata_that_nobody_serves_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,25 +180,28 @@ def test_metadata_that_nobody_serves_is_nothing(monkeypatch: pytest.MonkeyPatch)
     assert hosts._metadata("worker-network-endpoints") == ""
 
 
-def test_joining_alone_costs_nothing(tmp_path: Path) -> None:
-    script = "import sys; from cogi2v_jax import hosts; hosts.join(); assert hosts.leads(); hosts.meet('here'); sys.exit('jax' in sys.modules)"
+def alone(lines: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
+    """One process of Python, in an environment that announces no more than `variables`."""
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("SLURM_", "OMPI_", "TPU_"))
+        name: value for name, value in os.environ.items() if not name.startswith(ANNOUNCING)
     }
-    done = subprocess.run(
-        [sys.executable, "-c", script],
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; from cogi2v_jax.devices import hosts; {lines}"],
         capture_output=True,
         text=True,
-        cwd=tmp_path,
-        env=environment,
+        cwd=folder,
+        env=environment | variables,
     )
+
+
+def test_joining_alone_does_not_import_jax(tmp_path: Path) -> None:
+    lines = "hosts.join(); assert hosts.leads(); sys.exit('jax' in sys.modules)"
+    done = alone(lines, tmp_path, {})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_program_alone_is_as_it_was() -> None:
-    @hosts.together
+def test_a_program_that_runs_alone_is_not_changed() -> None:
+    @hosts.distributed
     def program(code: int) -> int:
         """A program."""
         if code < 0:
@@ -201,14 +212,3 @@ def test_a_program_alone_is_as_it_was() -> None:
     assert [program(0), program(code=3)] == [0, 3]
     with pytest.raises(KeyError):
         program(-1)
-
-
-def test_joining_needs_somebody_who_ends_the_program(
-    announce, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    announce(BY_HAND)
-    monkeypatch.setattr(hosts, "_under_together", False)
-    with pytest.raises(
-        RuntimeError, match=r"^join must be called by a program under hosts\.together"
-    ):
-        hosts.join()
