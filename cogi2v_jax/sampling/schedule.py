@@ -1,5 +1,5 @@
-"""Sampling schedules as tables. A sampler fills a `Tableau` on the host in float64; one `step`
-walks any of them on the device."""
+"""Sampling schedules as tables. A sampler fills a `Tableau` on the host in float64; on the device
+one `step` serves them all."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,7 @@ Column = Float[Any, "*i"]  # numpy on the host, jax on the device, where one row
 
 
 class Tableau(NamedTuple):
-    """One row a step. A step is x0 = alpha x - sigma v, then x = A x + B x0 + C x0_prev + D
-    noise."""
+    """One row a step: x0 = alpha x - sigma v, then x = A x + B x0 + C x0_prev + D noise."""
 
     timestep: Int[Any, "*i"]
     guidance: Column
@@ -47,17 +46,10 @@ def guide(
 
 
 def alphas_cumprod(config: SchedulerConfig) -> Float[np.ndarray, " levels"]:
-    """Noise levels of training: scaled-linear betas, the SNR shift, then the zero-SNR rescale of
-    arXiv 2305.08891, in this order."""
-    betas = (
-        np.linspace(
-            config.beta_start**0.5,
-            config.beta_end**0.5,
-            config.num_train_timesteps,
-            dtype=np.float64,
-        )
-        ** 2
-    )
+    """alpha_bar of every training timestep: scaled-linear betas, the SNR shift, then the zero-SNR
+    rescaling of arXiv 2305.08891, in this order."""
+    first, last = config.beta_start**0.5, config.beta_end**0.5
+    betas = np.linspace(first, last, config.num_train_timesteps, dtype=np.float64) ** 2
     alphas = np.cumprod(1 - betas)
     alphas = alphas / (config.snr_shift_scale + (1 - config.snr_shift_scale) * alphas)
     if config.rescale_betas_zero_snr:
@@ -67,101 +59,88 @@ def alphas_cumprod(config: SchedulerConfig) -> Float[np.ndarray, " levels"]:
 
 
 def trailing_timesteps(config: SchedulerConfig, steps: int) -> Int[np.ndarray, " i"]:
-    """Training timesteps from the noisiest down. Raises for the step counts at which the
-    reference's float range has one entry too many: it would end on timestep -1, which is pure
-    noise, and destroy the video."""
+    """Training timesteps from the noisiest down. Raises ValueError for the step counts at which the
+    reference's float range has one entry too many: its last timestep would be -1, which is pure
+    noise and destroys the video."""
     total = config.num_train_timesteps
 
-    def walk(count: int) -> np.ndarray:
+    def trailing(count: int) -> np.ndarray:
         return np.round(np.arange(total, 0, -total / count)).astype(np.int64) - 1
 
     def valid(count: int) -> bool:
-        return 1 <= count <= total and len(walk(count)) == count
+        return 1 <= count <= total and len(trailing(count)) == count
 
     if not valid(steps):
-        below = next((count for count in range(min(steps - 1, total), 0, -1) if valid(count)), None)
-        above = next((count for count in range(max(steps + 1, 1), total + 1) if valid(count)), None)
+        below = next(filter(valid, range(min(steps - 1, total), 0, -1)), None)
+        above = next(filter(valid, range(max(steps + 1, 1), total + 1)), None)
         nearest = " or ".join(str(count) for count in (below, above) if count is not None)
-        why = (
-            ""
-            if not 1 <= steps <= total
-            else " (this count rounds to one timestep too many, and the last would be pure noise)"
-        )
-        raise ValueError(
-            f"num_inference_steps must be from 1 to {total}{why}: got {steps}; nearest is {nearest}"
-        )
-    return walk(steps)
+        why = " (this count rounds to one timestep too many, and the last would be pure noise)"
+        rule = f"from 1 to {total}{why if 1 <= steps <= total else ''}"
+        raise ValueError(f"num_inference_steps must be {rule}: got {steps}; nearest is {nearest}")
+    return trailing(steps)
 
 
-def _levels(config: SchedulerConfig, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Noise level of every step and of the one it lands on: a whole stride further on, which is the
-    next row's only where the step count divides the training timesteps. Landing below zero is
-    landing on no noise at all."""
+def levels(config: SchedulerConfig, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """alpha_bar of every step, and of the level that the step lands on: one stride further, which
+    is the next row's only where the step count divides the training timesteps. Below timestep zero
+    there is no noise."""
     alphas = alphas_cumprod(config)
     landing = timesteps - config.num_train_timesteps // len(timesteps)
     final = 1.0 if config.set_alpha_to_one else alphas[0]
     return alphas[timesteps], np.where(landing >= 0, alphas[np.maximum(landing, 0)], final)
 
 
-def _ddim(config: SchedulerConfig, timesteps: np.ndarray) -> dict[str, np.ndarray]:
+class Coefficients(NamedTuple):
+    """What a sampler fills: its columns of the tableau, and how often the reference draws noise in
+    each step, of which the last draw counts."""
+
+    x: np.ndarray
+    x0: np.ndarray
+    x0_prev: np.ndarray
+    noise: np.ndarray
+    draws: np.ndarray
+
+
+def ddim(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
     """DDIM (arXiv 2010.02502) without noise, for v-prediction."""
-    here, next_ = _levels(config, timesteps)
-    x = np.sqrt((1 - next_) / (1 - here))
-    none = np.zeros_like(x)
-    return {
-        "x": x,
-        "x0": np.sqrt(next_) - x * np.sqrt(here),
-        "x0_prev": none,
-        "noise": none,
-        "draws": none,
-    }
+    here, landing = levels(config, timesteps)
+    x = np.sqrt((1 - landing) / (1 - here))
+    zeros = np.zeros_like(x)
+    return Coefficients(x, np.sqrt(landing) - x * np.sqrt(here), zeros, zeros, zeros)
 
 
-def _dpm(config: SchedulerConfig, timesteps: np.ndarray) -> dict[str, np.ndarray]:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2 with noise): the log-SNR is infinite at
-    both ends, and the infinities carry meaning (no memory of x at the start, no noise at the end),
-    so they are followed here and never reach the device."""
-    here, next_ = _levels(config, timesteps)
+def dpm(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2 with noise). The log-SNR is infinite at
+    both ends, and the infinities have a meaning (the first step forgets x, the last adds no noise),
+    so they are carried through here; no coefficient is infinite."""
+    here, landing = levels(config, timesteps)
     with np.errstate(divide="ignore", invalid="ignore"):
         half_log_snr = np.log(np.sqrt(here / (1 - here)))
-        h = np.log(np.sqrt(next_ / (1 - next_))) - half_log_snr
+        h = np.log(np.sqrt(landing / (1 - landing))) - half_log_snr
         r = np.diff(half_log_snr, prepend=np.nan) / h
-        # Weight of the multistep correction; 1/inf = 0 after an infinite first step.
-        second = 0.5 / r
-        x = np.sqrt((1 - next_) / (1 - here)) * np.exp(-h)
-    landing = timesteps - config.num_train_timesteps // len(timesteps)
-    one_step = (np.arange(len(timesteps)) == 0) | (landing < 0)
+        second = 0.5 / r  # the weight of the multistep correction; 0 after an infinite first step
+        x = np.sqrt((1 - landing) / (1 - here)) * np.exp(-h)
+    last = timesteps < config.num_train_timesteps // len(timesteps)
+    one_step = (np.arange(len(timesteps)) == 0) | last
     second = np.where(one_step, 0.0, second)
-    gain = -np.expm1(-2 * h) * np.sqrt(next_)
-    noise = np.sqrt(1 - next_) * np.sqrt(1 - np.exp(-2 * h))
-    # The reference makes the one-step result first, of noise of its own, and may throw it away.
-    draws = np.where(one_step, 1, 2)
-    return {
-        "x": x,
-        "x0": gain * (1 + second),
-        "x0_prev": -gain * second,
-        "noise": noise,
-        "draws": draws,
-    }
+    gain = -np.expm1(-2 * h) * np.sqrt(landing)
+    noise = np.sqrt(1 - landing) * np.sqrt(1 - np.exp(-2 * h))
+    # The reference draws for the one-step result first, which a multistep correction replaces.
+    return Coefficients(x, gain * (1 + second), -gain * second, noise, np.where(one_step, 1, 2))
 
 
-# A sampler's own columns, and `draws`: how often the reference draws noise in a step, the last of
-# which counts.
-SCHEDULES: dict[str, Callable[[SchedulerConfig, np.ndarray], dict[str, np.ndarray]]] = {
-    "ddim": _ddim,
-    "dpm": _dpm,
+SAMPLERS: dict[str, Callable[[SchedulerConfig, np.ndarray], Coefficients]] = {
+    "ddim": ddim,
+    "dpm": dpm,
 }
 
 
-def _dynamic(scale: float, steps: int, timesteps: np.ndarray) -> np.ndarray:
-    """The reference's dynamic guidance. It mixes the step count with training timesteps, so the
-    cosine's argument reaches millions: deliberate there, and meaningless in float32."""
-    return np.array(
-        [
-            1 + scale * (1 - math.cos(math.pi * ((steps - int(t)) / steps) ** 5.0)) / 2
-            for t in timesteps
-        ]
-    )
+def dynamic_guidance(scale: float, timesteps: np.ndarray) -> np.ndarray:
+    """The reference's dynamic guidance. It mixes the step count with training timesteps, so that
+    the cosine's argument reaches millions: meaningless in float32, hence computed here."""
+    steps = len(timesteps)
+    phases = (math.pi * ((steps - int(t)) / steps) ** 5.0 for t in timesteps)
+    return np.array([1 + scale * (1 - math.cos(phase)) / 2 for phase in phases])
 
 
 def tableau(
@@ -171,31 +150,45 @@ def tableau(
     guidance_scale: float,
     use_dynamic_cfg: bool,
 ) -> Tableau:
-    """The whole schedule of a request: `steps` rows, float32 (timesteps int32). Raises ValueError
-    for counts that break the reference."""
-    if scheduler not in SCHEDULES:
-        raise ValueError(f"scheduler must be one of {', '.join(SCHEDULES)}: got {scheduler!r}")
+    """The schedule of a request: `steps` rows, float32 (timesteps int32). Raises ValueError for an
+    unknown scheduler and for step counts that break the reference."""
+    if scheduler not in SAMPLERS:
+        raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}: got {scheduler!r}")
     timesteps = trailing_timesteps(config, steps)
-    here, _ = _levels(config, timesteps)
-    own = SCHEDULES[scheduler](config, timesteps)
-    columns = {
-        "guidance": _dynamic(guidance_scale, steps, timesteps)
-        if use_dynamic_cfg
-        else np.full(steps, guidance_scale),
-        "alpha": np.sqrt(here),
-        "sigma": np.sqrt(1 - here),
-        **{name: column for name, column in own.items() if name in Tableau._fields},
-    }
-    if not all(np.isfinite(column).all() for column in columns.values()):
-        raise ValueError(
-            f"scheduler {scheduler} must have finite coefficients: got others from {config}"
-        )
-    return Tableau(
-        timestep=timesteps.astype(np.int32),
-        **{name: column.astype(np.float32) for name, column in columns.items()},
-    )
+    here, landing = levels(config, timesteps)
+    x, x0, x0_prev, noise, _ = SAMPLERS[scheduler](config, timesteps)
+    alpha, sigma = np.sqrt(here), np.sqrt(1 - here)
+    if not all(np.isfinite(column).all() for column in (alpha, sigma, x, x0, x0_prev, noise)):
+        raise ValueError(f"scheduler {scheduler} must have finite coefficients: {config} has not")
+    check_exact(alpha, sigma, landing, x, x0, x0_prev, noise)
+    constant = np.full(steps, guidance_scale)
+    guidance = dynamic_guidance(guidance_scale, timesteps) if use_dynamic_cfg else constant
+    columns = (guidance, alpha, sigma, x, x0, x0_prev, noise)
+    return Tableau(timesteps.astype(np.int32), *(c.astype(np.float32) for c in columns))
+
+
+def check_exact(
+    alpha: np.ndarray,
+    sigma: np.ndarray,
+    landing: np.ndarray,
+    x: np.ndarray,
+    x0: np.ndarray,
+    x0_prev: np.ndarray,
+    noise: np.ndarray,
+) -> None:
+    """Asserts, in float64, the two identities of every sampler whose predictions are exact: where x
+    is alpha X + sigma E, a step lands on alpha_next X + sigma_next E' with noise E' of unit
+    variance. For example the last DDIM row (alpha_next 1): x 0, x0 1, and 0 * alpha + 1 + 0 ==
+    1."""
+    signal, variance = x * alpha + x0 + x0_prev, (x * sigma) ** 2 + noise**2
+    for name, ours, exact in (
+        ("signal", signal, np.sqrt(landing)),
+        ("variance", variance, 1 - landing),
+    ):
+        error = np.max(np.abs(ours - exact))
+        assert error <= 1e-12, f"{name} of a tableau must be that of its levels: off by {error:g}"
 
 
 def draws(config: SchedulerConfig, scheduler: str, steps: int) -> Int[np.ndarray, " i"]:
-    """How often the reference draws noise in every step of a schedule that `tableau` takes."""
-    return SCHEDULES[scheduler](config, trailing_timesteps(config, steps))["draws"].astype(int)
+    """How often the reference draws noise in each step of a schedule that `tableau` accepts."""
+    return SAMPLERS[scheduler](config, trailing_timesteps(config, steps)).draws.astype(int)

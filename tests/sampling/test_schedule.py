@@ -14,7 +14,7 @@ from tolerances import TOLERANCE, assert_close
 
 from cogi2v_jax.config import SchedulerConfig
 from cogi2v_jax.sampling.schedule import (
-    SCHEDULES,
+    SAMPLERS,
     alphas_cumprod,
     draws,
     step,
@@ -63,7 +63,7 @@ def theirs(scheduler: str, settings: str, steps: int) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("scheduler", SCHEDULES)
+@pytest.mark.parametrize("scheduler", SAMPLERS)
 def test_every_step_of_a_trajectory_leads_where_the_reference_leads(
     scheduler: str, settings: str, steps: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_every_step_of_a_trajectory_leads_where_the_reference_leads(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
-@pytest.mark.parametrize("scheduler", SCHEDULES)
+@pytest.mark.parametrize("scheduler", SAMPLERS)
 def test_noise_is_drawn_as_often_as_the_reference_draws_it(
     scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +206,7 @@ def test_step_counts_out_of_range_are_refused_naming_the_range_and_its_end(
         trailing_timesteps(config(), steps)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULES)
+@pytest.mark.parametrize("scheduler", SAMPLERS)
 def test_every_table_is_finite_and_32_bits_wide(scheduler: str) -> None:
     for steps in filter(accepts, range(1, 1001)):
         rows = tableau(config(), scheduler, steps, 6.0, False)
