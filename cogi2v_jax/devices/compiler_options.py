@@ -1,5 +1,5 @@
-"""Compiler options by device kind, handed to XLA with every program rather than through the
-environment, which other programs share."""
+"""Compiler options by device kind, handed to XLA with each program: environment variables would
+reach the programs of others too."""
 
 import os
 import re
@@ -10,24 +10,23 @@ import jax
 
 VARIABLE = "COGI2V_COMPILER_OPTIONS"
 
-# VMEM that one fusion may take for its tiles. The default leaves the products of the transformer's
-# mlp short of it: figures are scheduled cycles of libtpu 0.0.52 for both of them on [2 17776 3072]
-# bfloat16, against the floor of a full matrix unit. More than this gains 4 % at most, or loses as
-# much on eight chips, and takes two to four times as long to compile. The VAE gains nothing, at
-# five times the time.
+# VMEM that one fusion may take for its tiles. With the default the products of the transformer's
+# mlp wait for memory. Figures are the scheduled cycles of both on [2 17776 3072] bfloat16 with
+# libtpu 0.0.52, before, after, and with a matrix unit that is always busy. More than this gains at
+# most 4 %, or loses as much on eight chips, and takes two to four times as long to compile. The VAE
+# gains nothing, at five times the compile time.
 _VMEM = "xla_tpu_scoped_vmem_limit_kib"
-# Lets the exchange of one of q, k, v around attention run beside the product that makes the next:
-# of the four all-to-alls of a layer, two or three become a start and a done, at 0 to 9 % fewer
-# cycles elsewhere (v5e alone: 1 % more). Off by default in libtpu.
+# Lets the exchange of one of q, k, v around attention run beside the product that computes the
+# next: two or three of the four all-to-alls of a layer become asynchronous, at 0 to 9 % fewer
+# cycles elsewhere (on one v5e: 1 % more). Off by default in libtpu.
 _EXCHANGE = {"xla_tpu_enable_async_all_to_all": "true"}
-
-# Leaves products to cuBLASLt, which adds the bias before it rounds, once. Triton's own, of those
-# that XLA tunes for, writes float32 sums or rounds them before the bias. With it and `layers.py`, a
-# layer of 17,776 tokens moves 4.9 GB beside attention's own instead of 8.7.
+# Leaves products to cuBLASLt, which adds the bias before it rounds. The Triton kernels among which
+# XLA chooses write float32 sums, or round before the bias. With this option and `layers.py` a layer
+# of 17,776 tokens moves 4.9 GB beside attention, instead of 8.7.
 _CUBLAS = {"xla_gpu_enable_triton_gemm": "false"}
 
-# Kinds are as jax reports them, or their first word, for all that have no row of their own. A row
-# holds what the compiler's own figures say helps, and nothing that was only read about.
+# Keys are device kinds as jax reports them, or the first word of kinds without a row of their own.
+# An option is listed only where figures of the compiler itself show that it helps.
 OPTIONS: dict[str, dict[str, str]] = {
     "TPU v4": _EXCHANGE,
     "TPU v5 lite": _EXCHANGE,
@@ -36,79 +35,66 @@ OPTIONS: dict[str, dict[str, str]] = {
     "NVIDIA": _CUBLAS,
     "cpu": {},
 }
-# What the denoising loop is compiled with besides. A v4 has no more VMEM than the default limit.
+# Further options of the denoising loop. The VMEM of a v4 is no larger than the default limit.
 LOOP: dict[str, dict[str, str]] = {
-    # 45.0 -> 41.6 million cycles of at least 41.0; the whole transformer but attention -20 %.
-    "TPU v5 lite": {_VMEM: "49152"},
+    "TPU v5 lite": {_VMEM: "49152"},  # 45.0 -> 41.6 of at least 41.0 million cycles
     "TPU v5": {_VMEM: "32768"},  # 23.5 -> 20.9 of at least 20.5
     "TPU v6 lite": {_VMEM: "65536"},  # 20.8 -> 12.1 of at least 10.2
 }
 
 
 def compiler_options(kind: str, loop: bool = False) -> dict[str, str]:
-    """The options for a device kind, as jax reports it, and for the denoising loop there, with
-    those of COGI2V_COMPILER_OPTIONS="name=value name=value" laid over them; an empty value there
-    removes an option. Raises ValueError for anything else in it."""
-    ours = OPTIONS.get(kind, OPTIONS.get(kind.partition(" ")[0], {})) | (
-        LOOP.get(kind, {}) if loop else {}
-    )
-    return {name: value for name, value in {**ours, **_users()}.items() if value}
+    """The options for a device kind, as jax reports it, and for the denoising loop. Those of
+    COGI2V_COMPILER_OPTIONS="name=value name=value" override them; an empty value there removes an
+    option. Raises ValueError for anything else in the variable."""
+    ours = OPTIONS.get(kind, OPTIONS.get(kind.partition(" ")[0], {}))
+    ours = {**ours, **(LOOP.get(kind, {}) if loop else {}), **_from_environment()}
+    return {name: value for name, value in ours.items() if value}
 
 
-def _users() -> dict[str, str]:
-    words = os.environ.get(VARIABLE, "").split()
-    wrong = [word for word in words if not re.fullmatch(r"\w+=.*", word)]
+def _from_environment() -> dict[str, str]:
+    pairs = os.environ.get(VARIABLE, "").split()
+    wrong = [pair for pair in pairs if not re.fullmatch(r"\w+=.*", pair)]
     if wrong:
-        raise ValueError(
-            f"{VARIABLE} must be name=value pairs with spaces between them: got {wrong[0]!r}"
-        )
-    return dict(word.split("=", 1) for word in words)
+        rule = "name=value pairs with spaces between them"
+        raise ValueError(f"{VARIABLE} must be {rule}: got {wrong[0]!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def report(kind: str) -> list[str]:
-    """The options for a device kind as lines to print, those marked that the user chose and those
-    that only the loop gets."""
-    users, everywhere = _users(), compiler_options(kind)
-    lines = []
-    for name, value in compiler_options(kind, loop=True).items():
-        mark = (
-            f" ({VARIABLE})"
-            if name in users
-            else ""
-            if everywhere.get(name) == value
-            else " (denoising loop)"
-        )
-        lines.append(f"  {name}={value}{mark}")
-    lines += [f"  {name} removed ({VARIABLE})" for name, value in users.items() if not value]
+    """The options for a device kind as lines to print, marked where the user chose them or only the
+    loop gets them."""
+    chosen, everywhere = _from_environment(), compiler_options(kind)
+
+    def mark(name: str, value: str) -> str:
+        if name in chosen:
+            return f" ({VARIABLE})"
+        return "" if everywhere.get(name) == value else " (denoising loop)"
+
+    options = compiler_options(kind, loop=True).items()
+    lines = [f"  {name}={value}{mark(name, value)}" for name, value in options]
+    lines += [f"  {name} removed ({VARIABLE})" for name, value in chosen.items() if not value]
     return [f"compiler options for {kind}:", *(lines or ["  none"])]
 
 
 def compile_with(options: Mapping[str, str], lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles with these options. One of ours that this version of the compiler doesn't take is
-    left out, in one line. Raises ValueError for one of the user's."""
-    typed = {
-        name: {"true": True, "false": False}.get(value.lower(), value)
-        for name, value in options.items()
-    }
+    """Compiles with these options. An option of ours that this compiler does not know is left out,
+    with a line on stderr. Raises ValueError for such an option of the user's."""
+    booleans = {"true": True, "false": False}
+    typed = {name: booleans.get(value.lower(), value) for name, value in options.items()}
     try:
         return lowered.compile(compiler_options=typed or None)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
-        refused = next(
-            (name for name in options if re.search(rf"^INVALID_ARGUMENT: .*\b{name}\b", message)),
-            None,
-        )
+        pattern = r"^INVALID_ARGUMENT: .*\b{}\b"
+        refused = next((name for name in options if re.search(pattern.format(name), message)), None)
         if refused is None:
             raise
         got = f"{refused}={options[refused]} ({message.splitlines()[0]})"
-        if refused in _users():
-            raise ValueError(
-                f"{VARIABLE} must name options that this compiler takes: got {got}"
-            ) from None
-    print(
-        f"compiler option must be one that this compiler takes: got {got}; going on without it",
-        file=sys.stderr,
-    )
+        if refused in _from_environment():
+            rule = "name options that this compiler knows"
+            raise ValueError(f"{VARIABLE} must {rule}: got {got}") from None
+    print(f"compiling without an option that this compiler does not know: {got}", file=sys.stderr)
     return compile_with(
         {name: value for name, value in options.items() if name != refused}, lowered
     )

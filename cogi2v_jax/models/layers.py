@@ -1,10 +1,9 @@
-"""Layers whose parameters name their axes, so that `sharding.py` can place them without knowing a
-model. Sums, moments and gates are float32 inside, with one rounding to the compute dtype on the way
-out."""
+"""Layers whose parameters name their axes, for `devices/sharding.py`. Sums, moments and gates are
+float32 inside, with one rounding to the compute dtype at the end."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ Pads = tuple[int, int]  # zeros before and after an axis
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision:
-    """Float32 means float32: left alone, such a product is one bfloat16 pass on a TPU and TF32 on a
-    GPU."""
+    """Full precision for float32: by default such a product is one bfloat16 pass on a TPU and TF32
+    on a GPU."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
@@ -27,19 +26,15 @@ def param(
     shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, scale: float | None = None
 ) -> nnx.Param:
     """A parameter with named axes: normal values of standard deviation `scale`, or ones where it is
-    None. (Ours to name: flax's own sharding metadata wants a mesh even to build a model's
-    shapes.)"""
-    value = (
-        jnp.ones(shape, dtype)
-        if scale is None
-        else scale * jax.random.normal(rngs.params(), shape, dtype)
-    )
-    return nnx.Param(value, axes=axes)
+    None. (Flax's own sharding metadata needs a mesh even to build a model's shapes.)"""
+    if scale is None:
+        return nnx.Param(jnp.ones(shape, dtype), axes=axes)
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, rounded once. An `int8` kernel is of whole numbers, and `scale` says what
-    one is worth, output by output."""
+    """x @ kernel + bias, rounded once. An `int8` kernel is multiplied by a float32 `scale` for each
+    output."""
 
     def __init__(
         self,
@@ -52,39 +47,37 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        shape = (inputs, outputs)
-        self.kernel = (
-            nnx.Param(jnp.zeros(shape, jnp.int8), axes=axes)
-            if int8
-            else param(shape, axes, dtype, rngs, inputs**-0.5)
-        )
+        if int8:
+            self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8), axes=axes)
+        else:
+            self.kernel = param((inputs, outputs), axes, dtype, rngs, inputs**-0.5)
         self.scale = param((outputs,), axes[1:], jnp.dtype(jnp.float32), rngs) if int8 else None
         self.bias = param((outputs,), axes[1:], dtype, rngs, 0.02) if bias else None
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        kernel, scale, bias = (
-            None if leaf is None else leaf[...] for leaf in (self.kernel, self.scale, self.bias)
+        parameters = (self.kernel, self.scale, self.bias)
+        kernel, scale, bias = (None if leaf is None else leaf[...] for leaf in parameters)
+        return lax.platform_dependent(
+            x, kernel, scale, bias, cuda=_linear_cublas, default=_linear_float32_sums
         )
-        return lax.platform_dependent(x, kernel, scale, bias, cuda=_by_cublas, default=_by_sums)
 
 
-def _by_sums(
+def _linear_float32_sums(
     x: Float[Array, "*rows i"], kernel: Array, scale: Array | None, bias: Array | None
 ) -> Float[Array, "*rows o"]:
-    # Every whole number of int8 is one of bfloat16, so that widening a kernel rounds nothing.
-    y = jnp.dot(
-        x, kernel.astype(x.dtype), precision=precision(x.dtype), preferred_element_type=jnp.float32
-    )
+    # bfloat16 represents all of int8, so that widening a kernel rounds nothing.
+    exact: Any = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
+    y = jnp.dot(x, kernel.astype(x.dtype), **exact)
     y = y if scale is None else y * scale
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def _by_cublas(
+def _linear_cublas(
     x: Float[Array, "*rows i"], kernel: Array, scale: Array | None, bias: Array | None
 ) -> Float[Array, "*rows o"]:
-    # In this form XLA gives the bias to cuBLASLt, which sums in float32 and rounds once; the other
-    # writes float32 sums to memory. Nor is there a scale by outputs in what cuBLASLt does on its
-    # way out, so an int8 kernel gets it: a pass over one weight, not over all tokens.
+    # In this form XLA hands the bias to cuBLASLt, which sums in float32 and rounds once; the other
+    # form writes float32 sums to memory. cuBLASLt's epilogue has no scale by outputs, so that an
+    # int8 kernel is scaled before: a pass over one weight instead of one over all tokens.
     if scale is not None:
         kernel = kernel.astype(jnp.float32) * scale
     y = jnp.dot(x, kernel.astype(x.dtype), precision=precision(x.dtype))
@@ -92,8 +85,8 @@ def _by_cublas(
 
 
 class LayerNorm(nnx.Module):
-    """Over the last axis, affine, biased variance about the mean. The result is float32: what
-    follows (a modulation, a rotation) rounds."""
+    """Over the last axis, with scale and bias. The result is float32; the modulation or rotation
+    after it rounds."""
 
     def __init__(
         self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype, rngs: nnx.Rngs
@@ -110,7 +103,7 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """T5's norm: no mean, no bias; float32 in, the kernel dtype out."""
+    """T5's norm, without mean and bias: float32 inside, the parameters' dtype at the end."""
 
     def __init__(
         self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype, rngs: nnx.Rngs
@@ -125,8 +118,8 @@ class RMSNorm(nnx.Module):
 
 
 class NormCoefficients(NamedTuple):
-    """A normalisation whose moments are known, in float32: (x - mean) * scale + shift. Scale and
-    shift may be coarser than x by whole factors of its frames, rows and columns."""
+    """A normalisation with known moments, in float32: (x - mean) * scale + shift. Scale and shift
+    may be coarser than x, by whole factors of its frames, rows and columns."""
 
     mean: Float[Array, "b 1 1 1 c"]
     scale: Float[Array, "b t h w c"]
@@ -134,9 +127,9 @@ class NormCoefficients(NamedTuple):
 
 
 class GroupNorm(nnx.Module):
-    """Over frames, rows, columns and the channels of a group, for each video of the batch. Frames
-    count by their `frame_weights`, whose sum is one. It returns what is to be done with every value, which
-    can then happen a few rows at a time."""
+    """Over frames, rows, columns and the channels of a group, for each video of the batch. A frame
+    counts with its weight, of which the sum is one. Returns mean, scale and shift instead of the
+    normalised x, so that the caller can apply them strip by strip."""
 
     def __init__(
         self, channels: int, groups: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
@@ -150,29 +143,24 @@ class GroupNorm(nnx.Module):
         self, x: Float[Array, "b f h w c"], frame_weights: Float[Array, " f"]
     ) -> NormCoefficients:
         x = x.astype(jnp.float32)
-        mean = self._grouped_mean(x, frame_weights)
-        deviation = lax.rsqrt(
-            self._grouped_mean(jnp.square(x - mean), frame_weights) + self.epsilon
-        )
+        mean = self._group_mean(x, frame_weights)
+        variance = self._group_mean(jnp.square(x - mean), frame_weights)
+        scale = lax.rsqrt(variance + self.epsilon) * self.scale[...].astype(jnp.float32)
         shift = jnp.broadcast_to(self.bias[...].astype(jnp.float32), mean.shape)
-        return NormCoefficients(mean, deviation * self.scale[...].astype(jnp.float32), shift)
+        return NormCoefficients(mean, scale, shift)
 
-    def _grouped_mean(
+    def _group_mean(
         self, x: Float[Array, "b f h w c"], frame_weights: Float[Array, " f"]
     ) -> Float[Array, "b 1 1 1 c"]:
-        # Channels first reduce alone, which keeps them in the minor dimension; their groups meet
-        # only afterwards.
+        # Channels are reduced one by one, which keeps them in the minor dimension, groups after.
         b, *_, c = x.shape
-        means = (
-            jnp.sum(jnp.mean(x, axis=(2, 3)) * frame_weights[:, None], axis=1)
-            .reshape(b, self.groups, c // self.groups)
-            .mean(axis=-1)
-        )
+        channels = jnp.sum(jnp.mean(x, axis=(2, 3)) * frame_weights[:, None], axis=1)
+        means = channels.reshape(b, self.groups, c // self.groups).mean(axis=-1)
         return jnp.repeat(means, c // self.groups, axis=-1).reshape(b, 1, 1, 1, c)
 
 
 class Conv(nnx.Module):
-    """A 2-D convolution of every frame. `rows` and `columns` are the zeros (before, after) them."""
+    """A 2-D convolution of every frame, with zeros (before, after) its `rows` and `columns`."""
 
     def __init__(
         self,
@@ -184,18 +172,13 @@ class Conv(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.kernel = param(
-            (size, size, inputs, outputs),
-            (None, None, "inputs", "channels"),
-            dtype,
-            rngs,
-            (size * size * inputs) ** -0.5,
-        )
+        shape, axes = (size, size, inputs, outputs), (None, None, "inputs", "channels")
+        self.kernel = param(shape, axes, dtype, rngs, (size * size * inputs) ** -0.5)
         self.bias = param((outputs,), ("channels",), dtype, rngs, 0.02)
         self.stride = stride
 
     def __call__(
-        self, x: Float[Array, "b f h w c"], *, rows: tuple[int, int], columns: tuple[int, int]
+        self, x: Float[Array, "b f h w c"], *, rows: Pads, columns: Pads
     ) -> Float[Array, "b f h2 w2 c2"]:
         return convolve(x, self.kernel[...][None], self.bias[...], rows, columns, self.stride)
 
@@ -208,15 +191,14 @@ def convolve(
     columns: Pads,
     stride: int = 1,
 ) -> Float[Array, "b f2 h2 w2 c2"]:
-    """Over frames, rows and columns, summed in float32 and rounded once. `stride` is that of rows
-    and columns; frames have no padding."""
-    how = {"rows": rows, "columns": columns, "stride": stride}
-    return lax.platform_dependent(
-        x, kernel, bias, cuda=partial(_by_frames, **how), default=partial(_by_columns, **how)
-    )
+    """A convolution over frames (without padding), rows and columns (both with `stride`), summed in
+    float32 and rounded once."""
+    settings: Any = {"rows": rows, "columns": columns, "stride": stride}
+    nvidia, others = partial(_convolve_frames, **settings), partial(_convolve_columns, **settings)
+    return lax.platform_dependent(x, kernel, bias, cuda=nvidia, default=others)
 
 
-def _by_frames(
+def _convolve_frames(
     x: Float[Array, "b f h w c"],
     kernel: Float[Array, "p q r c c2"],
     bias: Float[Array, " c2"],
@@ -225,10 +207,10 @@ def _by_frames(
     columns: Pads,
     stride: int,
 ) -> Float[Array, "b f2 h2 w2 c2"]:
-    """Frame taps lie side by side on the channels, and frames are the batch of a 2-D convolution:
-    channels last and in bfloat16, what cuDNN's matrix units take, with the bias inside. XLA turns a
-    3-D one to channels first, and asked for float32 sums of bfloat16 it computes in float32
-    altogether."""
+    """Frames are the batch of a 2-D convolution over rows and columns, and frame taps lie side by
+    side on the channels: channels last and in bfloat16, which cuDNN's matrix units take, with the
+    bias inside. XLA transposes a 3-D convolution to channels first, and computes all of it in
+    float32 if float32 sums are asked for."""
     taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
     x = jnp.concatenate([x[:, tap : tap + frames] for tap in range(taps)], axis=-1)
     y = lax.conv_general_dilated(
@@ -242,7 +224,7 @@ def _by_frames(
     return rearrange(y + bias, "(b f) h w c -> b f h w c", b=len(x))
 
 
-def _by_columns(
+def _convolve_columns(
     x: Float[Array, "b f h w c"],
     kernel: Float[Array, "p q r c c2"],
     bias: Float[Array, " c2"],
@@ -251,10 +233,10 @@ def _by_columns(
     columns: Pads,
     stride: int,
 ) -> Float[Array, "b f2 h2 w2 c2"]:
-    """Column taps lie side by side on the channels, and columns are the batch of a 2-D convolution
-    over frames and rows: there are always many of them. With the frames as its batch, of which
-    there are two to nine, a TPU pads or splits pictures to fill its tiles: twice the cycles and
-    five times the time to compile, by the compiler's own account."""
+    """Columns, of which there are always many, are the batch of a 2-D convolution over frames and
+    rows, and column taps lie side by side on the channels. With the two to nine frames as its batch
+    a TPU pads or splits images to fill its tiles: twice the cycles and five times the compile time,
+    by the compiler's own account."""
     taps, last = kernel.shape[2], x.shape[3] + sum(columns) - kernel.shape[2]
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), columns, (0, 0)))
     x = jnp.concatenate([x[:, :, :, tap : tap + last + 1 : stride] for tap in range(taps)], axis=-1)
@@ -267,14 +249,13 @@ def _by_columns(
         precision=precision(x.dtype),
         preferred_element_type=jnp.float32,
     )
-    return (rearrange(y, "(b w) f h c -> b f h w c", b=len(x)) + bias.astype(jnp.float32)).astype(
-        x.dtype
-    )
+    y = rearrange(y, "(b w) f h c -> b f h w c", b=len(x))
+    return (y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def stacked(layers: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> nnx.Module:
-    """`layers` equal modules in one, each parameter with a new first axis: one program for all of
-    them."""
+def stacked(layers: int, build: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
+    """`layers` equal modules as one whose parameters have a layer axis in front, so that one
+    program can scan over them."""
 
     @nnx.split_rngs(splits=layers)
     @nnx.vmap
@@ -285,8 +266,8 @@ def stacked(layers: int, build: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs
 
 
 def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:
-    """In the compute dtype, and the compiler is held to it: left alone it hands float32 values to
-    the next layer, at twice the memory."""
+    """Rounds to the compute dtype behind a barrier, without which the compiler hands float32 values
+    to the next layer, at twice the memory."""
     return lax.optimization_barrier(x.astype(dtype))
 
 
@@ -295,5 +276,5 @@ def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The tanh approximation, as both the transformer and T5 have it."""
+    """The tanh approximation, as both the transformer and T5 use it."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True)
