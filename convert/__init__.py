@@ -1,2 +1,1 @@
-"""Weight conversion between PyTorch checkpoints and ours. Torch's names for things live here and
-nowhere else."""
+"""Weight conversion between PyTorch checkpoints and ours. Torch's names appear only here."""

@@ -1,5 +1,5 @@
-"""Checksums: of source files while they are converted, and of the converted leaves, which `check`
-reads again."""
+"""Checksums of source files, taken while they are converted, and of the converted leaves, which
+`check` compares."""
 
 import math
 import re
@@ -15,14 +15,13 @@ import numpy as np
 
 from cogi2v_jax.disk import sha256
 
-from .folder import Sums
-
-BLOCK = 2**17  # numbers that are looked at together: what they make fits a core's cache
-HUB = re.compile(r"[0-9a-f]{64}")  # what the hub's cache calls a large file: its SHA-256
+Sums = dict[str, dict[str, Any]]  # dtype, shape and CRC-32 of each leaf of a unit
+BLOCK = 2**17  # numbers that are checked at a time: temporary arrays of that size stay in the cache
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Digests:
-    """SHA-256 of files, taken one after the other beside other work. `known` are taken already."""
+    """SHA-256 of files, computed one after the other in a thread, except for the `known` ones."""
 
     def __init__(self, files: Iterable[Path], known: Mapping[Path, str] | None = None):
         self._worker = ThreadPoolExecutor(1)
@@ -38,11 +37,13 @@ class Digests:
         self._worker.shutdown(cancel_futures=True)
 
     def of(self, file: Path) -> dict[str, Any]:
-        """A file's name, size and SHA-256. Raises ValueError where the hub gave it another."""
+        """Name, size and SHA-256 of a file. The hub's cache names a large file by its SHA-256:
+        raises ValueError where that differs."""
         found, blob = self._known.get(file) or self._found[file].result(), file.resolve()
-        if HUB.fullmatch(blob.name) and blob.name != found:
+        if SHA256.fullmatch(blob.name) and blob.name != found:
             raise ValueError(
-                f"{file} must have the SHA-256 {blob.name}, as the hub says: got {found}; delete {blob} and fetch it again"
+                f"{file} must have the SHA-256 {blob.name}, as the hub says: got {found}; "
+                f"delete {blob} and fetch it again"
             )
         return {"file": file.name, "bytes": file.stat().st_size, "sha256": found}
 
@@ -62,24 +63,21 @@ def size_of(sums: Sums) -> int:
 
 
 def crc32(array: np.ndarray) -> str:
-    """Of an array's bytes in row-major order."""
+    """CRC-32 of an array's bytes in row-major order."""
     return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
-
-
-def _is_finite(values: np.ndarray) -> bool:
-    if values.dtype == ml_dtypes.bfloat16:  # by its exponent's bits, at a multiple of the speed
-        return int((values.view(np.uint16) & 0x7FFF).max()) < 0x7F80
-    return bool(np.isfinite(values).all())
 
 
 def check_finite(name: str, array: np.ndarray) -> None:
     """Raises ValueError for NaN and infinities."""
     flat = array.reshape(-1)
-    fine = array.dtype.kind in "iu" or all(
-        _is_finite(flat[first : first + BLOCK]) for first in range(0, flat.size, BLOCK)
-    )
-    if not fine:
-        where = tuple(
-            int(index) for index in np.argwhere(~np.isfinite(array.astype(np.float32)))[0]
-        )
-        raise ValueError(f"{name} must be finite: got {array[where]} at {list(where)}")
+    blocks = (flat[first : first + BLOCK] for first in range(0, flat.size, BLOCK))
+    if array.dtype.kind in "iu" or all(map(_is_finite, blocks)):
+        return
+    where = tuple(map(int, np.argwhere(~np.isfinite(array.astype(np.float32)))[0]))
+    raise ValueError(f"{name} must be finite: got {array[where]} at {list(where)}")
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    if values.dtype == ml_dtypes.bfloat16:  # its exponent's bits: many times faster than isfinite
+        return int((values.view(np.uint16) & 0x7FFF).max()) < 0x7F80
+    return bool(np.isfinite(values).all())

@@ -1,5 +1,5 @@
-"""Kernels as int8, by qwix: what a unit's leaves become, how far off they are, and what they stand
-for on the way back."""
+"""Int8 kernels, quantised by qwix: a unit's leaves as int8 with scales, their errors, and the way
+back to floating point."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,8 @@ from cogi2v_jax.config import BLOCKS, CheckpointConfig
 from cogi2v_jax.weights.checkpoint import int8_errors
 from cogi2v_jax.weights.pieces import abstract, leaf_names
 
-from ..tables.rules import Target
-from .folder import Sums
-
-SHOWN = 3  # of a part's tensors: those that are furthest off
-# What has no int8 form, and what an int8 folder is given back in.
-REST = np.dtype(ml_dtypes.bfloat16)
+SHOWN = 3  # how many tensors of a part, those with the largest errors, are listed
+REST = np.dtype(ml_dtypes.bfloat16)  # of all other leaves, and of kernels on the way back
 
 
 def check_library() -> None:
@@ -30,17 +26,16 @@ def check_library() -> None:
 
 
 def kernels(config: CheckpointConfig, part: str) -> set[str]:
-    """The leaves that are int8 in a network whose blocks are: those of 2-D kernels in its
-    blocks."""
+    """The leaves of a part that int8 conversion quantises: 2-D kernels in its blocks."""
     network = abstract(dataclasses.replace(config, int8=BLOCKS), part, jnp.dtype(jnp.float32))
     return {name for name, leaf in leaf_names(network).items() if leaf.dtype == jnp.int8}
 
 
-def quantised(
+def quantise(
     leaves: Mapping[str, np.ndarray], kernels: set[str]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """A unit's leaves with its `kernels` as int8 and a float32 scale for each output, and the
-    kernels' relative errors. All are finite."""
+    """A unit's leaves with its `kernels` [i o] as int8 and a float32 scale [o] for each, and the
+    relative error of each kernel. All weights must be finite."""
     import qwix
 
     made, errors = dict(leaves), {}
@@ -52,37 +47,26 @@ def quantised(
     return made, errors
 
 
-def errors(
-    homes: Mapping[str, Target], part: str, units: Mapping[tuple[str, int | None], Sums]
-) -> dict[str, float]:
-    """The relative error of every torch tensor of a part that became int8."""
-    leaves = ((name, units[part, home.layer][home.rule.flax]) for name, home in homes.items())
-    return {name: leaf["error"] for name, leaf in leaves if "error" in leaf}
-
-
-def dequantised(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A unit's leaves with floating-point kernels again."""
-    numbers = [name for name, leaf in leaves.items() if leaf.dtype == np.int8]
-    scales = {_scale(name) for name in numbers}
+def dequantise(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A unit's leaves with kernels in bfloat16 in place of int8 kernels and their scales."""
+    kernels = [name for name, leaf in leaves.items() if leaf.dtype == np.int8]
+    scales = {_scale(name) for name in kernels}
     made = {name: leaf for name, leaf in leaves.items() if name not in scales}
-    return made | {name: (leaves[name] * leaves[_scale(name)]).astype(REST) for name in numbers}
+    return made | {name: (leaves[name] * leaves[_scale(name)]).astype(REST) for name in kernels}
 
 
-def report(folder: Path) -> list[str]:
-    """How far a converted folder's int8 kernels are from what they were: a part's mean, and its
-    worst. Nothing of any other folder."""
-    return [line for part, errors in int8_errors(folder).items() for line in _lines(part, errors)]
-
-
-def _lines(part: str, errors: Mapping[str, float]) -> Iterator[str]:
-    yield f"{part}: {summary(errors)}; the worst:"
-    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN]:
-        yield f"  {errors[name]:7.2%}  {name}"
+def error_lines(folder: Path) -> Iterator[str]:
+    """The quantisation errors of a converted folder: for each int8 part the mean, then the tensors
+    with the largest. Nothing for any other folder."""
+    for part, errors in int8_errors(folder).items():
+        yield f"{part}: {summary(errors)}; the worst:"
+        for name in sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN]:
+            yield f"  {errors[name]:7.2%}  {name}"
 
 
 def summary(errors: Mapping[str, float]) -> str:
-    """A part's errors in a few words."""
-    return f"{len(errors)} tensors in int8 with a mean relative error of {sum(errors.values()) / len(errors):.2%}"
+    mean = sum(errors.values()) / len(errors)
+    return f"{len(errors)} tensors in int8 with a mean relative error of {mean:.2%}"
 
 
 def _scale(kernel: str) -> str:
@@ -90,8 +74,8 @@ def _scale(kernel: str) -> str:
 
 
 def _error(kernel: Float[np.ndarray, "i o"], approximate: Float[np.ndarray, "i o"]) -> float:
-    """|approximate - kernel| / |kernel|; 0 where both are nothing. In units of the largest number,
-    whose square float32 may not hold."""
+    """|approximate - kernel| / |kernel|, or 0 for a kernel of zeros. Divided by the largest number
+    first, because its square may overflow float32."""
     largest = np.abs(kernel).max()
     return _norm((approximate - kernel) / largest) / _norm(kernel / largest) if largest else 0.0
 

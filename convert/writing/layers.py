@@ -1,27 +1,34 @@
-"""Writes a part's units, one layer in memory while another goes to the disk."""
+"""Converts and writes the units of a folder: a unit is one layer of a part, or all of its leaves
+that are not stacked over layers."""
 
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from cogi2v_jax.disk import check_space
-from cogi2v_jax.weights.checkpoint import write_unit
+from cogi2v_jax.disk import check_space, sync
+from cogi2v_jax.weights.checkpoint import unit_path, write_unit
 
-from ..tables.rules import Target
+from ..sources.gather import Source
+from ..sources.matching import Match
 from . import int8
-from .checksums import check_finite, size_of, sums
-from .folder import Journal, Sums
+from .checksums import Sums, check_finite, size_of, sums
 
-MARGIN = 2**18  # bytes of a unit that are no weights, and more
+MARGIN = 2**18  # bytes; an upper bound of what a unit takes on disk beside its leaves
 Progress = Callable[[str, int, int], None]  # (part, bytes done of all parts, bytes of all parts)
-Leaves = dict[str, np.ndarray]
+
+
+def cast_of(dtype: str | None) -> np.dtype[Any] | None:
+    """What floating-point leaves are cast to."""
+    return None if dtype is None else int8.REST if dtype == "int8" else np.dtype(jnp.dtype(dtype))
 
 
 class Meter:
-    """Counts bytes for those who watch."""
+    """Counts bytes and reports them to `progress`."""
 
     def __init__(self, total: int, progress: Progress | None):
         self.done, self.total, self._progress = 0, total, progress
@@ -32,65 +39,87 @@ class Meter:
             self._progress(part, self.done, self.total)
 
 
-def write_part(
-    folder: Path,
-    part: str,
-    layers: list[int | None],
-    homes: Mapping[str, Target],
-    read: Callable[[str], np.ndarray],
-    cast: np.dtype[Any] | None,
-    kernels: set[str],
-    journal: Journal,
-    meter: Meter,
-) -> None:
-    """All units that the journal hasn't, of the tensors that `read` gives by name, with `kernels`
-    as int8. Raises ValueError for one that is not finite."""
-    with ThreadPoolExecutor(1) as writer:
-        writing: Future[None] | None = None
-        for layer in layers:
-            names = [name for name, home in homes.items() if home.layer == layer]
-            known = journal.units.get((part, layer))
-            if known is not None:
-                meter.add(part, size_of(known))
-                continue
-            kinds = {name: None if homes[name].rule.flax in kernels else cast for name in names}
-            leaves = {
-                homes[name].rule.flax: _converted(name, homes[name], read(name), kinds[name])
-                for name in names
-            }
-            leaves, errors = int8.quantised(leaves, kernels) if kernels else (leaves, {})
-            found = sums(leaves)
-            for name, error in errors.items():
-                found[name]["error"] = error
+class Conversion:
+    """The state of one conversion of a source into a folder. `dtype` casts every weight; None keeps
+    each tensor's own; "int8" is for the kernels in blocks, with bfloat16 for the rest."""
+
+    def __init__(
+        self,
+        source: Source,
+        matches: Mapping[str, Match],
+        folder: Path,
+        dtype: str | None = None,
+        progress: Progress | None = None,
+    ):
+        self.source, self.matches, self.folder, self.dtype = source, matches, folder, dtype
+        self.cast = cast_of(dtype)
+        self.kernels = {  # names of the leaves to be int8, by part
+            part: int8.kernels(source.config, part) if dtype == "int8" else set()
+            for part in matches
+        }
+        self.meter = Meter(sum(map(self._size, matches)), progress)
+        self.sums: dict[tuple[str, int | None], Sums] = {}  # of each unit
+        self.errors: dict[str, dict[str, float]] = {}  # of int8 kernels, by part and torch name
+
+    def _size(self, part: str) -> int:
+        """Bytes of a part's leaves."""
+        _, targets, tensors, _ = self.matches[part]
+        # By leaf: a T5 embedding may be stored under both of its names.
+        leaves = {(targets[name].rule.flax, targets[name].layer): tensors[name] for name in tensors}
+        total = 0
+        for (leaf, _), tensor in leaves.items():
+            count = math.prod(tensor.shape)
+            if leaf in self.kernels[part]:
+                total += count + 4 * tensor.shape[0]  # and a float32 scale for each output
+            else:
+                total += count * (self.cast or tensor.dtype).itemsize
+        return total
+
+    def write_part(self, part: str) -> None:
+        """Converts and writes all units of a part: while one is written, the next is converted.
+        Raises ValueError for a weight that is not finite, OSError where the disk has no room."""
+        layers = {target.layer for target in self.matches[part].targets.values()}
+        with ThreadPoolExecutor(1) as writer:
+            writing: Future[None] | None = None
+            for layer in sorted(layers, key=lambda layer: -1 if layer is None else layer):
+                leaves, found = self._convert(part, layer)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._write, part, layer, leaves, found)
             if writing is not None:
                 writing.result()
-            writing = writer.submit(_write, folder, part, layer, leaves, found, journal, meter)
-        if writing is not None:
-            writing.result()
 
+    def _convert(self, part: str, layer: int | None) -> tuple[dict[str, np.ndarray], Sums]:
+        """The leaves of a unit and their checksums."""
+        leaves, names, kernels = {}, {}, self.kernels[part]
+        for name, (rule, of_layer) in self.matches[part].targets.items():
+            if of_layer == layer:
+                tensor = self._read(part, name, None if rule.flax in kernels else self.cast)
+                leaves[rule.flax], names[rule.flax] = rule.to_flax(tensor), name
+        leaves, errors = int8.quantise(leaves, kernels) if kernels else (leaves, {})
+        found = sums(leaves)
+        for leaf, error in errors.items():
+            found[leaf]["error"] = self.errors.setdefault(part, {})[names[leaf]] = error
+        return leaves, found
 
-def _converted(name: str, home: Target, tensor: np.ndarray, cast: np.dtype[Any] | None) -> np.ndarray:
-    check_finite(name, tensor)
-    if cast is not None and tensor.dtype != cast:
-        with np.errstate(over="ignore"):
-            tensor = tensor.astype(cast)
-        check_finite(f"{name} in {cast}", tensor)
-    return home.rule.to_flax(tensor)
+    def _read(self, part: str, name: str, cast: np.dtype[Any] | None) -> np.ndarray:
+        tensor = self.source.read(part, name)
+        check_finite(name, tensor)
+        if cast is not None and tensor.dtype != cast:
+            with np.errstate(over="ignore"):
+                tensor = tensor.astype(cast)
+            check_finite(f"{name} in {cast}", tensor)
+        return tensor
 
-
-def _write(
-    folder: Path,
-    part: str,
-    layer: int | None,
-    leaves: Leaves,
-    found: Sums,
-    journal: Journal,
-    meter: Meter,
-) -> None:
-    size = size_of(found)
-    journal.start(part, layer)
-    # Asked before each: once the disk is full, orbax fills the screen too.
-    check_space(folder, size + size // 16 + MARGIN, f"a layer of the {part}")
-    write_unit(folder, part, layer, leaves)
-    journal.add(part, layer, found)
-    meter.add(part, size)
+    def _write(
+        self, part: str, layer: int | None, leaves: dict[str, np.ndarray], found: Sums
+    ) -> None:
+        size = size_of(found)
+        # Before every unit: on a full disk, orbax prints its own errors as well.
+        check_space(self.folder, size + size // 16 + MARGIN, f"a layer of the {part}")
+        write_unit(self.folder, part, layer, leaves)
+        unit = unit_path(self.folder, part, layer)
+        for path in (*unit.rglob("*"), unit):
+            sync(path)
+        self.sums[part, layer] = found
+        self.meter.add(part, size)

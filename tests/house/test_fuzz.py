@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import twins
-from cogi2v_convert.conversion import match, to_flax
+from cogi2v_convert.conversion import to_flax
 from cogi2v_convert.sources.gather import gather
+from cogi2v_convert.sources.matching import match
 from cogi2v_convert.sources.tensor_files import open_file
 from cogi2v_convert.tables.rules import refuse
 from folders import PARTS, weights

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from cogi2v_convert.conversion import TABLES
+from cogi2v_convert.sources.matching import TABLES
 from cogi2v_convert.tables.rules import expand, misfits
 from diffusers import (
     AutoencoderKLCogVideoX,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import twins
-from cogi2v_convert.conversion import homes, to_flax
+from cogi2v_convert.conversion import to_flax
+from cogi2v_convert.sources.matching import targets
 
 from cogi2v_jax.weights import checkpoint
 from cogi2v_jax.weights.checkpoint import (
@@ -93,7 +94,7 @@ def test_restoring_gives_what_was_written_in_the_dtype_asked_for(part, dtype, co
         for name, leaf in leaf_names(network).items()
     }
     tensors = getattr(pipeline, part).state_dict()
-    places = homes(models.config, part)
+    places = targets(models.config, part)
     assert {leaf.dtype.name for leaf in leaves.values()} == {dtype}
     for name, (rule, layer) in places.items():
         leaf = leaves[rule.flax] if layer is None else leaves[rule.flax][layer]

@@ -16,7 +16,8 @@ import pytest
 import torch
 import twins
 from cogi2v_convert.__main__ import main
-from cogi2v_convert.conversion import homes, to_flax, to_torch
+from cogi2v_convert.conversion import to_flax, to_torch
+from cogi2v_convert.sources.matching import targets
 from cogi2v_convert.writing import int8
 from diffusers import CogVideoXImageToVideoPipeline
 from flax import nnx
@@ -179,7 +180,7 @@ def test_there_and_back_every_tensor_is_as_far_off_as_the_manifest_says_and_diff
 def test_no_number_is_further_off_than_half_a_step(source: Path, folder: Path) -> None:
     for part in config.BLOCKS:
         theirs = load_file(weights(source, part))
-        places = homes(open_folder(folder, FLOAT32).config, part)
+        places = targets(open_folder(folder, FLOAT32).config, part)
         read = dict(units(folder, part))
         for name in int8_errors(folder)[part]:
             (rule, layer), leaves = places[name], read[places[name].layer]
@@ -208,7 +209,7 @@ def test_nothing_and_the_smallest_and_the_largest_numbers_have_an_error_that_is_
         "bfloat16": drawn.astype(HALF),
         "double": drawn.astype(np.float64),
     }
-    made, errors = int8.quantised(
+    made, errors = int8.quantise(
         {f"{name}.kernel": kernel for name, kernel in kernels.items()},
         {f"{name}.kernel" for name in kernels},
     )
@@ -220,7 +221,7 @@ def test_nothing_and_the_smallest_and_the_largest_numbers_have_an_error_that_is_
         0 < errors[f"{name}.kernel"] < 0.01
         for name in ("column", "row", "huge", "half", "bfloat16", "double")
     )
-    back = int8.dequantised(made)
+    back = int8.dequantise(made)
     assert not back["column.kernel"][:, 2].any()
     assert not back["row.kernel"][2].any()
     assert {leaf.dtype for leaf in back.values()} == {HALF}
@@ -351,13 +352,13 @@ def test_in_bfloat16_it_is_as_near_to_float32_as_with_the_weights_in_floating_po
 
 
 def places_of(models: Models, name: str) -> Any:
-    return pipeline.phases_of(models, ask().resolve(models.config)).network(name)
+    return pipeline.target_of(models, ask().resolve(models.config)).network(name)
 
 
 def test_split_over_eight_devices_it_is_the_same_as_on_one(
     folder: Path, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cogi2v_jax.checkpoint.WHOLE", 0.0)
+    monkeypatch.setattr("cogi2v_jax.weights.pieces.REPLICATED", 0.0)
     placed.cache_clear()
     models = cogi2v_jax.load(folder, "float32", mesh="pair=2,context=4")
     assert_close(latents(models), alone, 1e-5)
@@ -400,10 +401,10 @@ def test_a_device_holds_no_more_than_the_shapes_say(dtype: jnp.dtype, folder: Pa
 @pytest.mark.parametrize("phase", ["text", "denoise"])
 def test_no_program_widens_more_than_a_layer_at_a_time(phase: str, folder: Path) -> None:
     models = open_folder(folder, HALF)
-    place = pipeline.phases_of(models, ask().resolve(models.config))
+    place = pipeline.target_of(models, ask().resolve(models.config))
     call = place.calls(phase)[-1]
-    text = call.compile(place).as_text()
-    network = leaf_names(place.network(call.piece))
+    text = call.compile().as_text()
+    network = leaf_names(place.network(call.stage.piece))
     stacks = {",".join(map(str, leaf.shape)) for leaf in network.values() if leaf.dtype == jnp.int8}
     assert all(f"s8[{shape}]" in text for shape in stacks)
     assert [

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from cogi2v_convert.conversion import TABLES, homes
+from cogi2v_convert.sources.matching import TABLES, targets
 from cogi2v_convert.tables import rules, t5, vae
 from cogi2v_convert.tables.rules import (
     Rule,
@@ -236,7 +236,7 @@ def test_every_key_of_a_released_checkpoint_has_one_rule_and_every_rule_its_keys
     name, part, state_dicts, leaves
 ):
     theirs = state_dicts[name, part]
-    places = homes(named(name), part)
+    places = targets(named(name), part)
     assert theirs.keys() == places.keys()
     assert misfits(places, leaves[name, part], theirs) == []
 
@@ -244,7 +244,7 @@ def test_every_key_of_a_released_checkpoint_has_one_rule_and_every_rule_its_keys
 @pytest.mark.parametrize(("name", "part"), PUBLISHED)
 def test_every_leaf_of_ours_is_filled_once_a_layer(name, part, leaves):
     config = named(name)
-    filled = Counter(rule.flax for rule, _ in homes(config, part).values())
+    filled = Counter(rule.flax for rule, _ in targets(config, part).values())
     layers = layer_count(config, part)
     assert filled == {leaf: layers if is_stacked(leaf) else 1 for leaf in leaves[name, part]}
     names = [rule.torch for rule in TABLES[part](getattr(config, part))]
@@ -254,7 +254,7 @@ def test_every_leaf_of_ours_is_filled_once_a_layer(name, part, leaves):
 @pytest.mark.parametrize(("name", "part"), PUBLISHED)
 def test_both_sides_count_the_published_numbers(name, part, state_dicts, leaves):
     tensors, parameters = PUBLISHED[name, part]
-    assert len(homes(named(name), part)) == tensors
+    assert len(targets(named(name), part)) == tensors
     assert (
         sum(int(np.prod(shape, dtype=np.int64)) for shape in leaves[name, part].values())
         == parameters
