@@ -1,5 +1,5 @@
-"""A layer over strips of rows, one after another: what lies between its input and its output then
-exists for one strip at a time. Exact, since every strip sees the rows of its neighbours that a 3x3
+"""Evaluation of a VAE layer strip by strip: intermediate values exist for one strip of rows at a
+time. The result is exact, because every strip includes the halo rows of its neighbours that a 3x3
 convolution reads."""
 
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from jaxtyping import Array, Float
 
 
 class Strip(NamedTuple):
-    """One of `count` equal strips. A single one is the whole picture: nothing is cut, and its
-    convolutions bring their own zeros, which is also the form that a partitioner turns into an
-    exchange of halo rows between devices."""
+    """One of `count` equal strips of rows. A single strip is the whole picture: it has no halo, and
+    its convolutions pad with zeros themselves, which is also the form that the SPMD partitioner
+    turns into an exchange of halo rows between devices."""
 
     index: Any
     count: int
 
     @property
     def halo(self) -> int:
-        """Rows that it has from each neighbour."""
+        """Rows of each neighbour that the strip includes."""
         return 1 if self.count > 1 else 0
 
     @property
@@ -29,59 +29,69 @@ class Strip(NamedTuple):
         """Rows of zeros that a 3x3 convolution has to add."""
         return 1 - self.halo, 1 - self.halo
 
-    def rows(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w c"]:
-        """The strip's own rows."""
-        size = x.shape[2] // self.count
-        return (
-            x if self.count == 1 else lax.dynamic_slice_in_dim(x, self.index * size, size, axis=2)
-        )
-
-    def wide(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w c"]:
-        """The strip's rows between those of its neighbours; beyond the picture, any row."""
+    def own(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w c"]:
+        """The strip's rows of x, without halo."""
         if self.count == 1:
             return x
-        first, last = (
-            self.index * (x.shape[2] // self.count),
-            (self.index + 1) * (x.shape[2] // self.count),
-        )
+        size = x.shape[2] // self.count
+        return lax.dynamic_slice_in_dim(x, self.index * size, size, axis=2)
+
+    def with_halo(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w c"]:
+        """The strip's rows of x and its halo; halo rows outside of the picture hold any row."""
+        if self.count == 1:
+            return x
+        size = x.shape[2] // self.count
+        first, last = self.index * size, (self.index + 1) * size
         above, below = (
             lax.dynamic_slice_in_dim(x, row, 1, axis=2) for row in (jnp.maximum(first - 1, 0), last)
         )
-        return jnp.concatenate([above, self.rows(x), below], axis=2)
+        return jnp.concatenate([above, self.own(x), below], axis=2)
 
-    def blank(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
-        """Zeros in the rows of a wide strip that lie beyond the picture."""
+    def zero_outside(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
+        """x, a strip with its halo, with zeros in the halo rows outside of the picture."""
         if self.count == 1:
             return x
         row = jnp.arange(x.shape[2])[:, None, None]
-        above, below = (
-            (self.index == 0) & (row == 0),
-            (self.index == self.count - 1) & (row == x.shape[2] - 1),
-        )
+        above = (self.index == 0) & (row == 0)
+        below = (self.index == self.count - 1) & (row == x.shape[2] - 1)
         return jnp.where(above | below, 0, x)
 
-    def narrow(self, x: Float[Array, "b f h w c"], halo: int = 1) -> Float[Array, "b f h2 w c"]:
-        """A wide strip without its outer rows, `halo` of them on each side."""
+    def without_halo(
+        self, x: Float[Array, "b f h w c"], halo: int = 1
+    ) -> Float[Array, "b f h2 w c"]:
+        """x, a strip with its halo, without its first and last `halo` rows."""
         return x if self.count == 1 else x[:, :, halo : x.shape[2] - halo]
 
 
 def in_strips(layer: Callable[[Strip], Any], count: int) -> Any:
-    """`layer` gives its results' rows for a strip, as any tree of arrays; here they come
-    together."""
+    """Runs `layer`, which returns a pytree of one strip's rows, over `count` strips in turn, and
+    returns the whole tensors."""
     if count == 1:
         return layer(Strip(0, 1))
 
-    def one(wholes: Any, index: Any) -> tuple[Any, None]:
+    def write(results: Any, index: Any) -> tuple[Any, None]:
         def put(whole: Array, rows: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(whole, rows, index * rows.shape[2], axis=2)
 
-        return jax.tree.map(put, wholes, layer(Strip(index, count))), None
+        return jax.tree.map(put, results, layer(Strip(index, count))), None
+
+    def empty(rows: Any) -> Array:
+        return jnp.zeros((*rows.shape[:2], count * rows.shape[2], *rows.shape[3:]), rows.dtype)
 
     shapes = jax.eval_shape(lambda: layer(Strip(jnp.int32(0), count)))
-    wholes = jax.tree.map(
-        lambda part: jnp.zeros(
-            (*part.shape[:2], count * part.shape[2], *part.shape[3:]), part.dtype
-        ),
-        shapes,
-    )
-    return lax.scan(one, wholes, jnp.arange(count))[0]
+    return lax.scan(write, jax.tree.map(empty, shapes), jnp.arange(count))[0]
+
+
+def strip_counts(strips: int, rows: int) -> Callable[[int], int]:
+    """The number of strips at every resolution, given as its rows, where the finest one has `rows`
+    and `strips`. Coarser ones have fewer strips, of about as many values each; a strip is a whole
+    number of latent rows. Raises ValueError where `strips` doesn't divide the latent rows."""
+    latent_rows = rows // 8
+    if latent_rows % strips:
+        raise ValueError(f"strips must divide the {latent_rows} latent rows: got {strips}")
+
+    def count(coarser: int) -> int:
+        most = max(1, strips * coarser**2 // rows**2)
+        return max(count for count in range(1, most + 1) if latent_rows % count == 0)
+
+    return count

@@ -1,4 +1,4 @@
-"""Parity with AutoencoderKLCogVideoX over chunk patterns and sizes, and what causality promises."""
+"""Parity with AutoencoderKLCogVideoX over chunk patterns and sizes, and causality."""
 
 from typing import Any
 
@@ -10,16 +10,8 @@ import torch
 import twins
 from tolerances import TOLERANCE, assert_close, relative_error
 
-from cogi2v_jax.models.vae import (
-    DECODE_CHUNK,
-    ENCODE_CHUNK,
-    VAE,
-    Encoder,
-    Past,
-    in_chunks,
-    sample_posterior,
-    spread,
-)
+from cogi2v_jax.models.vae import VAE, Encoder, resize, sample_posterior
+from cogi2v_jax.models.vae_chunks import DECODE_CHUNK, ENCODE_CHUNK, ConvCache, in_chunks
 
 # An epsilon that shows where it is used.
 SMALL = {"block_out_channels": (8, 8, 16, 24), "layers_per_block": 1, "norm_eps": 1e-3}
@@ -140,7 +132,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(part: str)
     ("frames", "chunk", "size"),
     [(13, DECODE_CHUNK, 3), (4, DECODE_CHUNK, 2), (17, ENCODE_CHUNK, 9)],
 )
-def test_all_chunks_are_one_program_in_which_an_odd_first_frame_is_counted_once(
+def test_all_chunks_have_one_shape_and_an_odd_first_frame_is_computed_once(
     frames: int, chunk: int, size: int
 ) -> None:
     seen: set[int] = set()
@@ -149,11 +141,11 @@ def test_all_chunks_are_one_program_in_which_an_odd_first_frame_is_counted_once(
         def __init__(self) -> None:
             pass
 
-        def __call__(self, x: Any, past: Past, strips: Any) -> Any:
+        def __call__(self, x: Any, cache: ConvCache, strips: Any) -> Any:
             seen.add(x.shape[1])
-            past.take()
-            past.next.append(x[:, -2:])
-            return jnp.where(past.first, x, -x)
+            cache.pop()
+            cache.new.append(x[:, -2:])
+            return jnp.where(cache.is_first, x, -x)
 
     x = jnp.arange(1.0, frames + 1).reshape(1, frames, 1, 1, 1)
     signed = in_chunks(Spy(), x, chunk, lambda rows: 1)[0, :, 0, 0, 0]
@@ -162,29 +154,28 @@ def test_all_chunks_are_one_program_in_which_an_odd_first_frame_is_counted_once(
     assert (signed > 0).tolist() == [True] * size + [False] * (frames - size)
 
 
-def test_an_idle_frame_is_in_no_mean_and_before_no_convolution() -> None:
-    x, kept = jnp.arange(3.0).reshape(1, 3, 1, 1, 1), jnp.array([8.0, 9.0]).reshape(1, 2, 1, 1, 1)
-    for first, frames, shares in (
+def test_no_mean_counts_a_padding_frame_and_no_convolution_reads_it() -> None:
+    x, cached = jnp.arange(3.0).reshape(1, 3, 1, 1, 1), jnp.array([8.0, 9]).reshape(1, 2, 1, 1, 1)
+    for is_first, frames, weights in (
         (True, [0, 0, 0, 1, 2], [1 / 3] * 3),
         (False, [0, 8, 9, 1, 2], [0, 0.5, 0.5]),
     ):
-        past = Past([], jnp.bool(first))
-        assert past.before(x, kept).ravel().tolist() == frames
-        np.testing.assert_allclose(past.shares(3), shares, rtol=1e-6)
-    assert Past([], jnp.bool(False)).before(x[:, 1:], kept).ravel().tolist() == [8, 9, 1, 2]
+        cache = ConvCache([], jnp.bool(is_first))
+        assert cache.prepend(x, cached).ravel().tolist() == frames
+        np.testing.assert_allclose(cache.frame_weights(3), weights, rtol=1e-6)
+    later = ConvCache([], jnp.bool(False))
+    assert later.prepend(x[:, 1:], cached).ravel().tolist() == [8, 9, 1, 2]
 
 
-def test_chunks_that_would_idle_more_than_a_frame_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"frames of a video in several chunks must be 8k or 8k\+1: got 18"
-    ):
-        in_chunks(
-            Encoder.__new__(Encoder), jnp.zeros((1, 18, 1, 1, 1)), ENCODE_CHUNK, lambda rows: 1
-        )
+def test_chunks_that_need_more_than_one_padding_frame_are_refused() -> None:
+    network, video = Encoder.__new__(Encoder), jnp.zeros((1, 18, 1, 1, 1))
+    rule = r"frames of a video in several chunks must be 8k or 8k\+1: got 18"
+    with pytest.raises(ValueError, match=rule):
+        in_chunks(network, video, ENCODE_CHUNK, lambda rows: 1)
 
 
-def test_spreading_repeats_the_first_frame_of_an_odd_number_only_in_space() -> None:
+def test_resizing_repeats_the_first_frame_of_an_odd_number_only_in_space() -> None:
     x = jnp.arange(3.0).reshape(1, 3, 1, 1, 1)
-    assert spread(x, (5, 2, 2))[0, :, 1, 1, 0].tolist() == [0, 1, 1, 2, 2]
-    assert spread(x[:, :2], (4, 1, 1))[0, :, 0, 0, 0].tolist() == [0, 0, 1, 1]
-    assert spread(x[:, :1], (1, 2, 2)).shape == (1, 1, 2, 2, 1)
+    assert resize(x, (5, 2, 2))[0, :, 1, 1, 0].tolist() == [0, 1, 1, 2, 2]
+    assert resize(x[:, :2], (4, 1, 1))[0, :, 0, 0, 0].tolist() == [0, 0, 1, 1]
+    assert resize(x[:, :1], (1, 2, 2)).shape == (1, 1, 2, 2, 1)

@@ -1,4 +1,4 @@
-"""Strips of rows and shards over devices: what is in memory changes, the result does not."""
+"""Strips of rows and shards over devices: the memory changes, the result does not."""
 
 from typing import Any
 
@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tolerances import TOLERANCE, assert_close
 
 from cogi2v_jax.config import VAEConfig, named
-from cogi2v_jax.models.vae import VAE, cut, strips_within
+from cogi2v_jax.models.vae import VAE, strips_within
+from cogi2v_jax.models.vae_strips import strip_counts
 
 CONFIG = VAEConfig(
     block_out_channels=(4, 4, 8, 8), layers_per_block=2, norm_num_groups=2, latent_channels=4
@@ -43,15 +44,15 @@ def test_encoding_in_strips_is_encoding(network: VAE) -> None:
 
 
 def test_coarser_resolutions_have_fewer_strips_of_as_many_values() -> None:
-    assert [cut(12, 480)(rows) for rows in (480, 240, 120, 60)] == [12, 3, 1, 1]
-    assert [cut(10, 480)(rows) for rows in (480, 240, 120, 60)] == [10, 2, 1, 1]
-    assert [cut(32, 768)(rows) for rows in (768, 384, 192, 96)] == [32, 8, 2, 1]
-    assert [cut(1, 480)(rows) for rows in (480, 60)] == [1, 1]
+    assert [strip_counts(12, 480)(rows) for rows in (480, 240, 120, 60)] == [12, 3, 1, 1]
+    assert [strip_counts(10, 480)(rows) for rows in (480, 240, 120, 60)] == [10, 2, 1, 1]
+    assert [strip_counts(32, 768)(rows) for rows in (768, 384, 192, 96)] == [32, 8, 2, 1]
+    assert [strip_counts(1, 480)(rows) for rows in (480, 60)] == [1, 1]
 
 
 def test_strips_that_cut_a_latent_row_are_refused(network: VAE) -> None:
     with pytest.raises(ValueError, match="strips must divide the 60 latent rows: got 7"):
-        cut(7, 480)
+        strip_counts(7, 480)
 
 
 def test_the_fewest_strips_that_fit_are_chosen_and_none_is_an_error() -> None:
