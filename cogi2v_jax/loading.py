@@ -1,5 +1,5 @@
-"""Finds a checkpoint by whatever a user calls it, converting it into the cache first where that is
-needed."""
+"""Loads a checkpoint by a path, a name or a hub id. One that is not converted yet is converted into
+the cache first."""
 
 import atexit
 import contextlib
@@ -29,7 +29,7 @@ from .weights.lora import Lora
 
 DTYPES = ("bfloat16", "float32")
 LARGE = 2**26  # bytes from which a file's hash is remembered
-YOUNG = 2 * 10**9  # nanoseconds: the coarsest clock of a common file system
+COARSEST_CLOCK = 2 * 10**9  # nanoseconds, of the file systems in common use
 Say = Callable[[str], None]
 
 
@@ -47,44 +47,43 @@ def load(
     loras: Iterable[Any] = (),
     say: Say = _say,
 ) -> Models:
-    """A checkpoint, ready to sample: a converted or a diffusers folder, here or at gs://, a hub id,
-    or one of `config.names()`. Weights are read when a phase first needs them. `mesh` says how
-    devices share the work, `vae_tiling` has the VAE work in the reference's blended tiles, and
-    `dtype` is the compute dtype: bfloat16 on accelerators and float32 on CPUs unless given. `loras`
-    are added to the weights, as in `adapt`. Raises ValueError, FileNotFoundError or OSError in one
-    line."""
+    """A checkpoint, ready to sample: a converted or a diffusers folder, local or at gs://, a hub
+    id, or one of `config.names()`. Weights are read when a stage first needs them. `dtype` is the
+    compute dtype (default: bfloat16, on CPUs float32), `mesh` how devices share the work, and with
+    `vae_tiling` the VAE computes the reference's blended tiles. `loras` are added to the weights,
+    as in `adapt`. Raises ValueError, FileNotFoundError or OSError in one line."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    with contextlib.suppress(TypeError):  # what numpy doesn't know is refused by its own name
+    with contextlib.suppress(TypeError):  # a name that numpy doesn't know is refused below
         dtype = jnp.dtype(dtype).name
     if dtype not in DTYPES:
         fault = "; float16 overflows in this network" if dtype == "float16" else ""
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
     choose(attention, jnp.dtype(dtype))
     keep_compilations()
-    files = _open(loras)  # before a model is fetched, which may take an hour
+    files = _open_loras(loras)  # before a model is fetched, which may take an hour
     folder = locate(path_or_name, say)
-    merged = _match(files, read_config(folder), jnp.dtype(dtype), say) if files else []
+    merged = _match_loras(files, read_config(folder), jnp.dtype(dtype), say) if files else []
     settings = {"attention": attention, "mesh": mesh, "vae_tiling": vae_tiling, "loras": merged}
-    return open_folder(_converted(folder, say), jnp.dtype(dtype), **settings)
+    return open_folder(_convert(folder, say), jnp.dtype(dtype), **settings)
 
 
 def adapt(models: Models, loras: Iterable[Any] = (), say: Say = _say) -> None:
-    """Gives `models` these LoRAs in place of any others: files or folders, as "FILE", "FILE:WEIGHT"
-    or (FILE, WEIGHT); they add up. Weights that another set is in are read again when they are
-    needed; no program is compiled. Says a line of each file, and one of each tensor that has no
-    place. Raises ValueError or FileNotFoundError in one line, and changes nothing then."""
-    models.loras = _match(_open(loras), models.config, models.dtype, say)
+    """Replaces the LoRAs of `models`: files or folders, as "FILE", "FILE:WEIGHT" or (FILE, WEIGHT),
+    which are summed. Weights with other LoRAs in them are read again when they are needed; no
+    program is compiled. Calls `say` with a line for each file and for each tensor that fits no
+    weight. Raises ValueError or FileNotFoundError in one line, and then changes nothing."""
+    models.loras = _match_loras(_open_loras(loras), models.config, models.dtype, say)
 
 
-def _open(loras: Iterable[Any]) -> list[tuple[Any, float]]:
+def _open_loras(loras: Iterable[Any]) -> list[tuple[Any, float]]:
     # The type checker can't follow the package's name to its folder, convert/.
     from cogi2v_convert.sources.lora_file import open_lora  # pyright: ignore[reportMissingImports]
 
     return [(open_lora(path), weight) for path, weight in weighted(loras)]
 
 
-def _match(
+def _match_loras(
     files: list[tuple[Any, float]], of: CheckpointConfig, dtype: jnp.dtype, say: Say
 ) -> list[Lora]:
     from cogi2v_convert.lora_match import match  # pyright: ignore[reportMissingImports]
@@ -97,11 +96,11 @@ def _match(
     return loras
 
 
-def _converted(folder: Path, say: Say) -> Path:
-    """The folder itself if it is a converted one, else its conversion in the cache, made now if
-    need be."""
+def _convert(folder: Path, say: Say) -> Path:
+    """A converted folder itself, else its conversion in the cache, which is made if it isn't there
+    or is damaged."""
     if folder.is_file():
-        way = f"cogi2v-convert to-flax FOLDER {folder.name} DST puts it in the place of a folder's part"
+        way = f"cogi2v-convert to-flax FOLDER {folder.name} DST replaces a part of a folder by it"
         raise ValueError(
             f"model must be a folder, a hub id or a name: got the file {folder}; {way}"
         )
@@ -112,7 +111,7 @@ def _converted(folder: Path, say: Say) -> Path:
 
     source = Source(folder)
     cache = _cache(say)
-    digests = {file: _digest(file, cache) for file in sorted(source.files)}
+    digests = {file: _hash(file, cache) for file in sorted(source.files)}
     lines = "".join(
         f"{file.parent.name}/{file.name} {digest}\n" for file, digest in digests.items()
     )
@@ -120,19 +119,19 @@ def _converted(folder: Path, say: Say) -> Path:
     if destination.is_dir():
         try:
             open_folder(destination, jnp.dtype(jnp.float32))
-        except (ValueError, OSError):  # damaged since: ours appear complete
+        except (ValueError, OSError):  # damaged: a conversion appears only when it is complete
             shutil.rmtree(destination)
     if not destination.is_dir():
         say(f"converting {folder} into {destination}, once")
-        # Another process was faster, and its folder is complete.
+        # FileExistsError: another process was faster, and its folder is complete.
         with contextlib.suppress(FileExistsError):
             to_flax(folder, destination, wait=True, known=digests)
     return destination
 
 
 def _cache(say: Say) -> Path:
-    """The user's cache of conversions; where it can't be written, one that lasts as long as the
-    process."""
+    """The user's cache of conversions or, where that can't be written, a temporary one that is
+    removed when the process ends."""
     cache = cache_folder("converted")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -140,26 +139,24 @@ def _cache(say: Say) -> Path:
     except OSError:
         writable = False
     if not writable:
-        say(
-            f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place"
-        )
+        say(f"cannot write {cache}: not keeping the conversion; XDG_CACHE_HOME sets another place")
         cache = Path(tempfile.mkdtemp(prefix="cogi2v-"))
         atexit.register(shutil.rmtree, cache, ignore_errors=True)
     return cache
 
 
-def _digest(file: Path, cache: Path) -> str:
-    """A file's SHA-256. Those of large files are remembered under what the file system says of
-    them, change time included, which no program can set back; but not while that time is so young
-    that its clock might not tell the next change."""
-    memory, stat = cache / "sha256", file.stat()
+def _hash(file: Path, cache: Path) -> str:
+    """A file's SHA-256. That of a large file is cached by the file's size and times. Its change
+    time can't be set by a program; but while that is younger than the clock's resolution, another
+    change could have the same time, and the hash is not cached."""
+    stat = file.stat()
     identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    note = memory / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    if stat.st_size >= LARGE and note.is_file():
-        return note.read_text()
+    cached = cache / "sha256" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    if stat.st_size >= LARGE and cached.is_file():
+        return cached.read_text()
     digest = sha256(file)
-    if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > YOUNG:
-        memory.mkdir(parents=True, exist_ok=True)
-        with beside(note) as part:
+    if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > COARSEST_CLOCK:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with beside(cached) as part:
             part.write_text(digest)
     return digest

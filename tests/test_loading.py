@@ -49,7 +49,7 @@ def hub_ids(monkeypatch):
         asked.append(hub_id)
         return fetch.answer
 
-    monkeypatch.setattr("cogi2v_jax.fetch.fetch", fetch)
+    monkeypatch.setattr("cogi2v_jax.weights.hub.fetch", fetch)
     fetch.asked = asked
     return fetch
 
@@ -168,7 +168,8 @@ def test_without_a_network_a_hub_id_is_one_clear_line(cache):
     """The real client, offline as all tests are."""
     line = refused("zai-org/CogVideoX-5b-I2V")
     assert line.startswith(
-        "model zai-org/CogVideoX-5b-I2V must be reachable on the hub or in its cache: HF_HUB_OFFLINE is set"
+        "model zai-org/CogVideoX-5b-I2V must be on the hub, in its cache or a folder here: "
+        "HF_HUB_OFFLINE is set"
     )
 
 

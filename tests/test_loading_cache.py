@@ -173,7 +173,7 @@ def test_without_a_cache_a_model_is_converted_for_this_process_alone(
     models = load(source, say=said.append)
     assert (
         said[0]
-        == f"{cache} can't be written, so what is converted is not kept; XDG_CACHE_HOME names another place"
+        == f"cannot write {cache}: not keeping the conversion; XDG_CACHE_HOME sets another place"
     )
     assert said[1].startswith(f"converting {source} into ")
     assert cache not in models.folder.parents
@@ -259,7 +259,7 @@ def large(source, monkeypatch):
         return digest(stream, kind)
 
     monkeypatch.setattr(loading, "LARGE", 0)
-    monkeypatch.setattr(loading, "YOUNG", -1)
+    monkeypatch.setattr(loading, "COARSEST_CLOCK", -1)
     monkeypatch.setattr(loading.hashlib, "file_digest", watch)
     return hashed
 
@@ -282,7 +282,7 @@ def test_a_large_file_that_changed_is_hashed_anew_whatever_its_times_say(source,
     assert large == ["diffusion_pytorch_model.safetensors"]
 
 
-@pytest.mark.parametrize(("limit", "value"), [("YOUNG", 10**18), ("LARGE", 2**40)])
+@pytest.mark.parametrize(("limit", "value"), [("COARSEST_CLOCK", 10**18), ("LARGE", 2**40)])
 def test_the_hash_of_a_file_that_is_small_or_just_changed_is_not_remembered(
     limit, value, source, cache, large, monkeypatch
 ):

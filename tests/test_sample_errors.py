@@ -254,7 +254,7 @@ def test_an_error_is_one_line_and_nothing_is_written(error, capsys):
 def test_a_hub_id_without_a_network_is_one_line(capsys):
     assert main(["--model", "a/b", "--image", "photo.png", "--prompt", "p"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("cogi2v: model a/b must be reachable on the hub or in its cache: ")
+    assert line.startswith("cogi2v: model a/b must be on the hub, in its cache or a folder here: ")
     assert files() == set()
 
 

@@ -1,13 +1,13 @@
-"""Folders at gs://, by etils (which orbax brings) and gcsfs or TensorFlow. What comes is kept in
-the user's cache; what goes is written with its manifest last, since no bucket can rename a
-folder."""
+"""Folders at gs://, through etils (which orbax installs) and gcsfs or TensorFlow. Downloads are
+kept in the user's cache. Uploads write the manifest last, because a bucket can't rename a folder.
+"""
 
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..disk import beside, cache_folder, check_space, first_line
 from .needed_files import wanted
 
 SCHEME = "gs:/"  # pathlib leaves one slash of two
-BLOCK = 2**24  # bytes that are copied at a time
+CHUNK = 2**24  # bytes that are copied at a time
 
 
 def is_bucket(path: str | os.PathLike[str]) -> bool:
@@ -27,68 +27,70 @@ def url(path: str | os.PathLike[str]) -> str:
 
 
 def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], None]) -> Path:
-    """A copy of a folder in the cache: all of one with a `manifest`, else what a conversion reads.
-    A file that came before and has not changed since is not copied again. Raises FileNotFoundError
-    or ValueError, in one line."""
+    """Copies a folder into the cache and returns the copy: all files of one with a `manifest`, else
+    those that a conversion reads. A file that was copied before and has not changed is not copied
+    again. Raises FileNotFoundError, or OSError where there is no space, in one line."""
     source = url(path)
-    try:
+    target = cache_folder("gs", hashlib.sha256(source.encode()).hexdigest()[:32])
+    with _reaching(source):
         root = _root(source)
         names = list(_names(root, source))
-        taken = names if manifest in names else wanted(names)
-        if not taken:
-            raise FileNotFoundError("found neither a diffusers nor a converted folder there")
-        target = cache_folder("gs", hashlib.sha256(source.encode()).hexdigest()[:32])
-        sizes = {name: (root / name).stat() for name in taken}
-        missing = {name: stat for name, stat in sizes.items() if not _is_same(target / name, stat)}
-        check_space(target, sum(stat.length for stat in missing.values()), source)
-        if missing:
-            say(f"copying {source} into {target}")
-        for name, stat in missing.items():
-            local = target / name
-            local.parent.mkdir(parents=True, exist_ok=True)
-            with beside(local) as part:
-                with (root / name).open("rb") as there, part.open("wb") as here:
-                    shutil.copyfileobj(there, here, BLOCK)
-                os.utime(part, (stat.mtime, stat.mtime))
-        for extra in {file for file in target.rglob("*") if file.is_file()} - {
-            target / name for name in taken
-        }:
-            extra.unlink()  # of what the folder was before
-    except Exception as error:  # etils' backends raise anything
-        raise FileNotFoundError(_line(source, error)) from None
+        needed = names if manifest in names else wanted(names)
+        stats = {name: (root / name).stat() for name in needed}
+    if not needed:
+        found = "found neither a diffusers nor a converted folder there"
+        raise FileNotFoundError(f"{source} must be a checkpoint's folder: {found}")
+    missing = {name: stat for name, stat in stats.items() if not _is_same(target / name, stat)}
+    check_space(target, sum(stat.length for stat in missing.values()), source)
+    if missing:
+        say(f"copying {source} into {target}")
+    for name, stat in missing.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        with _reaching(source), beside(target / name) as part:
+            with (root / name).open("rb") as there, part.open("wb") as here:
+                shutil.copyfileobj(there, here, CHUNK)
+            os.utime(part, (stat.mtime, stat.mtime))
+    for file in [*target.rglob("*")]:
+        if file.is_file() and file.relative_to(target).as_posix() not in stats:
+            file.unlink()  # of an earlier state of the folder
     return target
 
 
 @contextmanager
 def uploading(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """A local folder to fill, which is then copied to the bucket, the file `last` at the end: a
-    folder without it is none. Raises FileExistsError where something is there; what was copied is
-    removed if all does not go well."""
+    """A local folder to fill, which is then copied to the bucket. The file `last` is copied last: a
+    folder without it is not complete. Raises FileExistsError where there are files, and removes
+    what was copied if anything is raised."""
     target = url(path)
-    try:
+    with _reaching(target):
         root = _root(target)
         there = next(_names(root, target), None)
-    except Exception as error:
-        raise FileNotFoundError(_line(target, error)) from None
     if there is not None:
         raise FileExistsError(f"{target} must not exist yet: found {there} in it")
     with tempfile.TemporaryDirectory(prefix="cogi2v-", ignore_cleanup_errors=True) as parent:
         folder = Path(parent, PurePosixPath(target).name)
         folder.mkdir()
         yield folder
-        names = sorted(
-            (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()),
-            key=lambda name: name == last,
-        )
+        files = [file for file in folder.rglob("*") if file.is_file()]
         try:
-            for name in names:
-                with (folder / name).open("rb") as here, (root / name).open("wb") as there:
-                    shutil.copyfileobj(here, there, BLOCK)
+            for file in sorted(files, key=lambda file: file.relative_to(folder) == Path(last)):
+                name = file.relative_to(folder).as_posix()
+                with file.open("rb") as here, (root / name).open("wb") as there:
+                    shutil.copyfileobj(here, there, CHUNK)
         except BaseException as error:
-            _remove(root)
+            with suppress(Exception):  # what broke the upload may break this too
+                root.rmtree(missing_ok=True)
             if isinstance(error, Exception):
                 raise OSError(_line(target, error)) from None
             raise
+
+
+@contextmanager
+def _reaching(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # etils' backends raise anything
+        raise FileNotFoundError(_line(folder, error)) from None
 
 
 def _root(source: str) -> Any:
@@ -98,7 +100,7 @@ def _root(source: str) -> Any:
 
 
 def _names(root: Any, source: str) -> Iterator[str]:
-    """Every file below, relative to the folder."""
+    """Every file in the folder and below, relative to it."""
     if not root.is_dir():
         return
     top = PurePosixPath(source.removeprefix("gs://"))
@@ -115,16 +117,8 @@ def _is_same(local: Path, stat: Any) -> bool:
     return (here.st_size, int(here.st_mtime)) == (stat.length, stat.mtime)
 
 
-def _remove(root: Any) -> None:
-    try:
-        root.rmtree(missing_ok=True)
-    except (
-        Exception
-    ):  # what broke the upload may break this too, and a folder without its manifest is none
-        return
-
-
 def _line(target: str, error: Exception) -> str:
     if isinstance(error, ImportError):
-        return f"{target} must be reached by a library that is missing here: pip install gcsfs"
-    return f"{target} must be a folder that you may use: {first_line(error)}; gcloud auth application-default login signs in"
+        return f"cannot reach {target}: a library is missing; pip install gcsfs"
+    way = "gcloud auth application-default login signs in"
+    return f"cannot use {target}: {first_line(error)}; {way}"

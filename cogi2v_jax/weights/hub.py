@@ -1,8 +1,9 @@
-"""Finds the weights that a name stands for, and brings those of the hub or of a bucket to this
-machine: only what is needed, where there is room for it, and with their licence named."""
+"""Finds the folder or file that a user names, and downloads it from the hub or a bucket: only the
+files that are needed, if there is space for them, and with their licence named."""
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from . import bucket
 from .checkpoint import MANIFEST
 from .needed_files import wanted
 
+HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.*)?")  # owner/name@revision
 EMBEDDED = Path(__file__).parent.parent / "assets"
-STATED = ("transformer/config.json", "config.json")  # one of them is in whatever was fetched
+STATED = ("transformer/config.json", "config.json")  # every download has one of them
 
 
 def report(line: str) -> None:
@@ -27,37 +29,29 @@ def locate(
     say: Callable[[str], None] = report,
     must: str = "model must be a folder",
 ) -> Path:
-    """The folder or file that a name, a hub id (a revision may follow, behind an @) or a path
-    stands for. `must` begins errors. Raises FileNotFoundError, ValueError or OSError, in one
-    line."""
+    """The folder or file of a checkpoint's name, a hub id (with or without "@revision") or a path.
+    `must` begins the error for a name that is none of them. Raises FileNotFoundError, ValueError or
+    OSError, in one line."""
     text = os.fspath(name)
     if text in config.names():
         source = config.toml(text)["source"]
         return EMBEDDED / source["embedded"] if "embedded" in source else fetch(source["hub"], say)
     if bucket.is_bucket(text):
         return bucket.download(text, MANIFEST, say)
-    path = Path(os.path.expanduser(text))  # pathlib's own raises for a user there isn't
+    path = Path(os.path.expanduser(text))  # pathlib's raises for a user that doesn't exist
     if path.exists():
         return path
-    repository = text.partition("@")[0]
-    if (
-        isinstance(name, str)
-        and repository.count("/") == 1
-        and not text.startswith((".", "~", "/"))
-        and not repository.endswith("/")
-    ):
+    if isinstance(name, str) and HUB_ID.fullmatch(text):
         return fetch(text, say)
-    raise FileNotFoundError(
-        f"{must}, a hub id or one of {', '.join(config.names())}: found no {text}"
-    )
+    known = ", ".join(config.names())
+    raise FileNotFoundError(f"{must}, a hub id or one of {known}: found no {text}")
 
 
 class Listing(NamedTuple):
-    """A repository on the hub: of its files those that a conversion needs; all of a converted
-    folder's."""
+    """A repository on the hub: the files that a conversion needs, or all of a converted folder."""
 
-    about: Any  # the hub's ModelInfo
-    files: list[Any]  # the hub's RepoFile
+    about: Any  # huggingface_hub's ModelInfo
+    files: list[Any]  # huggingface_hub's RepoFile
     missing: int  # bytes of them that are not in the cache
 
     @property
@@ -66,8 +60,8 @@ class Listing(NamedTuple):
 
 
 def ask(repository: str, revision: str = "") -> Listing:
-    """What the hub says of a repository. Raises what its client raises, FileNotFoundError for one
-    of something else."""
+    """The files and the card of a repository, from the hub. Raises what its client raises, and
+    FileNotFoundError for a repository without a checkpoint."""
     from huggingface_hub import HfApi, RepoFile, constants
 
     api = HfApi()
@@ -77,24 +71,20 @@ def ask(repository: str, revision: str = "") -> Listing:
     names = sorted(files) if MANIFEST in files else wanted(files)
     if not names:
         seen = ", ".join(sorted(files)[:3]) or "nothing"
-        raise FileNotFoundError(
-            f"model {repository} must be a diffusers folder: got {seen}; download a single file and give its path to cogi2v-convert"
-        )
+        way = "download a single file and give its path to cogi2v-convert"
+        raise FileNotFoundError(f"model {repository} must be a diffusers folder: got {seen}; {way}")
     chosen = [files[name] for name in names]
-    return Listing(
-        about,
-        chosen,
-        _missing(
-            chosen,
-            Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs"),
-        ),
-    )
+    # The cache has a file under its hash, and nothing of one whose download was cut off.
+    blobs = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")
+    hashes = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in chosen}
+    missing = [file.size for file in chosen if not (blobs / hashes[file.path]).exists()]
+    return Listing(about, chosen, sum(missing))
 
 
 def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
-    """The files of a repository that a conversion needs, in the hub's own cache, where its client
-    finds those that came before. Where the hub can't be asked, what is there. Raises
-    FileNotFoundError, or OSError where there is no room, in one line."""
+    """Downloads the files of a repository that a conversion needs into the hub client's cache, and
+    returns their folder. Where the hub can't be reached, it is what an earlier run downloaded.
+    Raises FileNotFoundError, or OSError where there is no space, in one line."""
     from huggingface_hub import constants, errors, snapshot_download
 
     repository, _, revision = hub_id.partition("@")
@@ -108,59 +98,49 @@ def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
         ) from None
     except FileNotFoundError:
         raise
-    except (
-        Exception
-    ) as error:  # the client raises a dozen kinds, from missing networks to private repositories
-        return _cached(repository, revision, say, _way_out(error, repository))
+    except Exception as error:  # a dozen kinds, from missing networks to private repositories
+        return _cached(repository, revision, say, _reason(error, repository))
     check_space(
-        Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME names another place)"
+        Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME sets another place)"
     )
     size = f"{found.missing / 1e9:.1f} GB" if found.missing else "nothing new"
-    say(
-        f"fetching {hub_id} from the hub, {size} (its licence: {_licence(repository, found.about)})"
-    )
+    licence = _licence(repository, found.about)
+    say(f"fetching {hub_id} from the hub, {size} (its licence: {licence})")
     try:
         names = [glob.escape(file.path) for file in found.files]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=names))
     except Exception as error:
-        raise FileNotFoundError(
-            f"model {repository} must be fetched from the hub whole: {_way_out(error, repository)}"
-        ) from None
-
-
-def _missing(files: list[Any], blobs: Path) -> int:
-    """Bytes of a repository's files that the cache does not hold under their hashes. Of a file that
-    was begun the client keeps nothing."""
-    return sum(
-        file.size
-        for file in files
-        if not (blobs / (file.lfs.sha256 if file.lfs else file.blob_id)).exists()
-    )
+        reason = _reason(error, repository)
+        raise FileNotFoundError(f"cannot fetch model {repository}: {reason}") from None
 
 
 def _licence(repository: str, info: Any) -> str:
-    """What our TOML says of a released checkpoint, else the repository's own card."""
+    """The licence in our TOML of a released checkpoint, else in the repository's card."""
     sources = [config.toml(name)["source"] for name in config.names()]
     for source in sources:
         if source.get("hub", "").lower() == repository.lower().replace("thudm/", "zai-org/"):
             return source["licence"]
     card = info.card_data or {}
     named = [card.get(key) for key in ("license_name", "license", "license_link")]
-    return " ".join(str(word) for word in named if word and word != "other") or "it names none"
+    return " ".join(str(part) for part in named if part and part != "other") or "it names none"
 
 
-def _way_out(error: Exception, repository: str) -> str:
+def _reason(error: Exception, repository: str) -> str:
+    """Why the hub's client failed, and what helps."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):  # before its base class
-        return f"it is gated; accept its terms at {constants.ENDPOINT}/{repository}, then set HF_TOKEN or run hf auth login"
+        terms = f"accept its terms at {constants.ENDPOINT}/{repository}"
+        return f"it is gated; {terms}, then set HF_TOKEN or run hf auth login"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return "it has none of this name that is open to you; check the name, and set HF_TOKEN if it is private"
+        way = "check the name, and set HF_TOKEN if it is private"
+        return f"the hub has none of this name that you may read; {way}"
     return first_line(error)
 
 
 def _cached(repository: str, revision: str, say: Callable[[str], None], reason: str) -> Path:
-    """What an earlier run fetched."""
+    """The folder of what an earlier run downloaded. Raises FileNotFoundError with the `reason` why
+    the hub was not asked."""
     from huggingface_hub import try_to_load_from_cache
 
     for stated in STATED:
@@ -169,5 +149,5 @@ def _cached(repository: str, revision: str, say: Callable[[str], None], reason: 
             say(f"taking {repository} from the cache of the hub's client")
             return Path(found.removesuffix(stated))
     raise FileNotFoundError(
-        f"model {repository} must be reachable on the hub or in its cache: {reason}; no folder here has this name"
+        f"model {repository} must be on the hub, in its cache or a folder here: {reason}"
     )

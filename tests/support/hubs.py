@@ -1,5 +1,4 @@
-"""A hub on this machine: as much of its protocol as its client asks for, over folders that stand
-for repositories."""
+"""A local hub: the part of the protocol that the client uses, with folders as repositories."""
 
 import hashlib
 import json
@@ -12,9 +11,9 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """`repositories` maps ids to folders, `cards` ids to what their model card says; `gated` ids
-    list their files and give none, `cut` ends a file's transfer after so many bytes. `asked` is
-    every request: method, path, token."""
+    """`repositories` maps ids to folders, `cards` ids to the data of their model cards. Those in
+    `gated` list their files and refuse to give them. `cut` ends the transfer of a file after so
+    many bytes. `asked` has every request: method, path, token."""
 
     def __init__(self):
         self.repositories: dict[str, Path] = {}
@@ -49,7 +48,7 @@ class Hub:
         self.server.server_close()
 
     def fetched(self) -> set[str]:
-        """Files that were asked for, by GET."""
+        """Files that were requested with GET."""
         return {
             path.split(f"/resolve/{SHA}/")[1]
             for method, path, _ in self.asked
@@ -59,22 +58,15 @@ class Hub:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(request.path.partition("?")[0])
         self.asked.append((request.command, path, request.headers.get("Authorization")))
-        words = path.removeprefix("/api/models").strip("/").split("/")
-        repository, rest = "/".join(words[:2]), words[2:]
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        repository, rest = "/".join(parts[:2]), parts[2:]
         if repository not in self.repositories:
             return self.fail(request, 404, "RepoNotFound", "Repository not found")
         folder = self.repositories[repository]
         if path.startswith("/api/models") and rest[:1] == ["tree"]:
-            return self.give(
-                request,
-                json.dumps(
-                    [
-                        self.entry(folder, file)
-                        for file in sorted(folder.rglob("*"))
-                        if file.is_file()
-                    ]
-                ).encode(),
-            )
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            entries = [self.entry(folder, file) for file in files]
+            return self.give(request, json.dumps(entries).encode())
         if path.startswith("/api/models"):
             if rest and rest[1] not in ("main", SHA):
                 return self.fail(request, 404, "RevisionNotFound", "Invalid rev id")
