@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import torch
 import transformers
-from cogi2v_convert.conversion import homes  # pyright: ignore[reportMissingImports]
+from cogi2v_convert.sources.matching import targets  # pyright: ignore[reportMissingImports]
 from flax import nnx
 
 from cogi2v_jax import config
 from cogi2v_jax.config import CheckpointConfig
-from cogi2v_jax.sampling.programs import Place
+from cogi2v_jax.sampling.programs import Target
 from cogi2v_jax.weights.pieces import NETWORKS, PIECES, is_stacked
 
 BLOCKS = {
@@ -111,15 +111,15 @@ def _scale(name: str, shape: tuple[int, ...], config: CheckpointConfig) -> tuple
     ) ** -0.5
 
 
-def ours(name: str, module: torch.nn.Module, place: Place) -> nnx.Module:
+def ours(name: str, module: torch.nn.Module, target: Target) -> nnx.Module:
     """One of checkpoint.PIECES with a reference network's weights, on the device that they are
     on."""
     part, prefix = PIECES[name]
     tensors = module.state_dict()
     found: dict[str, list[Any]] = {}
-    for torch_name, (rule, _) in homes(place.config, part).items():  # in the order of layers
+    for torch_name, (rule, _) in targets(target.config, part).items():  # in the order of layers
         found.setdefault(rule.flax, []).append((rule, torch_name))
-    graph, state = nnx.split(place.network(name))
+    graph, state = nnx.split(target.network(name))
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         leaf_name = prefix + ".".join(map(str, path))

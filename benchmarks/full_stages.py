@@ -21,9 +21,9 @@ from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.devices.compiler_options import compile_with
 from cogi2v_jax.devices.sharding import put, split
 from cogi2v_jax.request import Request
-from cogi2v_jax.sampling.noise import seed_words
-from cogi2v_jax.sampling.programs import Phases, mesh_for
-from cogi2v_jax.sampling.stages import OFS
+from cogi2v_jax.sampling import stages
+from cogi2v_jax.sampling.noise import seed_keys
+from cogi2v_jax.sampling.programs import OFS, RequestTarget, mesh_for
 from cogi2v_jax.weights.pieces import memory_limit
 
 GUIDANCE = 6.0
@@ -67,7 +67,7 @@ class Case:
         return cut(self.model, self.size)[0]
 
     @cached_property
-    def phases(self) -> Phases:
+    def target(self) -> RequestTarget:
         config, asked = cut(self.model, self.size)
         settings = {
             "num_inference_steps": self.steps,
@@ -79,7 +79,7 @@ class Case:
             request = Request("none.png", "none", **settings, **asked).resolve(config)
         dtype, memory = jnp.dtype(self.dtype), memory_limit()
         mesh = mesh_for(config, dtype, "data=1", 1, True, jax.devices()[:1], memory)
-        return Phases(config, dtype, mesh, memory, request, self.attention)
+        return RequestTarget(config, dtype, mesh, memory, request, self.attention)
 
     def normal(self, seed: int, *shape: int) -> torch.Tensor:
         """Float32 values that bfloat16 holds, so that every dtype starts from the same ones."""
@@ -162,16 +162,16 @@ def peak(*executables: Any) -> int:
 def text_encoder(case: Case) -> dict[str, Stage]:
     """T5 of a prompt and a negative one."""
     module = reference("text_encoder", case.config, case.torch_dtype, case.device)
-    network, place = ours("text_encoder", module, case.phases), case.phases
+    network, target = ours("text_encoder", module, case.target), case.target
     sizes = (2, case.config.transformer.max_text_seq_length)
     ids = torch.randint(
         2, case.config.text_encoder.vocab_size, sizes, generator=torch.manual_seed(1)
     ).to(case.device)
 
     def program() -> Program:
-        call = place.text(given(ids.int()))
-        executable = call.compile(place)
-        return Program(lambda: executable(network, *call.args), peak(executable))
+        tokens = given(ids.int())
+        executable = target.call(stages.encode_text, tokens).compile()
+        return Program(lambda: executable(network, tokens), peak(executable))
 
     return {"text": Stage(module, lambda: module(ids)[0], program)}
 
@@ -179,14 +179,18 @@ def text_encoder(case: Case) -> dict[str, Stage]:
 def vae(case: Case) -> dict[str, Stage]:
     """The moments of a picture, and the video of latents."""
     module = reference("vae", case.config, case.torch_dtype, case.device)
-    network, place, dtype = ours("vae", module, case.phases), case.phases, case.torch_dtype
-    request, (frames, rows, columns, channels, padding) = place.request, place.shape
+    network, target, dtype = ours("vae", module, case.target), case.target, case.torch_dtype
+    request, (frames, rows, columns, channels, padding) = target.request, target.shape
     pixels = case.normal(2, 1, 1, request.height, request.width, 3).clamp(-1, 1)
     latents = case.normal(3, 1, frames - padding, rows, columns, channels)
 
-    def program(call: Any) -> Program:
-        executable = call.compile(place)
-        return Program(lambda: executable(network, *call.args), peak(executable))
+    def program(function: Any, *args: Any, **static: Any) -> Program:
+        executable = target.call(function, *args, **static).compile()
+        return Program(lambda: executable(network, *args), peak(executable))
+
+    def decode() -> Program:
+        factor, strips = case.config.vae.scaling_factor, target.strips(rows, columns)
+        return program(stages.decode, given(latents), np.float32(factor), strips=strips)
 
     def moments() -> torch.Tensor:
         return frames_first(module._encode(pixels.permute(0, 4, 1, 2, 3).to(dtype)))
@@ -197,9 +201,9 @@ def vae(case: Case) -> dict[str, Stage]:
 
     return {
         "image encode": Stage(
-            module.encoder, moments, lambda: program(place.moments(given(pixels)))
+            module.encoder, moments, lambda: program(stages.encode_image, given(pixels))
         ),
-        "VAE decode": Stage(module.decoder, video, lambda: program(place.decode(given(latents)))),
+        "VAE decode": Stage(module.decoder, video, decode),
     }
 
 
@@ -207,9 +211,9 @@ def transformer(case: Case) -> dict[str, Stage]:
     """A prediction, and steps of the loop with guidance, the evaluation of their modulation
     included."""
     module = reference("transformer", case.config, case.torch_dtype, case.device)
-    place, request, config = case.phases, case.phases.request, case.config.transformer
-    modulation, network = (ours(name, module, place) for name in ("modulation", "transformer"))
-    frames, rows, columns, channels, _ = place.shape
+    target, request, config = case.target, case.target.request, case.config.transformer
+    modulation, network = (ours(name, module, target) for name in ("modulation", "transformer"))
+    frames, rows, columns, channels, _ = target.shape
     start = case.normal(3, 1, frames, channels, rows, columns)
     image = torch.cat(
         [case.normal(4, 1, 1, channels, rows, columns), torch.zeros_like(start[:, 1:])], dim=1
@@ -246,41 +250,37 @@ def transformer(case: Case) -> dict[str, Stage]:
         return channels_last(predict(start, text[1:], scheduler.timesteps[0]))
 
     def program(
-        schedule: Any, text: torch.Tensor, slab: int, options: Mapping[str, str] | None = None
+        tableau: Any, text: torch.Tensor, steps: int, options: Mapping[str, str] | None = None
     ) -> Program:
-        shifts = place.shifts()
-        carry = (given(channels_last(start)), jnp.zeros_like(given(channels_last(start))))
-        constant = (
+        before = target.call(stages.modulate, *target.time).compile()
+        x = given(channels_last(start))
+        inputs = (
             None,
-            put(seed_words([0]), split(place.mesh)),
+            put(seed_keys([0]), split(target.mesh)),
             given(channels_last(image)),
             given(text),
-            place.positions(),
+            target.positions(),
         )
-        before = shifts.compile(place)
-        call = place.denoise(
-            carry, 0, schedule, before(modulation, *shifts.args), *constant, slab=slab
-        )
-        loop = call.compile(place) if options is None else compile_with(options, call.lower(place))
 
-        def run() -> jax.Array:
-            carry, first, rows, _, *rest = call.args
-            return loop(network, carry, first, rows, before(modulation, *shifts.args), *rest)[0]
+        def arguments() -> tuple[Any, ...]:
+            state = stages.State(x, jnp.zeros_like(x))
+            return state, np.int32(0), tableau, before(modulation, *target.time), *inputs
 
-        return Program(run, peak(before, loop))
+        call = target.call(stages.denoise, *arguments(), steps=steps)
+        loop = call.compile() if options is None else compile_with(options, call.lower())
+        return Program(lambda: loop(network, *arguments()).x, peak(before, loop))
 
-    flat = {name: np.zeros_like(column) for name, column in place.rows._asdict().items()}
-    ones = np.ones_like(place.rows.x0)
-    # On v: a schedule is data.
-    lands = place.rows._replace(
-        **{**flat, "timestep": place.rows.timestep, "sigma": -ones, "x0": ones}
-    )
+    # A schedule whose step returns v.
+    zeros = {name: np.zeros_like(column) for name, column in target.tableau._asdict().items()}
+    ones = np.ones_like(target.tableau.x0)
+    kept = {"timestep": target.tableau.timestep, "sigma": -ones, "x0": ones}
+    returns_v = target.tableau._replace(**zeros | kept)
     return {
-        "DiT forward": Stage(module, one, lambda: program(lands, text[1:], 1)),
+        "DiT forward": Stage(module, one, lambda: program(returns_v, text[1:], 1)),
         "denoising step": Stage(
             module,
             theirs,
-            lambda **options: program(place.rows, text, case.steps, **options),
+            lambda **options: program(target.tableau, text, case.steps, **options),
             parts=case.steps,
         ),
     }

@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from cogi2v_jax import config
 from cogi2v_jax.devices.compiler_options import compile_with, compiler_options
 from cogi2v_jax.request import Request
-from cogi2v_jax.sampling.programs import Call, Phases, mesh_for
+from cogi2v_jax.sampling.programs import Call, RequestTarget, mesh_for
 
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
 PHASES = ("text", "encode", "denoise", "decode")
@@ -152,7 +152,7 @@ def main() -> None:
     for name in args.model:
         checkpoint = config.named(name)
         request = Request("none.png", "none", num_inference_steps=1).resolve(checkpoint)
-        place = Phases(
+        target = RequestTarget(
             checkpoint,
             half,
             mesh_for(checkpoint, half, "data=1", 1, True, [gpu], MEMORY),
@@ -165,7 +165,7 @@ def main() -> None:
                 [
                     name,
                     phase + (", one step" if phase == "denoise" else ""),
-                    *_row(place, phase, place.calls(phase), args.hlo),
+                    *_row(target, phase, target.calls(phase), args.hlo),
                 ]
             )
             print("  ".join(cells[-1]), file=sys.stderr, flush=True)
@@ -174,11 +174,11 @@ def main() -> None:
         print(f"| {mark.join(line)} |" if args.markdown else mark.join(line))
 
 
-def _row(place: Phases, phase: str, calls: list[Call], hlo: Path | None) -> list[str]:
+def _row(target: RequestTarget, phase: str, calls: list[Call], hlo: Path | None) -> list[str]:
     memory, bytes_moved, begin = 0, Counter(), time.perf_counter()
     for number, call in enumerate(calls):
-        options = compiler_options(place.mesh.devices.flat[0].device_kind, call.program.loop)
-        executable = compile_with(options, call.lower(place))
+        options = compiler_options(target.mesh.devices.flat[0].device_kind, call.stage.program.loop)
+        executable = compile_with(options, call.lower())
         sizes = executable.memory_analysis()
         memory = max(
             memory,
@@ -186,7 +186,7 @@ def _row(place: Phases, phase: str, calls: list[Call], hlo: Path | None) -> list
         )
         bytes_moved += moved(text := executable.as_text())
         if hlo is not None:
-            (hlo / f"{place.config.name}-{phase}-{number}.txt").write_text(text)
+            (hlo / f"{target.config.name}-{phase}-{number}.txt").write_text(text)
     seconds = time.perf_counter() - begin
     kinds = [
         f"{bytes_moved[kind] / 1e9:.1f}"

@@ -18,9 +18,9 @@ from jax.experimental import topologies
 
 from cogi2v_jax import config
 from cogi2v_jax.devices.mesh import make_mesh, sizes_of
-from cogi2v_jax.models.attention import resolved
+from cogi2v_jax.models.attention import resolve
 from cogi2v_jax.request import Request
-from cogi2v_jax.sampling.programs import Phases
+from cogi2v_jax.sampling.programs import RequestTarget
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 WIRE = 100e9  # bytes/s that a chip sends
@@ -51,7 +51,7 @@ def phase_row(
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
     memory = int(chip["hbm_gib"] * GIB)
-    phases = Phases(
+    target = RequestTarget(
         checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention
     )
     steps = request.num_inference_steps
@@ -68,11 +68,11 @@ def phase_row(
         "guided": request.guided,
         "dtype": DTYPE.name,
     }
-    row["attention"] = resolved(attention, DTYPE, phases.mesh.devices.flat[0])
+    row["attention"] = resolve(attention, DTYPE, target.mesh.devices.flat[0])
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
     try:
-        executables = [call.compile(phases) for call in phases.calls(phase)]
+        executables = [call.compile() for call in target.calls(phase)]
     except jax.errors.JaxRuntimeError as error:
         return row | {"fits": False, "peak_gib": needed_gib(error)}, ""
     except ValueError as error:

@@ -41,9 +41,9 @@ from cogi2v_jax.devices.compiling import Stopwatch
 from cogi2v_jax.devices.sharding import put, split
 from cogi2v_jax.media.images import fit_image, read_image
 from cogi2v_jax.models.tokenizer import tokenize
-from cogi2v_jax.pipeline import decode, phases_of, run
-from cogi2v_jax.sampling.noise import seed_words
-from cogi2v_jax.sampling.programs import Call
+from cogi2v_jax.pipeline import decode, encode_image, prepare
+from cogi2v_jax.sampling import stages as programs
+from cogi2v_jax.sampling.programs import Session
 from cogi2v_jax.weights.hub import EMBEDDED
 
 try:
@@ -160,11 +160,8 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     request = cogi2v_jax.Request(picture, PROMPT, scheduler="ddim", fit="stretch", **asked).resolve(
         config
     )
-    phases = phases_of(models, request)
-    shape, words = phases.shape, put(seed_words([0]), split(phases.mesh))
-
-    def ours(call: Call) -> Any:
-        return run(models, phases, watch, "run", call)
+    job = prepare(models, request)
+    run, shape = Session(models, job, watch), job.shape
 
     def their_text() -> torch.Tensor:
         prompt, negative = pipe.encode_prompt(
@@ -188,7 +185,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     )
     noise = cogi2v_jax.Noise(posterior=frames_last(posterior), initial=frames_last(start))
     inputs = [
-        put(array, split(phases.mesh))
+        put(array, split(job.mesh))
         for array in (frames_last(image), text.float().numpy().astype(models.dtype))
     ]
 
@@ -209,23 +206,23 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
             )[0].to(text.dtype)
         return x
 
-    latents, where = their_steps(), phases.positions()
+    latents, positions = their_steps(), job.positions()
 
     def our_text() -> Any:
-        return ours(phases.text(tokenize(models.folder / "tokenizer", ["", PROMPT], length)[0]))
+        ids, _ = tokenize(models.folder / "tokenizer", ["", PROMPT], length)
+        return run(programs.encode_text, ids)
 
     def our_image() -> Any:
         pixels = fit_image(read_image(picture), size.height, size.width, "stretch")[None, None]
-        return ours(phases.image(ours(phases.moments(pixels)), noise.posterior, words))
+        draw = encode_image(run, pixels), noise.posterior, job.keys, job.image_scale
+        return run(programs.draw_image, *draw, frames=shape.frames)
 
     def our_steps() -> Any:
-        shifts = ours(phases.shifts())
-        carry = ours(phases.start(noise.initial, words))
-        return ours(
-            phases.denoise(
-                carry, 0, phases.rows, shifts, None, words, *inputs, where=where, slab=size.steps
-            )
-        )[0]
+        modulation = run(programs.modulate, *job.time)
+        start = noise.initial, job.keys
+        state = run(programs.draw_start, *start, shape=tuple(shape[:4]))
+        rows = np.int32(0), job.tableau, modulation, None, job.keys
+        return run(programs.denoise, state, *rows, *inputs, positions, steps=size.steps).x
 
     def their_video() -> np.ndarray:
         return pipe.video_processor.postprocess_video(
@@ -248,7 +245,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
         Stage(
             "one denoising step", our_steps, lambda: frames_last(their_steps()), parts=size.steps
         ),
-        Stage("VAE decode", lambda: decode(models, frames_last(latents), watch), their_video),
+        Stage("VAE decode", lambda: decode(models, frames_last(latents)), their_video),
         Stage("whole", lambda: cogi2v_jax.generate(models, request, noise).video, their_whole),
     ]
 

@@ -1,6 +1,7 @@
-"""Compile once and know how long it took: programs that keep their executables apart from their
-runs, jax's persistent cache in the user's cache folder, and a clock by phase."""
+"""Compiled programs, jax's persistent compilation cache in the user's cache folder, and a clock for
+the stages of a run."""
 
+import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,68 +10,67 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-from platformdirs import user_cache_path
 
+from ..disk import cache_folder
 from .compiler_options import compile_with, compiler_options
-from .executables import compiling, load, store
-from .fingerprint import UnnamedError, describe, devices, fingerprint, placement
 
 
 def keep_compilations() -> None:
-    """Lets a second process find what this one compiled, unless the user chose a cache folder or
-    switched the cache off."""
+    """Lets later processes find what this one compiles, unless the user chose a cache folder or
+    switched jax's cache off. A later start still traces and lowers each program, which takes 4 s in
+    all for the 5B model (ahead of time for one v5e, on two CPU cores)."""
     chosen, enabled = (
         jax.config.values[f"jax_{name}"]
         for name in ("compilation_cache_dir", "enable_compilation_cache")
     )
-    if chosen is None and enabled:
-        folder = user_cache_path("cogi2v-jax") / "xla"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            return  # compiling anew is what is left
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if chosen is not None or not enabled:
+        return
+    folder = cache_folder("xla")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # without a folder every process compiles for itself
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class Program:
-    """A jitted function that keeps an executable for every set of shapes, so that compiling can be
-    done, timed and counted apart. Threads may share it, and processes find each other's executables
-    in the user's cache folder. The denoising `loop` is compiled with options of its own. `lies`
-    says of the static arguments where results lie, where the compiler must not choose."""
+    """A function compiled ahead of its calls, one executable for each set of shapes, shardings and
+    static values, so that compiling can be timed, done in another thread, and done from shapes
+    alone. Keyword-only arguments of the function are static. The denoising `loop` has compiler
+    options of its own. `out_shardings(*args, **static)` places the results; None leaves that to the
+    compiler."""
 
     def __init__(
         self,
         function: Callable[..., Any],
-        static: tuple[str, ...] = (),
         loop: bool = False,
-        lies: Callable[..., Any] | None = None,
+        out_shardings: Callable[..., Any] | None = None,
     ):
-        self._function, self._static = function, static
-        self.loop, self._lies = loop, lies
-        self._executables: dict[Any, Future[Callable[..., Any]]] = {}
+        parameters = inspect.signature(function).parameters.values()
+        self.static = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        self.loop = loop
+        self.function, self._out_shardings = function, out_shardings
+        self._executables: dict[Any, Future[jax.stages.Compiled]] = {}
         self._lock = threading.Lock()
 
-    def compile(self, *args: Any, **static: Any) -> Callable[..., Any]:
-        """The executable for arguments of these shapes and places, to be called with `args` alone.
-        Shapes with shardings do in place of arrays, before there are any. A thread that asks for
-        what another one is compiling waits for it."""
+    def compile(self, *args: Any, **static: Any) -> jax.stages.Compiled:
+        """The executable for arguments like `args` (arrays, or shapes with shardings), to be called
+        with arrays alone. A thread that asks for what another thread compiles waits for it."""
         leaves, tree = jax.tree.flatten(args)
-        shapes = tuple(
-            (leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False), placement(leaf))
-            for leaf in leaves
-        )
         key = (
             tree,
-            shapes,
-            tuple(sorted((name, _comparable(value)) for name, value in static.items())),
+            tuple(map(_signature, leaves)),
+            tuple(sorted(static.items(), key=lambda s: s[0])),
         )
         with self._lock:
             missing = key not in self._executables
             future = self._executables.setdefault(key, Future())
         if missing:
             try:
-                future.set_result(self._build(args, static))
+                options = compiler_options(_device(leaves).device_kind, self.loop)
+                lowered = self._jitted(*args, **static).lower(*args, **static)
+                future.set_result(compile_with(options, lowered))
             except BaseException as error:
                 with self._lock:
                     del self._executables[key]  # the next call tries again
@@ -79,33 +79,43 @@ class Program:
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
         """The program as XLA is given it."""
-        lies = {} if self._lies is None else {"out_shardings": self._lies(**static)}
-        return jax.jit(self._function, static_argnames=self._static, **lies).lower(*args, **static)
+        return self._jitted(*args, **static).lower(*args, **static)
 
-    def _build(self, args: tuple[Any, ...], static: dict[str, Any]) -> Callable[..., Any]:
-        used = devices(args)
-        options = compiler_options(used[0].device_kind, self.loop)
-        name = fingerprint(self._function, args, static, options)
-        if name is not None and (kept := load(name, args, used)) is not None:
-            return kept
-        with compiling() as seen:
-            executable = compile_with(options, self.lower(*args, **static))
-        if name is not None and (seen.fresh or used[0].platform != "cpu"):
-            store(name, executable)
-        return executable
+    def _jitted(self, *args: Any, **static: Any) -> Any:
+        placed = self._out_shardings and {"out_shardings": self._out_shardings(*args, **static)}
+        return jax.jit(self.function, static_argnames=self.static, **placed or {})
 
 
-def _comparable(value: Any) -> Any:
-    """Equal where it computes the same: two partials of one function and its arguments are, which
-    functools leaves different."""
-    try:
-        return describe(value)
-    except UnnamedError:
-        return value
+def _signature(leaf: Any) -> tuple[Any, ...]:
+    """What an executable depends on of an argument. Shardings that place the same parts on the same
+    devices are equal, however they are spelled."""
+    sharding, where = getattr(leaf, "sharding", None), None
+    if sharding is not None and getattr(leaf, "committed", True):
+        parts = sharding.devices_indices_map(leaf.shape).items()
+        where = sharding.memory_kind, *((device, str(part)) for device, part in parts)
+    return leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False), where
+
+
+def _device(leaves: list[Any]) -> jax.Device:
+    """One of the devices that a program with these arguments runs on."""
+    for leaf in leaves:
+        if getattr(leaf, "sharding", None) is not None and getattr(leaf, "committed", True):
+            return min(leaf.sharding.device_set, key=lambda device: device.id)
+    default = jax.config.values["jax_default_device"]
+    return default if isinstance(default, jax.Device) else jax.local_devices()[0]
+
+
+def workspace(executable: jax.stages.Compiled) -> int:
+    """Bytes that a program takes on a device beside its arguments."""
+    memory: Any = executable.memory_analysis()
+    if memory is None:
+        return 0
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 class Stopwatch:
-    """Wall seconds by phase. Phases nest: what runs inside another stops the outer one's clock."""
+    """Wall-clock seconds by name. While an inner name runs, the outer one's clock stands still, so
+    that all seconds add up to the time passed."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -113,28 +123,18 @@ class Stopwatch:
         self._since = 0.0
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self._charge()
-        self._running.append(phase)
+    def __call__(self, name: str) -> Iterator[None]:
+        self._add()
+        self._running.append(name)
         try:
             yield
         finally:
-            self._charge()
+            self._add()
             self._running.pop()
 
-    def _charge(self) -> None:
+    def _add(self) -> None:
         now = time.perf_counter()
         if self._running:
-            phase = self._running[-1]
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+            name = self._running[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
-
-
-def workspace(executable: Any) -> int:
-    """Bytes a device that a program takes beside its arguments."""
-    memory = executable.memory_analysis()
-    return (
-        0
-        if memory is None
-        else memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    )

@@ -1,7 +1,7 @@
-"""Heads out of the flat layout and back into it, with the norm and the rotation of queries and keys
-on the way, as TPU kernels. XLA makes a dozen passes of it over lanes that are half empty, which
-takes as long as all products of a layer; these read and write each value once, and work on as many
-heads together as fill the lanes."""
+"""TPU kernels that split [b s d] into heads and merge heads again, with QK norm and rotary
+embedding on the way. XLA makes a dozen passes of this over half-empty lanes, which take as long as
+all products of a layer; these kernels read and write each value once and work on as many heads
+together as fill the lanes."""
 
 import math
 from collections.abc import Callable
@@ -16,55 +16,59 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-LANES = 128  # of a TPU's vectors
-IN_ANY_ORDER = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+LANES = 128  # of a TPU's vector registers
+PARALLEL = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+Precision = Callable[[jnp.dtype], lax.Precision]
 
 
-def turn_heads(
+def split_rotated_heads(
     x: Float[Array, "b s d"],
     scale: Float[Array, " k"],
     bias: Float[Array, " k"],
+    epsilon: float,
+    *,
     cos: Float[Array, "s half"],
     sin: Float[Array, "s half"],
     last: Float[Array, " s"],
-    *,
-    epsilon: float,
     factor: float,
-    precision: Callable[[jnp.dtype], lax.Precision],
+    precision: Precision,
     rows: int,
     interpret: bool = False,
 ) -> Float[Array, "b n s k+1"]:
-    """Every head after a layer norm over its k channels, a rotation of channel i with i + k/2, and
-    times `factor`, with `last` as one more channel; float32 inside, rounded once. A step takes
-    `rows` of the sequence, which they divide."""
-    k, heads, together = scale.shape[0], x.shape[2] // scale.shape[0], _together(scale.shape[0])
-    # What is no head must not be NaN: products below mix it in, times zero.
+    """Heads after a layer norm over their k channels, a rotation of the channels i and i + k/2, and
+    a multiplication by `factor`, with `last` as one more channel. Float32 inside, rounded once. A
+    grid step takes `rows` rows, which must divide the sequence; `precision` gives a product's
+    precision by its dtype."""
+    k, heads, together = (
+        scale.shape[0],
+        x.shape[2] // scale.shape[0],
+        _heads_together(scale.shape[0]),
+    )
+    # Whole groups of heads. Added heads must not be NaN: the products below multiply them by zero.
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -heads % together * k)))
-    both = jnp.stack([scale, bias]).astype(jnp.float32)
-    # [4 d]: of each channel, then of its partner.
-    channels = jnp.tile(jnp.concatenate([both, jnp.roll(both, k // 2, axis=-1)]), together)
-    # Products with zeros and ones, which move and add channels within a head faster than lanes are
-    # shuffled, and are exact.
+    own = jnp.stack([scale, bias]).astype(jnp.float32)
+    parameters = jnp.concatenate(
+        [own, jnp.roll(own, k // 2, axis=-1)]
+    )  # [4 k], of channel, partner
+    # Products with matrices of zeros and ones move and add the channels of a head faster than
+    # shuffles of lanes do, and are exact.
     each, unit = np.eye(together), np.eye(k)
-    partner, head = (
+    swap, total = (
         jnp.asarray(np.kron(each, block), x.dtype)
         for block in (np.roll(unit, k // 2, axis=-1), np.ones((k, k)))
     )
-    cos, sin = (
-        jnp.tile(cos, 2 * together),
-        jnp.tile(jnp.concatenate([-sin, sin], axis=-1), together),
-    )
-    kernel = partial(_turn, heads=together, epsilon=epsilon, factor=factor, precision=precision)
-    tables = (cos, sin, last[:, None].astype(x.dtype))
-    return _split(
-        kernel, x, k, k + 1, rows, interpret, whole=(channels, partner, head), tables=tables
-    )[:, :heads]
+    cos = jnp.tile(cos, 2 * together)
+    sin = jnp.tile(jnp.concatenate([-sin, sin], axis=-1), together)
+    kernel = partial(_rotate, heads=together, epsilon=epsilon, factor=factor, precision=precision)
+    whole = jnp.tile(parameters, together), swap, total
+    by_rows = cos, sin, last[:, None].astype(x.dtype)
+    return _split(kernel, x, k, k + 1, rows, interpret, whole, by_rows)[:, :heads]
 
 
 def split_heads(
     x: Float[Array, "b s d"], k: int, *, rows: int, interpret: bool = False
 ) -> Float[Array, "b n s k"]:
-    """Heads of k channels, as they are."""
+    """Heads of k channels."""
 
     def kernel(x: Any, out: Any) -> None:
         for head in range(out.shape[1]):
@@ -76,9 +80,9 @@ def split_heads(
 def merge_heads(
     x: Float[Array, "b n s k"], *, rows: int, interpret: bool = False
 ) -> Float[Array, "b s d"]:
-    """The other way round."""
+    """Heads side by side again."""
     b, n, s, k = x.shape
-    together = _together(k)
+    together = _heads_together(k)
 
     def kernel(x: Any, out: Any) -> None:
         out[0] = jnp.concatenate([x[0, head] for head in range(together)], axis=-1)
@@ -86,22 +90,16 @@ def merge_heads(
     return pl.pallas_call(
         kernel,
         grid=(b, s // rows, pl.cdiv(n, together)),
-        in_specs=[
-            pl.BlockSpec(
-                (1, together, rows, k), lambda video, block, heads: (video, heads, block, 0)
-            )
-        ],
-        out_specs=pl.BlockSpec(
-            (1, rows, together * k), lambda video, block, heads: (video, block, heads)
-        ),
+        in_specs=[pl.BlockSpec((1, together, rows, k), lambda b, row, head: (b, head, row, 0))],
+        out_specs=pl.BlockSpec((1, rows, together * k), lambda b, row, head: (b, row, head)),
         out_shape=jax.ShapeDtypeStruct((b, s, n * k), x.dtype),
-        compiler_params=IN_ANY_ORDER,
+        compiler_params=PARALLEL,
         interpret=interpret,
         name="merge_heads",
     )(x)
 
 
-def _together(k: int) -> int:
+def _heads_together(k: int) -> int:
     """The fewest heads of k channels that fill the lanes."""
     return math.lcm(k, LANES) // k
 
@@ -114,42 +112,33 @@ def _split(
     rows: int,
     interpret: bool,
     whole: tuple[Array, ...] = (),
-    tables: tuple[Array, ...] = (),
+    by_rows: tuple[Array, ...] = (),
 ) -> Float[Array, "b n s width"]:
-    """`kernel(x, *whole, *tables, out)` for blocks [1 rows d] and [1 heads rows width]; of `tables`
-    it sees the block's rows."""
-    (b, s, d), together = x.shape, _together(k)
-    wholes = [pl.BlockSpec(array.shape, lambda video, block, heads: (0, 0)) for array in whole]
-    by_rows = [
-        pl.BlockSpec((rows, array.shape[1]), lambda video, block, heads: (block, 0))
-        for array in tables
-    ]
+    """`kernel(x, *whole, *by_rows, out)` for blocks x [1 rows d] and out [1 heads rows width]; it
+    gets the block's rows of each array of `by_rows`."""
+    (b, s, d), together = x.shape, _heads_together(k)
     return pl.pallas_call(
         kernel,
-        # Heads last: a block's tables stay where they are.
+        # Heads are the last axis, so that the arrays of a row block are read once.
         grid=(b, s // rows, pl.cdiv(d, together * k)),
         in_specs=[
-            pl.BlockSpec(
-                (1, rows, together * k), lambda video, block, heads: (video, block, heads)
-            ),
-            *wholes,
-            *by_rows,
+            pl.BlockSpec((1, rows, together * k), lambda b, row, head: (b, row, head)),
+            *(pl.BlockSpec(array.shape, lambda b, row, head: (0, 0)) for array in whole),
+            *(pl.BlockSpec((rows, a.shape[1]), lambda b, row, head: (row, 0)) for a in by_rows),
         ],
-        out_specs=pl.BlockSpec(
-            (1, together, rows, width), lambda video, block, heads: (video, heads, block, 0)
-        ),
+        out_specs=pl.BlockSpec((1, together, rows, width), lambda b, row, head: (b, head, row, 0)),
         out_shape=jax.ShapeDtypeStruct((b, d // k, s, width), x.dtype),
-        compiler_params=IN_ANY_ORDER,
+        compiler_params=PARALLEL,
         interpret=interpret,
-        name="turn_heads" if tables else "split_heads",
-    )(x, *whole, *tables)
+        name="split_rotated_heads" if by_rows else "split_heads",
+    )(x, *whole, *by_rows)
 
 
-def _turn(
+def _rotate(
     x: Any,
-    channels: Any,
-    partner: Any,
-    head: Any,
+    parameters: Any,
+    swap: Any,
+    total: Any,
     cos: Any,
     sin: Any,
     last: Any,
@@ -158,24 +147,24 @@ def _turn(
     heads: int,
     epsilon: float,
     factor: float,
-    precision: Callable[[jnp.dtype], lax.Precision],
+    precision: Precision,
 ) -> None:
-    scale, bias, partner_scale, partner_bias = (channels[row : row + 1, :] for row in range(4))
-    width = out.shape[-1] - 1
+    """The kernel of `split_rotated_heads`: x [1 rows d], parameters [4 d], out [1 heads rows
+    k+1]."""
+    scale, bias, partner_scale, partner_bias = (parameters[row : row + 1, :] for row in range(4))
+    k = out.shape[-1] - 1
 
     def product(x: Array, matrix: Any) -> Array:
-        return lax.dot(
-            x,
-            matrix[...].astype(x.dtype),
-            precision=precision(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        exact = precision(x.dtype)
+        matrix = matrix[...].astype(x.dtype)
+        return lax.dot(x, matrix, precision=exact, preferred_element_type=jnp.float32)
 
-    mean = product(x[0], head) / width
-    own, other = x[0].astype(jnp.float32) - mean, product(x[0], partner) - mean
-    spread = lax.rsqrt(product(jnp.square(own), head) / width + epsilon)
-    own, other = own * spread * scale + bias, other * spread * partner_scale + partner_bias
-    turned = ((own * cos[...] + other * sin[...]) * factor).astype(out.dtype)
-    for which in range(heads):
-        out[0, which, :, :width] = turned[:, which * width : (which + 1) * width]
-        out[0, which, :, width:] = last[...]
+    mean = product(x[0], total) / k
+    own, partner = x[0].astype(jnp.float32) - mean, product(x[0], swap) - mean
+    deviation = lax.rsqrt(product(jnp.square(own), total) / k + epsilon)
+    own = own * deviation * scale + bias
+    partner = partner * deviation * partner_scale + partner_bias
+    rotated = ((own * cos[...] + partner * sin[...]) * factor).astype(out.dtype)
+    for head in range(heads):
+        out[0, head, :, :k] = rotated[:, head * k : (head + 1) * k]
+        out[0, head, :, k:] = last[...]

@@ -1,6 +1,6 @@
-"""The CogVideoX transformer: text and video tokens in one sequence, both streams through the same
-weights, told apart only by their modulation. Both generations: 1x2x2 patches with a learned table
-(1.0), 2x2x2 patches with `ofs` (1.5)."""
+"""The CogVideoX transformer: text and video tokens in one sequence through the same weights; only
+their modulation differs. Both generations: 1x2x2 patches with a learned position table (1.0), and
+2x2x2 patches with `ofs` (1.5)."""
 
 from typing import NamedTuple
 
@@ -18,12 +18,12 @@ from .positions import Positions
 QK_EPSILON = 1e-6  # of the norms on q and k; fixed in the reference, unlike the blocks' own
 
 
-class Shifts(NamedTuple):
-    """All that the timestep decides, evaluated before the loop. Its axis of 6: shift, scale, gate
-    for attention, then for the mlp."""
+class Modulation(NamedTuple):
+    """All that depends on the timestep: shift, scale and gate for attention, then for the mlp, of
+    every block; shift and scale of the output."""
 
     blocks: Float[Array, "*steps l 6 stream d"]  # stream: video, text
-    out: Float[Array, "*steps 2 d"]  # shift, scale
+    out: Float[Array, "*steps 2 d"]
 
 
 class TimeEmbedding(nnx.Module):
@@ -39,68 +39,56 @@ class TimeEmbedding(nnx.Module):
 
 
 class BlockModulation(nnx.Module):
-    """One block's shifts, scales and gates from the time embedding."""
+    """Shifts, scales and gates of one block from the time embedding."""
 
     def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attn = Linear(
-            config.time_embed_dim, 6 * config.width, axes=(None, "embed"), dtype=dtype, rngs=rngs
-        )
-        self.mlp = Linear(
-            config.time_embed_dim, 6 * config.width, axes=(None, "embed"), dtype=dtype, rngs=rngs
-        )
+        e, d, axes = config.time_embed_dim, config.width, (None, "embed")
+        self.attn = Linear(e, 6 * d, axes=axes, dtype=dtype, rngs=rngs)
+        self.mlp = Linear(e, 6 * d, axes=axes, dtype=dtype, rngs=rngs)
 
     def __call__(self, temb: Float[Array, "i e"]) -> Float[Array, "i 6 2 d"]:
-        parts = [
-            rearrange(part(temb), "i (stream three d) -> i three stream d", stream=2, three=3)
-            for part in (self.attn, self.mlp)
-        ]
-        return jnp.concatenate(parts, axis=1)
+        pattern = "i (stream three d) -> i three stream d"
+        parts = (rearrange(f(temb), pattern, stream=2, three=3) for f in (self.attn, self.mlp))
+        return jnp.concatenate([*parts], axis=1)
 
 
-class Modulation(nnx.Module):
-    """The timestep's whole influence: a seventh of the parameters, and none of them needed once a
-    request's steps are known."""
+class ModulationNetwork(nnx.Module):
+    """From timesteps to modulation: a seventh of the parameters, and none of them is needed once
+    the steps of a request are known."""
 
     def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.time = TimeEmbedding(config.width, config.time_embed_dim, dtype=dtype, rngs=rngs)
-        self.ofs = (
-            TimeEmbedding(config.ofs_embed_dim, config.time_embed_dim, dtype=dtype, rngs=rngs)
-            if config.ofs_embed_dim
-            else None
-        )
-        self.blocks = stacked(
-            config.num_layers, lambda keys: BlockModulation(config, dtype=dtype, rngs=keys), rngs
-        )
-        self.out = Linear(
-            config.time_embed_dim, 2 * config.width, axes=(None, "embed"), dtype=dtype, rngs=rngs
-        )
+        d, e, ofs = config.width, config.time_embed_dim, config.ofs_embed_dim
 
-    def __call__(self, time: Float[Array, "i d"], ofs: Float[Array, "1 e"] | None) -> Shifts:
-        """From the sinusoids of every timestep and of `ofs` (None for 1.0)."""
+        def block(keys: nnx.Rngs) -> BlockModulation:
+            return BlockModulation(config, dtype=dtype, rngs=keys)
+
+        self.time = TimeEmbedding(d, e, dtype=dtype, rngs=rngs)
+        self.ofs = TimeEmbedding(ofs, e, dtype=dtype, rngs=rngs) if ofs else None
+        self.blocks = stacked(config.num_layers, block, rngs)
+        self.out = Linear(e, 2 * d, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, time: Float[Array, "i d"], ofs: Float[Array, "1 e"] | None) -> Modulation:
+        """From the sinusoids of every timestep, and of `ofs` for 1.5 (None for 1.0)."""
         temb = self.time(time)
         if self.ofs is not None:
-            assert ofs is not None  # the pipeline's to give
+            assert ofs is not None
             temb = temb + self.ofs(ofs)
         temb = silu(temb).astype(temb.dtype)
-        graph, layers = nnx.split(self.blocks)
-        _, blocks = lax.scan(
-            lambda carry, layer: (carry, nnx.merge(graph, layer)(temb)), None, layers
-        )
-        return Shifts(
-            jnp.moveaxis(blocks, 0, 1), rearrange(self.out(temb), "i (two d) -> i two d", two=2)
-        )
+        _, blocks = lax.scan(lambda _, block: (None, block(temb)), None, self.blocks)
+        out = rearrange(self.out(temb), "i (two d) -> i two d", two=2)
+        return Modulation(jnp.moveaxis(blocks, 0, 1), out)
 
 
 class Attention(nnx.Module):
-    """Self-attention over the joint sequence, with normed and rotated queries and keys. A head's
-    channel pairs lie half a head apart (`convert/` reorders them), so that rotating is two
-    contiguous slices instead of interleaved lanes."""
+    """Self-attention over the joint sequence with QK norm and rotary embedding. The channels that
+    are rotated together lie half a head apart (`convert/` reorders the reference's interleaved
+    pairs), so that rotating takes two contiguous slices."""
 
     def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        d, k = config.width, config.attention_head_dim
-        self.q = Linear(d, d, axes=("embed", "heads"), int8=int8, dtype=dtype, rngs=rngs)
-        self.k = Linear(d, d, axes=("embed", "heads"), int8=int8, dtype=dtype, rngs=rngs)
-        self.v = Linear(d, d, axes=("embed", "heads"), int8=int8, dtype=dtype, rngs=rngs)
+        d, k, axes = config.width, config.attention_head_dim, ("embed", "heads")
+        self.q = Linear(d, d, axes=axes, int8=int8, dtype=dtype, rngs=rngs)
+        self.k = Linear(d, d, axes=axes, int8=int8, dtype=dtype, rngs=rngs)
+        self.v = Linear(d, d, axes=axes, int8=int8, dtype=dtype, rngs=rngs)
         self.norm_q = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype, rngs=rngs)
         self.norm_k = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype, rngs=rngs)
         self.out = Linear(d, d, axes=("heads", "embed"), int8=int8, dtype=dtype, rngs=rngs)
@@ -108,18 +96,15 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b s d"], positions: Positions, layout: Layout
     ) -> Float[Array, "b s d"]:
-        q, k, v = (rounded(part(x), x.dtype) for part in (self.q, self.k, self.v))
-        return self.out(layout.exchange((q, k, v), (self.norm_q, self.norm_k), positions))
+        q, k, v = (rounded(f(x), x.dtype) for f in (self.q, self.k, self.v))
+        return self.out(layout.attend(q, k, v, (self.norm_q, self.norm_k), positions))
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.up = Linear(
-            config.width, 4 * config.width, axes=("embed", "mlp"), int8=int8, dtype=dtype, rngs=rngs
-        )
-        self.down = Linear(
-            4 * config.width, config.width, axes=("mlp", "embed"), int8=int8, dtype=dtype, rngs=rngs
-        )
+        d, m = config.width, 4 * config.width
+        self.up = Linear(d, m, axes=("embed", "mlp"), int8=int8, dtype=dtype, rngs=rngs)
+        self.down = Linear(m, d, axes=("mlp", "embed"), int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         return self.down(rounded(gelu(self.up(x)), x.dtype))
@@ -127,20 +112,21 @@ class Mlp(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attn_norm = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        d, epsilon = config.width, config.norm_eps
+        self.attn_norm = LayerNorm(d, epsilon=epsilon, dtype=dtype, rngs=rngs)
         self.attn = Attention(config, int8=int8, dtype=dtype, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.width, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
+        self.mlp_norm = LayerNorm(d, epsilon=epsilon, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(config, int8=int8, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "b s d"],
-        shifts: Float[Array, "6 2 d"],
+        modulation: Float[Array, "6 2 d"],
         positions: Positions,
         layout: Layout,
     ) -> Float[Array, "b s d"]:
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = (
-            by_stream(part, positions.is_text) for part in shifts
+            by_token(streams, positions.is_text) for streams in modulation
         )
         y = (self.attn_norm(x) * (1 + attn_scale) + attn_shift).astype(x.dtype)
         x = (x + attn_gate * self.attn(y, positions, layout)).astype(x.dtype)
@@ -148,84 +134,66 @@ class Block(nnx.Module):
         return (x + mlp_gate * self.mlp(y)).astype(x.dtype)
 
 
+def by_token(streams: Float[Array, "2 d"], is_text: Bool[Array, " s"]) -> Float[Array, "s d"]:
+    """A row of modulation for every token, in float32."""
+    video, text = streams.astype(jnp.float32)
+    return jnp.where(is_text[:, None], text, video)
+
+
 class Transformer(nnx.Module):
-    """Predicts v. Evaluate `modulation` once for all steps, then call the network with one step's
-    shifts. `int8` is of blocks' kernels."""
+    """Predicts v. Evaluate `modulation` once for all steps, then call the network with the
+    modulation of one step. With `int8` the kernels of the blocks are int8."""
 
     def __init__(
         self, config: TransformerConfig, *, int8: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        d, patch = config.width, config.patch
-        points = patch[0] * patch[1] * patch[2]
-        self.patch = patch
-        self.modulation = Modulation(config, dtype=dtype, rngs=rngs)
-        self.text_in = Linear(
-            config.text_embed_dim, d, axes=(None, "embed"), dtype=dtype, rngs=rngs
-        )
-        # The 1.5 layout has a bias whatever its config says: the reference reads patch_bias only
-        # where patches are flat.
+        d, (t, r, c) = config.width, config.patch
+        inputs, outputs = t * r * c * config.in_channels, t * r * c * config.out_channels
+        # The reference reads patch_bias only where patches have one frame; 1.5 always has a bias.
         bias = config.patch_bias or config.patch_size_t is not None
-        self.video_in = Linear(
-            points * config.in_channels, d, axes=(None, "embed"), bias=bias, dtype=dtype, rngs=rngs
-        )
+        text = config.text_embed_dim
+
+        def block(keys: nnx.Rngs) -> Block:
+            return Block(config, int8=int8, dtype=dtype, rngs=keys)
+
+        self.patch = config.patch
+        self.modulation = ModulationNetwork(config, dtype=dtype, rngs=rngs)
+        self.text_in = Linear(text, d, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.video_in = Linear(inputs, d, axes=(None, "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        table = jnp.zeros((config.table_rows, d), dtype)
         learned = config.use_learned_positional_embeddings
-        self.table = (
-            nnx.Param(jnp.zeros((config.table_rows, d), dtype), axes=(None, "embed"))
-            if learned
-            else None
-        )
-        self.blocks = stacked(
-            config.num_layers, lambda keys: Block(config, int8=int8, dtype=dtype, rngs=keys), rngs
-        )
+        self.table = nnx.Param(table, axes=(None, "embed")) if learned else None
+        self.blocks = stacked(config.num_layers, block, rngs)
         self.norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
         self.out_norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.out = Linear(
-            d, points * config.out_channels, axes=("embed", None), dtype=dtype, rngs=rngs
-        )
+        self.out = Linear(d, outputs, axes=("embed", None), dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         latents: Float[Array, "b t h w c"],  # noisy latents, then the image's, on channels
-        text: Float[Array, "b p d"],  # as `text_in` makes it: the same in every step
-        shifts: Shifts,  # of one step
-        # As many rows as the joint sequence, rounded up to what the layout splits.
-        positions: Positions,
+        text: Float[Array, "b p e"],  # as T5 encodes it
+        modulation: Modulation,  # of one step
+        positions: Positions,  # of the padded joint sequence
         layout: Layout,
     ) -> Float[Array, "b t h w c2"]:
         (t, r, c), (_, frames, rows, columns, _) = self.patch, latents.shape
-        video = self.video_in(
-            rearrange(latents, "b (f t) (h r) (w c) z -> b (f h w) (t r c z)", t=t, r=r, c=c)
-        )
-        x = jnp.concatenate([text, video], axis=1)
-        # Frames are the table's slowest axis, so fewer frames than it was made for are a prefix of
-        # it.
+        patches = rearrange(latents, "b (f t) (h r) (w c) z -> b (f h w) (t r c z)", t=t, r=r, c=c)
+        x = jnp.concatenate([self.text_in(text), self.video_in(patches)], axis=1)
+        # Frames are the slowest axis of the learned table: fewer frames read a prefix of it.
         table = positions.table if self.table is None else self.table[: x.shape[1]]
         if table is not None:
             x = x + table.astype(x.dtype)
-        tokens = x.shape[1]
-        # Joined and evened out before it is split: 226 tokens of text divide by little, and an
-        # exchange would be made of the joining.
-        x = layout.split(jnp.pad(layout.join(x), ((0, 0), (0, layout.padded - tokens), (0, 0))))
 
-        graph, layers = nnx.split(self.blocks)
+        def block(
+            x: Float[Array, "b s d"], layer: tuple[Block, Array]
+        ) -> tuple[Float[Array, "b s d"], None]:
+            block, row = layer
+            return layout.shard(layout.gather(block)(x, row, positions, layout)), None
 
-        def block(x: Float[Array, "b s d"], layer: tuple) -> tuple[Float[Array, "b s d"], None]:
-            params, shifts = layer
-            return layout.split(
-                nnx.merge(graph, layout.gather(params))(x, shifts, positions, layout)
-            ), None
-
-        x, _ = lax.scan(block, x, (layers, shifts.blocks))
+        x, _ = lax.scan(block, layout.pad(x), (self.blocks, modulation.blocks))
         y = self.out_norm(self.norm(x).astype(x.dtype))
-        shift, scale = shifts.out.astype(jnp.float32)
+        shift, scale = modulation.out.astype(jnp.float32)
         v = self.out((y * (1 + scale) + shift).astype(x.dtype))
-        # Only here, where a token is narrow: cutting a split sequence moves it.
-        v = layout.join(v)[:, text.shape[1] : tokens]
-        sizes = {"f": frames // t, "h": rows // r, "w": columns // c, "t": t, "r": r, "c": c}
-        return rearrange(v, "b (f h w) (t r c z) -> b (f t) (h r) (w c) z", **sizes)
-
-
-def by_stream(part: Float[Array, "2 d"], is_text: Bool[Array, " s"]) -> Float[Array, "s d"]:
-    """A modulation row for every token, in float32."""
-    video, text = part.astype(jnp.float32)
-    return jnp.where(is_text[:, None], text, video)
+        v = layout.unpad(v)[:, text.shape[1] :]
+        grid = {"f": frames // t, "h": rows // r, "w": columns // c, "t": t, "r": r, "c": c}
+        return rearrange(v, "b (f h w) (t r c z) -> b (f t) (h r) (w c) z", **grid)

@@ -1,8 +1,10 @@
-"""What runs on the devices: a compiled program for each phase, and all that one is compiled for.
-The pipeline calls them with weights and values, `benchmarks/tpu_compile.py` with shapes alone, for
-machines that are not there."""
+"""What the stages are compiled for, and the session that runs them: it loads the network of a
+stage, compiles, and keeps the clock. `benchmarks/tpu_compile.py` compiles the same programs from
+shapes alone, for machines that are not there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -11,71 +13,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float, Int, UInt32
+from jax.sharding import Mesh
+from jaxtyping import Float
 
 from ..config import CheckpointConfig
 from ..devices import compiler_options
-from ..devices.compiling import Program
+from ..devices.compiling import Program, Stopwatch, workspace
 from ..devices.mesh import GUIDED, choose_sizes, make_mesh, spatial, work_of
 from ..devices.sharding import AXES, Layout, put, split
-from ..models.attention import choose, resolved
+from ..models.attention import choose, resolve
 from ..models.positions import Positions, positions, sinusoid, token_count
 from ..models.vae import strips_within
 from ..request import LatentShape, Resolved
-from ..weights.pieces import bytes_per_device, fits_whole, piece, placed, places
+from ..weights.checkpoint import Models
+from ..weights.pieces import bytes_per_device, can_replicate, memory_limit, piece, placed, shardings
+from . import stages
 from .schedule import Tableau, tableau
-from .stages import (
-    OFS,
-    decode_latents,
-    denoise,
-    draw_image,
-    draw_start,
-    encode_image,
-    encode_text,
-    modulate,
-    to_bytes,
-)
 
-SPARE = 0.9  # of a device's memory: what an estimate may fill
+SPARE = 0.9  # of a device's memory that an estimate may fill
 LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
+OFS = 2.0  # the constant conditioning value of the 1.5 network
 
 
-def frames_lie(mesh: Mesh, **_: Any) -> NamedSharding:
-    """A pin would do but for a TPU's compiler, which then hands 60x90 latents' video over in other
-    parts than those of the mesh."""
-    return split(mesh, "video", None, "rows", "columns")
+class Stage(NamedTuple):
+    """How a function of stages.py is run."""
 
-
-TEXT = Program(encode_text, static=("mesh",))
-MOMENTS = Program(encode_image, static=("mesh",))
-IMAGE = Program(draw_image, static=("frames", "mesh"))
-SHIFTS = Program(modulate, static=("mesh",))
-START = Program(draw_start, static=("shape", "mesh"))
-DENOISE = Program(denoise, static=("slab", "layout"), loop=True)
-DECODE = Program(decode_latents, static=("strips", "mesh"), lies=frames_lie)
-BYTES = Program(to_bytes, static=("mesh",))
-
-
-class Call(NamedTuple):
-    """A program with its arguments, or with their shapes. The network that comes first is asked for
-    by its name in `checkpoint.PIECES`."""
-
+    name: str  # text, image, denoise or decode: in the stopwatch, --plan and benchmarks
+    piece: str | None  # of `pieces.PIECES`: the network that it gets as its first argument
     program: Program
-    piece: str | None
-    args: tuple[Any, ...]
-    static: dict[str, Any]
 
-    def compile(self, place: "Place") -> Any:
-        """The executable, from the network's shapes alone."""
-        return self.program.compile(*self._network(place), *self.args, **self.static)
 
-    def lower(self, place: "Place") -> jax.stages.Lowered:
-        """The program as XLA is given it."""
-        return self.program.lower(*self._network(place), *self.args, **self.static)
-
-    def _network(self, place: "Place") -> tuple[nnx.Module, ...]:
-        return () if self.piece is None else (place.network(self.piece),)
+STAGES: dict[Callable[..., Any], Stage] = {
+    stages.encode_text: Stage("text", "text_encoder", Program(stages.encode_text)),
+    stages.encode_image: Stage("image", "vae", Program(stages.encode_image)),
+    stages.draw_image: Stage("image", None, Program(stages.draw_image)),
+    stages.modulate: Stage("denoise", "modulation", Program(stages.modulate)),
+    stages.draw_start: Stage("denoise", None, Program(stages.draw_start)),
+    stages.denoise: Stage("denoise", "transformer", Program(stages.denoise, loop=True)),
+    stages.decode: Stage(
+        "decode", "vae", Program(stages.decode, out_shardings=stages.decoded_sharding)
+    ),
+    stages.to_bytes: Stage("decode", None, Program(stages.to_bytes)),
+}
 
 
 def mesh_for(
@@ -87,224 +66,233 @@ def mesh_for(
     devices: Sequence[Any],
     memory: int,
 ) -> Mesh:
-    """The mesh asked for, or ("auto") the one that suits a request for so many videos. Raises
+    """The mesh asked for, or ("auto") the best one, for a request of so many videos. Raises
     ValueError as `choose_sizes` does."""
     networks = {"text_encoder": piece(config, "text_encoder", dtype)}
-    if not fits_whole(transformer := piece(config, "transformer", dtype), memory):
+    transformer = piece(config, "transformer", dtype)
+    if not can_replicate(transformer, memory):
         networks["transformer"] = transformer
     return make_mesh(
         choose_sizes(text, work_of(config, networks, videos, guided), devices), devices
     )
 
 
+class Call(NamedTuple):
+    """A stage with its arguments, or with shapes in their place: what its program is compiled
+    for."""
+
+    stage: Stage
+    args: tuple[Any, ...]  # the shapes of its network first, if it has one
+    static: dict[str, Any]
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.stage.program.lower(*self.args, **self.static)
+
+    def compile(self) -> jax.stages.Compiled:
+        return self.stage.program.compile(*self.args, **self.static)
+
+
 @dataclass(frozen=True)
-class Place:
-    """A checkpoint on a mesh whose devices have `memory` bytes each."""
+class Target:
+    """What programs are compiled for: a checkpoint on a mesh whose devices have `memory` bytes
+    each. Enough to decode latents."""
 
     config: CheckpointConfig
     dtype: jnp.dtype
     mesh: Mesh
     memory: int
 
-    def report(self) -> list[str]:
-        """What was chosen for this machine, as lines to print."""
-        first = self.mesh.devices.flat[0]
-        sizes = ",".join(f"{axis}={self.mesh.shape[axis]}" for axis in AXES)
-        mesh = f"mesh: {sizes} on {self.mesh.size} of {jax.device_count()} x {first.device_kind}"
-        int8 = (
-            [f"int8 weights: in the blocks of {' and '.join(self.config.int8)}"]
-            if self.config.int8
-            else []
-        )
-        return [mesh, *compiler_options.report(first.device_kind), *int8]
-
     def network(self, name: str) -> nnx.Module:
-        """A piece's shapes, and where they lie."""
+        """The shapes and shardings of a piece."""
         return placed(self.config, name, self.dtype, self.mesh, self.memory)
 
-    def moments(self, pixels: Float[Any, "b 1 h w 3"]) -> Call:
-        ratio = self.config.vae.spatial_ratio
-        rows, columns = (side // ratio for side in pixels.shape[2:4])
-        return Call(MOMENTS, "vae", (pixels,), {"mesh": spatial(self.mesh, rows, columns)})
-
-    def decode(self, latents: Float[Any, "b t h w c"]) -> Call:
-        """Of scaled latents without padding."""
-        strips, mesh = self.strips(*latents.shape[2:4]), spatial(self.mesh, *latents.shape[2:4])
-        factor = np.float32(self.config.vae.scaling_factor)
-        return Call(DECODE, "vae", (latents, factor), {"strips": strips, "mesh": mesh})
+    def call(self, function: Callable[..., Any], *args: Any, **static: Any) -> Call:
+        """A function of stages.py with its arguments. The target adds the network, and of the
+        static arguments mesh and layout."""
+        stage = STAGES[function]
+        network = () if stage.piece is None else (self.network(stage.piece),)
+        own = {name: getattr(self, name) for name in stage.program.static if name not in static}
+        return Call(stage, (*network, *args), own | static)
 
     def strips(self, rows: int, columns: int) -> int:
-        """In how many strips a device decodes: one where several share the picture. Raises
-        ValueError where it doesn't fit in any."""
-        view = spatial(self.mesh, rows, columns)
-        if view.shape["rows"] * view.shape["columns"] > 1:
+        """The strips in which a device decodes latents of this size; one where several devices
+        share a frame. Raises ValueError where it does not fit in any number of strips."""
+        grid = spatial(self.mesh, rows, columns)
+        if grid.shape["rows"] * grid.shape["columns"] > 1:
             return 1
         room = SPARE * self.memory - bytes_per_device(self.network("vae"))
         return strips_within(int(room), self.config.vae, rows, columns, self.dtype.itemsize)
 
-    def to_bytes(self, video: Float[Any, "b f h w 3"]) -> Call:
-        return Call(BYTES, None, (video,), {"mesh": self.mesh})
+    def report(self) -> list[str]:
+        """What was chosen for this machine, as lines to print."""
+        kind = self.mesh.devices.flat[0].device_kind
+        sizes = ",".join(f"{axis}={self.mesh.shape[axis]}" for axis in AXES)
+        lines = [f"mesh: {sizes} on {self.mesh.size} of {jax.device_count()} x {kind}"]
+        lines += compiler_options.report(kind)
+        if self.config.int8:
+            lines.append(f"int8 weights: in the blocks of {' and '.join(self.config.int8)}")
+        return lines
+
+
+def this_machine(
+    models: Models, videos: int, guided: bool
+) -> tuple[CheckpointConfig, jnp.dtype, Mesh, int]:
+    """The fields of a `Target` for the devices of this machine, or of all processes."""
+    config, dtype, memory = models.config, models.dtype, memory_limit()
+    mesh = mesh_for(config, dtype, models.mesh, videos, guided, jax.devices(), memory)
+    return config, dtype, mesh, memory
 
 
 @dataclass(frozen=True)
-class Phases(Place):
-    """What a request's programs are compiled for."""
+class RequestTarget(Target):
+    """What the programs of a request are compiled for."""
 
     request: Resolved
     attention: str
-
-    def report(self) -> list[str]:
-        split_up = "" if self.layout.whole else ", weights split and gathered a layer at a time"
-        name = resolved(self.attention, self.dtype, self.mesh.devices.flat[0])
-        return [
-            *super().report(),
-            f"attention: {name}, {self.layout.tokens} tokens evened out to {self.layout.padded}{split_up}",
-        ]
 
     @cached_property
     def shape(self) -> LatentShape:
         return self.request.latent_shape(self.config)
 
     @cached_property
-    def rows(self) -> Tableau:
+    def tableau(self) -> Tableau:
         """Raises ValueError for a schedule that does not exist."""
         r = self.request
-        return tableau(
-            self.config.scheduler,
-            r.scheduler,
-            r.num_inference_steps,
-            r.guidance_scale,
-            r.use_dynamic_cfg,
-        )
+        guidance = r.guidance_scale, r.use_dynamic_cfg
+        return tableau(self.config.scheduler, r.scheduler, r.num_inference_steps, *guidance)
 
     @cached_property
     def layout(self) -> Layout:
         backend = choose(self.attention, self.dtype, self.mesh.devices.flat[0])
         tokens = token_count(self.config.transformer, self.shape[:3])
-        whole = all(place.is_fully_replicated for place in places(self.network("transformer")))
-        return Layout(self.mesh, backend, tokens, whole, turns=tokens >= LONG)
+        network = self.network("transformer")
+        replicated = all(sharding.is_fully_replicated for sharding in shardings(network))
+        return Layout(self.mesh, backend, tokens, replicated, sequential=tokens >= LONG)
 
-    def text(self, ids: Int[Any, "pairs p"]) -> Call:
-        return Call(TEXT, "text_encoder", (ids,), {"mesh": self.mesh})
+    @property
+    def image_scale(self) -> np.float32:
+        """What the image's latents are multiplied by."""
+        return np.float32(self.request.latent_scale(self.config))
 
-    def image(
-        self,
-        moments: Float[Any, "b 1 h w c2"],
-        noise: Float[Any, "b 1 h w c"] | None,
-        words: UInt32[Any, "b 2"],
-    ) -> Call:
-        scale = np.float32(self.request.latent_scale(self.config))
-        return Call(
-            IMAGE,
-            None,
-            (moments, noise, words, scale),
-            {"frames": self.shape.frames, "mesh": self.mesh},
-        )
-
-    def shifts(self) -> Call:
+    @property
+    def time(self) -> tuple[Float[np.ndarray, "i d"], Float[np.ndarray, "1 e"] | None]:
+        """The sinusoids of all timesteps, and of `ofs` for 1.5."""
         network = self.config.transformer
         ofs = sinusoid(np.array([OFS]), network.ofs_embed_dim) if network.ofs_embed_dim else None
-        return Call(
-            SHIFTS,
-            "modulation",
-            (sinusoid(self.rows.timestep, network.width), ofs),
-            {"mesh": self.mesh},
-        )
-
-    def start(self, noise: Float[Any, "b t h w c"] | None, words: UInt32[Any, "b 2"]) -> Call:
-        return Call(
-            START, None, (noise, words), {"shape": tuple(self.shape[:4]), "mesh": self.mesh}
-        )
-
-    def denoise(
-        self,
-        carry: Any,
-        first: int,
-        rows: Tableau,
-        shifts: Any,
-        noise: Any,
-        words: Any,
-        image: Any,
-        text: Any,
-        where: Any,
-        slab: int,
-    ) -> Call:
-        args = (carry, np.int32(first), rows, shifts, noise, words, image, text, where)
-        return Call(DENOISE, "transformer", args, {"slab": slab, "layout": self.layout})
+        return sinusoid(self.tableau.timestep, network.width), ofs
 
     def positions(self) -> Positions:
-        """Every token's place, on the devices: they are read in every step."""
-        where = positions(self.config.transformer, self.shape[:3], self.layout.padded)
-        return jax.tree.map(put, where, self._places(where))
+        """The positions of all tokens, on the devices: every step reads them."""
+        where = self._positions()
+        return jax.tree.map(put, where, self._position_shardings(where))
 
-    def _places(self, where: Positions) -> Positions:
-        """Rotations are made where a device has whole sequences; whose modulation a token has is
-        asked where it has its part."""
-        everywhere, table = split(self.mesh), None if where.table is None else split(self.mesh)
-        return Positions(everywhere, everywhere, split(self.mesh, "sequence"), table)
+    def _positions(self) -> Positions:
+        return positions(self.config.transformer, self.shape[:3], self.layout.padded)
+
+    def _position_shardings(self, where: Positions) -> Positions:
+        """Rotations are applied where a device has whole sequences, modulation where it has its
+        part of one."""
+        whole = split(self.mesh)
+        table = None if where.table is None else whole
+        return Positions(whole, whole, split(self.mesh, "sequence"), table)
 
     def loop(
-        self, videos: int, slab: int, noise: Float[Any, "{slab} b t h w c"] | None = None
+        self, videos: int, steps: int, noise: Float[Any, "{steps} b t h w c"] | None = None
     ) -> Call:
-        """`denoise` before its arguments are there, but for noise that is given."""
-        network, copies = self.config.transformer, GUIDED if self.request.guided else 1
-        image = self._shape((videos, *self.shape[:4]), jnp.float32, "video")
-        text = self._shape(
-            (copies * videos, network.max_text_seq_length, network.text_embed_dim),
-            self.dtype,
-            "batch",
-        )
-        shifts = jax.eval_shape(
-            partial(modulate, mesh=self.mesh), self.network("modulation"), *self.shifts().args
-        )
-        shifts = jax.tree.map(lambda leaf: self._shape(leaf.shape, leaf.dtype), shifts)
-        where = jax.eval_shape(lambda: positions(network, self.shape[:3], self.layout.padded))
+        """`stages.denoise` with shapes for its arguments, but for noise that is given."""
+        network, pairs = self.config.transformer, self._pairs(videos)
+        latents = self._shaped((videos, *self.shape[:4]), jnp.float32, "video")
+        text = (pairs, network.max_text_seq_length, network.text_embed_dim)
+        text = self._shaped(text, self.dtype, "batch")
+        modulate = partial(stages.modulate, mesh=self.mesh)
+        modulation = jax.eval_shape(modulate, self.network("modulation"), *self.time)
+        modulation = jax.tree.map(lambda x: self._shaped(x.shape, x.dtype), modulation)
+        where = jax.eval_shape(self._positions)
         where = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             where,
-            self._places(where),
+            self._position_shardings(where),
         )
-        words = self._shape((videos, 2), np.uint32)
-        return self.denoise(
-            (image, image), 0, self.rows, shifts, noise, words, image, text, where, slab
-        )
+        state, keys = stages.State(latents, latents), self._keys(videos)
+        args = (state, np.int32(0), self.tableau, modulation, noise, keys, latents, text, where)
+        return self.call(stages.denoise, *args, steps=steps)
 
-    def _shape(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> jax.ShapeDtypeStruct:
+    def calls(self, name: str, videos: int = 1) -> list[Call]:
+        """The programs of a stage (text, image, denoise, decode) for so many videos, with nothing
+        but shapes: to be compiled for machines anywhere. Raises ValueError for what no such machine
+        can hold."""
+        request, vae, shape = self.request, self.config.vae, self.shape
+        keys, size = self._keys(videos), (request.height, request.width)
+        if name == "text":
+            ids = self._pairs(videos), self.config.transformer.max_text_seq_length
+            return [self.call(stages.encode_text, np.zeros(ids, np.int32))]
+        if name == "image":
+            pixels = np.zeros((videos, 1, *size, vae.in_channels), np.float32)
+            moments = (videos, 1, *shape[1:3], 2 * shape.channels)
+            moments = self._shaped(moments, self.dtype, "video")
+            draw = moments, None, keys, self.image_scale
+            drawn = self.call(stages.draw_image, *draw, frames=shape.frames)
+            return [self.call(stages.encode_image, pixels), drawn]
+        if name == "denoise":
+            start = self.call(stages.draw_start, None, keys, shape=tuple(shape[:4]))
+            loop = self.loop(videos, request.num_inference_steps)
+            return [self.call(stages.modulate, *self.time), start, loop]
+        latents = np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)
+        factor, strips = np.float32(vae.scaling_factor), self.strips(*shape[1:3])
+        grid = split(spatial(self.mesh, *shape[1:3]), "video", None, "rows", "columns")
+        frames = (videos, request.num_frames, *size, vae.out_channels)
+        video = jax.ShapeDtypeStruct(frames, self.dtype, sharding=grid)
+        decoded = self.call(stages.decode, latents, factor, strips=strips)
+        return [decoded, self.call(stages.to_bytes, video)]
+
+    def _pairs(self, videos: int) -> int:
+        return (GUIDED if self.request.guided else 1) * videos
+
+    def _keys(self, videos: int) -> jax.ShapeDtypeStruct:
+        return self._shaped((videos, 2), np.uint32)
+
+    def _shaped(self, shape: tuple[int, ...], dtype: Any, *axes: str) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=split(self.mesh, *axes))
 
-    def calls(self, phase: str, videos: int = 1) -> list[Call]:
-        """The programs of a phase ("text", "encode", "denoise", "decode") of a request for so many
-        videos, with nothing but shapes: to be compiled, for machines anywhere. Raises ValueError
-        for what no such machine can hold."""
-        request, vae, shape, words = (
-            self.request,
-            self.config.vae,
-            self.shape,
-            self._shape((videos, 2), np.uint32),
-        )
-        if phase == "text":
-            ids = (
-                (GUIDED if request.guided else 1) * videos,
-                self.config.transformer.max_text_seq_length,
-            )
-            return [self.text(np.zeros(ids, np.int32))]
-        if phase == "encode":
-            pixels = np.zeros(
-                (videos, 1, request.height, request.width, vae.in_channels), np.float32
-            )
-            moments = self._shape((videos, 1, *shape[1:3], 2 * shape.channels), self.dtype, "video")
-            return [self.moments(pixels), self.image(moments, None, words)]
-        if phase == "denoise":
-            return [
-                self.shifts(),
-                self.start(None, words),
-                self.loop(videos, request.num_inference_steps),
-            ]
-        frames = (videos, request.num_frames, request.height, request.width, vae.out_channels)
-        video = jax.ShapeDtypeStruct(
-            frames, self.dtype, sharding=frames_lie(spatial(self.mesh, *shape[1:3]))
-        )
-        return [
-            self.decode(np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)),
-            self.to_bytes(video),
-        ]
+    def report(self) -> list[str]:
+        name = resolve(self.attention, self.dtype, self.mesh.devices.flat[0])
+        sequence = f"{self.layout.tokens} tokens padded to {self.layout.padded}"
+        gathered = "" if self.layout.replicated else ", weights gathered a layer at a time"
+        return [*super().report(), f"attention: {name}, {sequence}{gathered}"]
+
+
+class Session:
+    """Runs stages on a target: `session(stages.encode_text, ids)`. Weights stay on the devices
+    until another stage needs the room, executables as long as the process."""
+
+    def __init__(self, models: Models, target: Target, clock: Stopwatch | None = None):
+        self.models, self.target, self.clock = models, target, clock or Stopwatch()
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
+        """The results of a stage, once they are computed."""
+        stage, shapes, static = self.target.call(function, *args, **static)
+        with self.clock("compile"):
+            program = stage.program.compile(*shapes, **static)
+        with self.clock("load"):
+            network = () if stage.piece is None else (self._load(stage.piece, program),)
+        with self.clock(stage.name):
+            return jax.block_until_ready(program(*network, *args))
+
+    @contextmanager
+    def ahead(self, call: Call) -> Iterator[None]:
+        """Meanwhile, in another thread: compiles a stage, and loads its network if that fits beside
+        what is loaded."""
+
+        def prepare() -> None:
+            program = call.stage.program.compile(*call.args, **call.static)
+            if call.stage.piece is not None:
+                self._load(call.stage.piece, program, ahead=True)
+
+        with ThreadPoolExecutor(1) as thread:
+            ready = thread.submit(prepare)
+            yield
+            with self.clock("compile"):
+                ready.result()
+
+    def _load(self, piece: str, program: jax.stages.Compiled, ahead: bool = False) -> Any:
+        return self.models.piece(piece, self.target.network(piece), workspace(program), ahead)

@@ -1,135 +1,154 @@
-"""The algorithm's stages as pure functions, in the order in which the data meets them."""
+"""Image-to-video as pure functions, in the order in which the data meets them: encode the text,
+encode the image, draw the image's latents, draw the initial noise, denoise with the image's latents
+on the channels at every step, decode. Keyword-only arguments are static: what a stage is compiled
+for."""
 
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
-from ..devices.mesh import GUIDED
-from ..devices.sharding import Layout, pin
+from ..devices.mesh import GUIDED, spatial
+from ..devices.sharding import Layout, pin, split
 from ..models.positions import Positions
 from ..models.t5 import T5
-from ..models.transformer import Modulation, Shifts, Transformer
+from ..models.transformer import Modulation, ModulationNetwork, Transformer
 from ..models.vae import VAE, posterior, sample_posterior
-from . import noise as streams
+from .noise import INITIAL, POSTERIOR, STEPS, draw
 from .schedule import Tableau, guide, step
 
-OFS = 2.0  # the 1.5 network's fixed conditioning value
+
+class State(NamedTuple):
+    """What one denoising step hands to the next, in float32."""
+
+    x: Float[Array, "b t h w c"]  # noisy latents
+    x0: Float[Array, "b t h w c"]  # the last step's prediction of the clean ones
 
 
-Carry = tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]  # x, and the last step's x0
-
-
-def encode_text(t5: T5, ids: Int[Array, "pairs p"], mesh: Mesh) -> Float[Array, "pairs p d"]:
+def encode_text(t5: T5, ids: Int[Array, "pairs p"], *, mesh: Mesh) -> Float[Array, "pairs p d"]:
+    """T5's encoding of the prompts; negative prompts first, where the request is guided."""
     return pin(t5(ids), mesh, "batch")
 
 
 def encode_image(
-    vae: VAE, pixels: Float[Array, "b 1 h w 3"], mesh: Mesh
+    vae: VAE, pixels: Float[Array, "b 1 h w 3"], *, mesh: Mesh
 ) -> Float[Array, "b 1 h2 w2 c2"]:
-    """The moments of the image's latents."""
-    pixels = pixels.astype(vae.encoder.conv_in.kernel.dtype)
-    return pin(vae.moments(pin(pixels, mesh, "video", None, "rows", "columns")), mesh, "video")
+    """The moments (mean and log-variance) of the latents of pixels in [-1, 1]."""
+    grid = spatial(mesh, *(side // vae.spatial_ratio for side in pixels.shape[2:4]))
+    pixels = pin(pixels.astype(vae.dtype), grid, "video", None, "rows", "columns")
+    return pin(vae.moments(pixels), grid, "video")
 
 
 def draw_image(
     moments: Float[Array, "b 1 h w c2"],
     noise: Float[Array, "b 1 h w c"] | None,
-    words: UInt32[Array, "b 2"],
+    keys: UInt32[Array, "b 2"],
     scale: Float[Array, ""],
+    *,
     frames: int,
     mesh: Mesh,
 ) -> Float[Array, "b t h w c"]:
-    """The image's scaled latents in the first latent frame, zeros in all others: zeros of latent
-    space, not an encoded black frame."""
+    """A sample of the image's latents, scaled, as the first of `frames` latent frames. The others
+    are zeros: of latent space, not encoded black frames."""
     mean, log_variance = posterior(moments)
     if noise is None:
-        noise = streams.draw(words, streams.POSTERIOR, mean.shape[1:])
+        noise = draw(keys, POSTERIOR, mean.shape[1:])
     latents = scale * sample_posterior(mean, log_variance, noise).astype(jnp.float32)
-    return pin(jnp.pad(latents, ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))), mesh, "video")
+    later_frames = ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))
+    return pin(jnp.pad(latents, later_frames), mesh, "video")
 
 
 def modulate(
-    modulation: Modulation, time: Float[Array, "i d"], ofs: Float[Array, "1 e"] | None, mesh: Mesh
-) -> Shifts:
-    return jax.tree.map(lambda shifts: pin(shifts, mesh), modulation(time, ofs))
+    network: ModulationNetwork,
+    time: Float[Array, "i d"],
+    ofs: Float[Array, "1 e"] | None,
+    *,
+    mesh: Mesh,
+) -> Modulation:
+    """The modulation of all steps, from the sinusoids of their timesteps."""
+    return jax.tree.map(lambda leaf: pin(leaf, mesh), network(time, ofs))
 
 
 def draw_start(
     noise: Float[Array, "b t h w c"] | None,
-    words: UInt32[Array, "b 2"],
+    keys: UInt32[Array, "b 2"],
+    *,
     shape: tuple[int, ...],
     mesh: Mesh,
-) -> Carry:
-    start = pin(
-        streams.draw(words, streams.INITIAL, shape) if noise is None else noise, mesh, "video"
-    )
-    return start, pin(jnp.zeros_like(start), mesh, "video")
+) -> State:
+    """Pure noise in latents of `shape` [t h w c]."""
+    x = pin(draw(keys, INITIAL, shape) if noise is None else noise, mesh, "video")
+    return State(x, pin(jnp.zeros_like(x), mesh, "video"))
 
 
 def denoise(
     network: Transformer,
-    carry: Carry,
+    state: State,
     first: Int[Array, ""],
-    rows: Tableau,
-    shifts: Shifts,
-    noise: Float[Array, "{slab} b t h w c"] | None,
-    words: UInt32[Array, "b 2"],
+    tableau: Tableau,
+    modulation: Modulation,
+    noise: Float[Array, "{steps} b t h w c"] | None,
+    keys: UInt32[Array, "b 2"],
     image: Float[Array, "b t h w c"],
-    text: Float[Array, "pairs p d"],  # negative prompts first, where guided
+    text: Float[Array, "pairs p d"],
     positions: Positions,
-    slab: int,
+    *,
+    steps: int,
     layout: Layout,
-) -> Carry:
-    """`slab` steps from row `first` on: the one denoising loop there is. Schedule, guidance and
-    seeds are data, not part of it; so is given noise, of these steps alone, for a whole schedule's
-    may be as large as a network."""
-    indices = first + jnp.arange(slab)
-    rows, shifts = jax.tree.map(
-        lambda column: lax.dynamic_slice_in_dim(column, first, slab), (rows, shifts)
+) -> State:
+    """The denoising loop: `steps` steps from row `first` of the tableau on. Schedule, guidance and
+    seeds are data and compile nothing; so is given `noise`, which is of these steps alone, since
+    that of a whole schedule may be as large as a network."""
+    rows = jax.tree.map(
+        lambda column: lax.dynamic_slice_in_dim(column, first, steps), (tableau, modulation)
     )
     copies = text.shape[0] // image.shape[0]  # 2 where guided
-    text = network.text_in(text)
 
-    def one(carry: Carry, column: tuple[Any, ...]) -> tuple[Carry, None]:
-        (x, x0_prev), (index, row, shifts, drawn) = carry, column
-        both = jnp.concatenate([x, image], axis=-1).astype(text.dtype)
-        v = layout.in_turn(
-            lambda both, text: network(both, text, shifts, positions, layout),
-            jnp.concatenate([both] * copies),
-            text,
-        )
+    def one_step(state: State, inputs: tuple[Any, ...]) -> tuple[State, None]:
+        index, (row, modulation), noise = inputs
+        latents = jnp.concatenate([state.x, image], axis=-1).astype(text.dtype)
+        predict = partial(network, modulation=modulation, positions=positions, layout=layout)
+        v = layout.one_by_one(predict)(jnp.concatenate([latents] * copies), text)
         v = v.astype(jnp.float32)
         if copies == GUIDED:
             v = guide(row, *jnp.split(v, GUIDED))
-        if drawn is None:
-            drawn = streams.draw(words, streams.STEPS, x.shape[1:], index)
-        x, x0 = step(row, x, v, x0_prev, drawn)
-        return (pin(x, layout.mesh, "video"), pin(x0, layout.mesh, "video")), None
+        if noise is None:
+            noise = draw(keys, STEPS, state.x.shape[1:], index)
+        state = State(*step(row, state.x, v, state.x0, noise))
+        return jax.tree.map(lambda leaf: pin(leaf, layout.mesh, "video"), state), None
 
-    carry, _ = lax.scan(one, carry, (indices, rows, shifts, noise))
-    return carry
+    indices = first + jnp.arange(steps)
+    state, _ = lax.scan(one_step, state, (indices, rows, noise))
+    return state
 
 
-def decode_latents(
+def decode(
     vae: VAE,
     latents: Float[Array, "b t h w c"],
     scaling_factor: Float[Array, ""],
+    *,
     strips: int,
     mesh: Mesh,
 ) -> Float[Array, "b f h2 w2 3"]:
-    latents = (latents / scaling_factor).astype(vae.decoder.conv_in.kernel.dtype)
-    return vae.decode(pin(latents, mesh, "video", None, "rows", "columns"), strips)
+    """Scaled latents without padding to frames in [-1, 1], or a little beyond."""
+    grid = spatial(mesh, *latents.shape[2:4])
+    latents = (latents / scaling_factor).astype(vae.dtype)
+    return vae.decode(pin(latents, grid, "video", None, "rows", "columns"), strips)
 
 
-def to_bytes(video: Float[Array, "b f h w 3"], mesh: Mesh) -> UInt8[Array, "b f h w 3"]:
-    """Every device ends with the whole video, so that whichever process writes it has it."""
-    return pin(
-        jnp.round(jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(
-            jnp.uint8
-        ),
-        mesh,
-    )
+def decoded_sharding(
+    vae: VAE, latents: Float[Any, "b t h w c"], scaling_factor: Any, *, strips: int, mesh: Mesh
+) -> NamedSharding:
+    """`out_shardings` of `decode`. A sharding constraint is not enough: for 60x90 latents the TPU
+    compiler picks another output layout."""
+    return split(spatial(mesh, *latents.shape[2:4]), "video", None, "rows", "columns")
+
+
+def to_bytes(video: Float[Array, "b f h w 3"], *, mesh: Mesh) -> UInt8[Array, "b f h w 3"]:
+    """Frames as 8-bit RGB, whole on every device: any process may write them."""
+    video = jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+    return pin(jnp.round(video * 255.0).astype(jnp.uint8), mesh)

@@ -10,7 +10,8 @@ from topologies import NAMES, chip
 from cogi2v_jax.devices import compiler_options as module
 from cogi2v_jax.devices.compiler_options import VARIABLE, compile_with, compiler_options, report
 from cogi2v_jax.devices.compiling import Program
-from cogi2v_jax.sampling import programs
+from cogi2v_jax.sampling import stages
+from cogi2v_jax.sampling.programs import STAGES
 
 
 @pytest.fixture
@@ -65,8 +66,8 @@ def test_the_loop_s_options_reach_the_loop_s_compiler_alone(
     for loop in (False, True):
         Program(lambda x: x + 2, loop=loop).compile(jax.ShapeDtypeStruct((), float))
     assert seen == [None, {"xla_cpu_enable_fast_math": False}]
-    assert programs.DENOISE.loop
-    assert not programs.DECODE.loop
+    assert STAGES[stages.denoise].program.loop
+    assert not STAGES[stages.decode].program.loop
 
 
 def test_an_unknown_device_has_the_user_s_options_alone(
@@ -141,7 +142,7 @@ def test_an_option_of_the_user_s_that_the_compiler_does_not_take_is_one_error(
 ) -> None:
     monkeypatch.setenv(VARIABLE, option)
     with pytest.raises(
-        ValueError, match=f"^{VARIABLE} must name options that this compiler takes: got {option}"
+        ValueError, match=f"^{VARIABLE} must name options that this compiler knows: got {option}"
     ) as caught:
         compile_with(compiler_options("cpu"), lowered())
     assert len(str(caught.value).splitlines()) == 1
@@ -156,7 +157,7 @@ def test_an_option_of_ours_that_the_compiler_does_not_take_is_left_out_in_one_li
     assert float(compile_with(compiler_options("cpu"), lowered())(1.0)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "compiler option must be one that this compiler takes: got xla_no_such_option=1 "
+        "compiling without an option that this compiler does not know: xla_no_such_option=1 "
     )
 
 
@@ -187,7 +188,7 @@ def test_a_tpu_s_compiler_s_refusals_are_understood(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(VARIABLE, option)
         with pytest.raises(
             ValueError,
-            match=f"^{VARIABLE} must name options that this compiler takes: got {option}",
+            match=f"^{VARIABLE} must name options that this compiler knows: got {option}",
         ):
             compile_with(
                 compiler_options("TPU v5 lite", loop=True), jax.jit(lambda x: x @ x).lower(x)

@@ -53,10 +53,10 @@ def affine(x, scale, shift: int = 0, kind: str = "sum"):
 def program():
     """A new function each time: jax remembers what it compiled for an old one."""
 
-    def fresh(x, scale, shift: int = 0, kind: str = "sum"):
+    def fresh(x, scale, *, shift: int = 0, kind: str = "sum"):
         return affine(x, scale, shift, kind)
 
-    return Program(fresh, static=("shift", "kind"))
+    return Program(fresh)
 
 
 def arguments(rows: int = 3, by: float = 2.0, dtype=np.float32) -> tuple:
@@ -228,7 +228,7 @@ def test_a_cache_that_the_user_switched_off_stays_off(settings):
 PROGRAM = """
 import jax, numpy as np
 from jax import monitoring
-from cogi2v_jax.compiled import Program, keep_compilations
+from cogi2v_jax.devices.compiling import Program, keep_compilations
 hits, misses = [], []
 monitoring.register_event_listener(lambda event, **_: hits.append(1) if event == "/jax/compilation_cache/cache_hits" else None)
 monitoring.register_event_listener(lambda event, **_: misses.append(1) if event == "/jax/compilation_cache/cache_misses" else None)

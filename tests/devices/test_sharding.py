@@ -13,19 +13,20 @@ from tolerances import assert_close
 
 import cogi2v_jax
 from cogi2v_jax import Models, Request, config, pipeline
-from cogi2v_jax.devices.compiling import Stopwatch
 from cogi2v_jax.devices.mesh import (
     Sizes,
     Work,
-    by_squares,
+    by_blocks,
     choose_sizes,
     make_mesh,
-    misfits,
     sizes_of,
     spatial,
+    undivided,
     work_of,
 )
-from cogi2v_jax.devices.sharding import fetch, put, split
+from cogi2v_jax.devices.sharding import put, split, to_host
+from cogi2v_jax.sampling import stages
+from cogi2v_jax.sampling.programs import Session
 from cogi2v_jax.weights.pieces import bytes_per_device, piece, placed
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -152,17 +153,17 @@ def test_auto_does_not_split_the_threads_of_one_cpu_but_takes_every_process() ->
         (
             "context=5",
             asked(),
-            "transformer blocks.attn: axis heads of size 48 must divide by 5 (context) for mesh data=1,pair=1,context=5",
+            "transformer blocks.attn: heads (48) must be divisible by 5 (context) for mesh data=1,pair=1,context=5",
         ),
         (
             "data=2",
             asked(),
-            "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1",
+            "request: video (1) must be divisible by 2 (data) for mesh data=2,pair=1,context=1",
         ),
         (
             "v5e-8",
             asked(guided=False),
-            "request: axis pair of size 1 must divide by 2 (pair) for mesh data=1,pair=2,context=4",
+            "request: pair (1) must be divisible by 2 (pair) for mesh data=1,pair=2,context=4",
         ),
         ("v5e-16", asked(), "mesh v5e-16 must have at most the 8 devices that there are: got 16"),
         ("context=7,pair=2", asked(), "mesh context=7,pair=2 must have at most"),
@@ -175,7 +176,7 @@ def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does(
         choose_sizes(text, work, [device(number) for number in range(8)])
     assert line in str(caught.value)
     nearest = str(caught.value).rpartition(" is ")[2]
-    assert misfits(sizes_of(nearest), work) == []
+    assert undivided(sizes_of(nearest), work) == []
     assert sizes_of(nearest).devices <= 8
 
 
@@ -197,7 +198,7 @@ def test_a_parameter_that_does_not_divide_is_named_and_not_all_of_its_kind() -> 
     )
     with pytest.raises(ValueError, match="5 more like it") as caught:
         choose_sizes("context=5", work, [device(number) for number in range(8)])
-    line = "text_encoder blocks.attn.k.kernel: axis heads of size 64 must divide by 5 (data x pair x context) for mesh data=1,pair=1,context=5"
+    line = "text_encoder blocks.attn.k.kernel: heads (64) must be divisible by 5 (data x pair x context) for mesh data=1,pair=1,context=5"
     assert str(caught.value).startswith(line)
 
 
@@ -218,7 +219,7 @@ def test_a_parameter_that_does_not_divide_is_named_and_not_all_of_its_kind() -> 
 def test_a_sequence_group_is_a_compact_block_of_the_grid(
     extents: tuple[int, ...], group: int, block: tuple[int, ...]
 ) -> None:
-    devices = by_squares(grid(*extents), group)
+    devices = by_blocks(grid(*extents), group)
     assert sorted(d.id for d in devices) == list(range(len(devices)))
     for start in range(0, len(devices), group):
         places = np.array([d.coords for d in devices[start : start + group]])
@@ -229,7 +230,7 @@ def test_a_sequence_group_is_a_compact_block_of_the_grid(
     "devices", [grid(2, 4)[:7], [device(number) for number in range(8)], grid(2, 3)]
 )
 def test_devices_without_a_whole_grid_keep_their_order(devices: list[Any]) -> None:
-    assert by_squares(devices, 4) == devices
+    assert by_blocks(devices, 4) == devices
 
 
 def test_what_a_mesh_leaves_over_is_idle_in_one_process_and_repeats_the_work_in_several() -> None:
@@ -267,7 +268,7 @@ def test_an_array_lies_where_its_axes_names_say() -> None:
     whole = np.arange(4 * 8 * 3, dtype=np.float32).reshape(4, 8, 3)
     array = put(whole, split(mesh, "batch", "sequence"))
     assert {shard.data.shape for shard in array.addressable_shards} == {(1, 4, 3)}
-    np.testing.assert_array_equal(fetch(array), whole)
+    np.testing.assert_array_equal(to_host(array), whole)
     assert split(make_mesh(Sizes(), jax.devices()), "batch", "sequence").spec == split(mesh).spec
 
 
@@ -330,34 +331,35 @@ def request_of_eight() -> Request:
     )
 
 
-def stages(models: Models, request: Request, given: dict[str, Any] | None = None) -> dict[str, Any]:
+def results_of(
+    models: Models, request: Request, given: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Every stage's result on the host, each from the same inputs: those `given`, or what the
     stages before it made."""
-    prepared = pipeline.prepare(models, request)
-    phases, mesh, results = prepared.phases, prepared.phases.mesh, {}
+    job, results = pipeline.prepare(models, request), {}
+    run = Session(models, job)
 
-    def stage(name: str, call: Any) -> Any:
-        results[name] = jax.tree.map(fetch, pipeline.run(models, phases, Stopwatch(), "run", call))
-        return (given or results)[name]
+    def stage(name: str, function: Any, *args: Any, axes: Any = (), **static: Any) -> Any:
+        results[name] = jax.tree.map(to_host, run(function, *args, **static))
+        value = (given or results)[name]
+        return jax.tree.map(lambda leaf: put(leaf, split(job.mesh, *axes)), value)
 
-    def on(value: Any, *axes: str) -> Any:
-        return jax.tree.map(lambda leaf: put(leaf, split(mesh, *axes)), value)
-
-    words = on(prepared.words)
-    text = on(stage("text", phases.text(prepared.ids)), "batch")
-    moments = on(stage("moments", phases.moments(prepared.pixels)), "video")
-    image = on(stage("image", phases.image(moments, None, words)), "video")
-    shifts = on(stage("shifts", phases.shifts()))
-    start = on(stage("start", phases.start(None, words)), "video")
-    given_to_loop = (phases.rows, shifts, None, words, image, text, phases.positions())
-    x, _ = stage("denoised", phases.denoise(start, 0, *given_to_loop, slab=2))
-    results["video"] = pipeline.decode(models, x, place=phases)
+    text = stage("text", stages.encode_text, job.ids, axes=("batch",))
+    moments = stage("moments", stages.encode_image, job.pixels, axes=("video",))
+    draw = moments, None, job.keys, job.image_scale
+    image = stage("image", stages.draw_image, *draw, axes=("video",), frames=job.shape.frames)
+    modulation = stage("modulation", stages.modulate, *job.time)
+    latents, video = tuple(job.shape[:4]), ("video",)
+    start = stage("start", stages.draw_start, None, job.keys, axes=video, shape=latents)
+    inputs = job.tableau, modulation, None, job.keys, image, text, job.positions()
+    state = stage("denoised", stages.denoise, start, np.int32(0), *inputs, axes=video, steps=2)
+    results["video"] = pipeline.decode_batch(run, np.asarray(state.x))
     return results
 
 
 @pytest.fixture(scope="module")
 def unsharded(folder: Any, request_of_eight: Request) -> dict[str, Any]:
-    return stages(cogi2v_jax.load(folder, "float32"), request_of_eight)
+    return results_of(cogi2v_jax.load(folder, "float32"), request_of_eight)
 
 
 @pytest.mark.parametrize(
@@ -369,15 +371,15 @@ def test_no_stage_depends_on_the_mesh(
     sizes: Sizes, folder: Any, request_of_eight: Request, unsharded: dict[str, Any]
 ) -> None:
     models = cogi2v_jax.load(folder, "float32", mesh=str(sizes))
-    sharded = stages(models, request_of_eight, unsharded)
-    assert pipeline.prepare(models, request_of_eight).phases.mesh.shape == {
+    sharded = results_of(models, request_of_eight, unsharded)
+    assert pipeline.prepare(models, request_of_eight).mesh.shape == {
         "copies": 1,
         **sizes._asdict(),
     }
     for name in ("text", "moments", "image"):
         assert_close(sharded[name], unsharded[name], 1e-5)
     for ours, theirs in zip(
-        jax.tree.leaves(sharded["shifts"]), jax.tree.leaves(unsharded["shifts"]), strict=True
+        jax.tree.leaves(sharded["modulation"]), jax.tree.leaves(unsharded["modulation"]), strict=True
     ):
         assert_close(ours, theirs, 1e-5)
     # A seed's noise is the same anywhere.
@@ -404,17 +406,17 @@ def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
     unsharded: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cogi2v_jax.checkpoint.WHOLE", 0.0)
+    monkeypatch.setattr("cogi2v_jax.weights.pieces.REPLICATED", 0.0)
     placed.cache_clear()
     models = cogi2v_jax.load(folder, "float32", mesh="data=2,pair=2,context=2")
-    phases = pipeline.prepare(models, request_of_eight).phases
-    assert not phases.layout.whole
-    network = phases.network("transformer")
+    job = pipeline.prepare(models, request_of_eight)
+    assert not job.layout.replicated
+    network = job.network("transformer")
     assert (
         bytes_per_device(network)
         < bytes_per_device(piece(models.config, "transformer", FLOAT32)) / 4
     )
-    sharded = stages(models, request_of_eight, unsharded)
+    sharded = results_of(models, request_of_eight, unsharded)
     assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
     placed.cache_clear()
 
@@ -427,6 +429,6 @@ def test_long_sequences_go_in_turn_with_the_same_result(
     unsharded: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cogi2v_jax.phases.LONG", 1)
-    results = stages(cogi2v_jax.load(folder, "float32", mesh=mesh), request_of_eight, unsharded)
+    monkeypatch.setattr("cogi2v_jax.sampling.programs.LONG", 1)
+    results = results_of(cogi2v_jax.load(folder, "float32", mesh=mesh), request_of_eight, unsharded)
     assert_close(results["denoised"][0], unsharded["denoised"][0], 1e-5)

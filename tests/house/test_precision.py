@@ -5,9 +5,9 @@ import re
 
 import pytest
 from lowering import (
-    PHASES,
     PRODUCTS,
     ROUNDING,
+    STAGES,
     STEPS,
     checkpoint,
     compiled,
@@ -16,7 +16,7 @@ from lowering import (
 )
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", STAGES)
 def test_every_product_of_a_float32_network_states_full_precision(phase: str) -> None:
     products = list(operations(handed_over(phase, "float32"), PRODUCTS))
     assert len(products) >= 5
@@ -27,7 +27,7 @@ def test_every_product_of_a_float32_network_states_full_precision(phase: str) ->
     ] == []
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", STAGES)
 def test_every_product_of_a_float32_network_has_full_precision_on_a_tpu(phase: str) -> None:
     products = list(operations(compiled(phase, "float32", "v5e"), PRODUCTS))
     assert len(products) >= 5
@@ -38,14 +38,14 @@ def test_every_product_of_a_float32_network_has_full_precision_on_a_tpu(phase: s
     ] == []
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", STAGES)
 def test_every_product_of_a_bfloat16_network_sums_in_float32(phase: str) -> None:
     products = list(operations(handed_over(phase, "bfloat16"), PRODUCTS))
     assert len(products) >= 5
     assert [line for kind, _, line in products if kind != "f32" or line.count("bf16>") != 2] == []
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("phase", STAGES)
 def test_arithmetic_of_a_bfloat16_network_is_float32(phase: str) -> None:
     """Norms' statistics, gates, rotations, softmax, guidance and the schedule; all but sums of a
     stream with what a layer adds to it. (In its own program a TPU's compiler widens all arithmetic:

@@ -26,34 +26,6 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.einsum("bnqs,bsnk->bqnk", weights / weights.sum(-1, keepdims=True), v)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64, 131])
-@pytest.mark.parametrize(
-    "rows", [attention.ROWS, 10, 1], ids=["one or two slices", "a few rows at a time", "row by row"]
-)
-def test_attention_is_exact_however_it_is_sliced(
-    tokens: int, rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "LOGITS", 1)
-    monkeypatch.setattr(attention, "ROWS", rows)
-    q, k, v = rng.normal(size=(3, 2, tokens, HEADS, 16)).astype(np.float32)
-    assert_close(attention.xla(*map(jnp.asarray, (q, k, v)), tokens), exact(q, k, v), 2e-6)
-
-
-def test_large_logits_do_not_overflow(rng: np.random.Generator) -> None:
-    q, k, v = 60 * rng.normal(size=(3, 1, 20, 1, 16)).astype(np.float32)
-    assert_close(attention.xla(*map(jnp.asarray, (q, k, v)), 20), exact(q, k, v), 1e-4)
-
-
-def test_memory_is_linear_in_the_sequence() -> None:
-    def temporaries(tokens: int) -> int:
-        x = jax.ShapeDtypeStruct((1, tokens, 2, 16), jnp.float32)
-        run = jax.jit(partial(attention.xla, tokens=tokens))
-        return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
-
-    # Sixteen times the tokens are 256 times the logits; they must not be there at once.
-    assert temporaries(16 * 4096) < 20 * temporaries(4096)
-
-
 SPLASH = attention.Splash(attention.Tile(256, 768, 384), interpret=True)
 
 
@@ -74,7 +46,7 @@ def flat(x: Any) -> jax.Array:
     return rearrange(jnp.asarray(x), "b s n k -> b s (n k)")
 
 
-def turned(x: np.ndarray, norm: LayerNorm, positions: Positions) -> np.ndarray:
+def rotated(x: np.ndarray, norm: LayerNorm, positions: Positions) -> np.ndarray:
     x = x.astype(np.float64)
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
         x.var(-1, keepdims=True) + norm.epsilon
@@ -83,6 +55,45 @@ def turned(x: np.ndarray, norm: LayerNorm, positions: Positions) -> np.ndarray:
         positions.cos + 1j * positions.sin
     )[:, None]
     return np.concatenate([pairs.real, pairs.imag], axis=-1)
+
+
+XLA = attention.BACKENDS["xla"]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 131])
+@pytest.mark.parametrize(
+    "rows", [attention.ROWS, 10, 1], ids=["one or two slices", "a few rows at a time", "row by row"]
+)
+def test_attention_is_exact_however_it_is_sliced(
+    tokens: int, rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LOGITS", 1)
+    monkeypatch.setattr(attention, "ROWS", rows)
+    q, k, v, norms, positions = given(rng, tokens, 16)
+    ours = XLA(*map(flat, (q, k, v)), norms, positions, tokens)
+    q, k = (rotated(x, norm, positions) for x, norm in zip((q, k), norms, strict=True))
+    assert_close(ours, flat(exact(q, k, v)), 2e-6)
+
+
+def test_large_logits_do_not_overflow(rng: np.random.Generator) -> None:
+    q, k, v, norms, positions = given(rng, 20, 16)
+    for norm in norms:
+        norm.scale[...] = 60 * norm.scale[...]
+    ours = XLA(*map(flat, (q, k, v)), norms, positions, 20)
+    q, k = (rotated(x, norm, positions) for x, norm in zip((q, k), norms, strict=True))
+    assert np.einsum("bqnk,bsnk->bnqs", q, k).max() > 4 * 1e4  # exp overflows from 89 on
+    assert_close(ours, flat(exact(q, k, v)), 1e-4)
+
+
+def test_memory_is_linear_in_the_sequence(rng: np.random.Generator) -> None:
+    def temporaries(tokens: int) -> int:
+        q, k, v, norms, positions = given(rng, tokens, 16)
+        run = jax.jit(partial(XLA, tokens=tokens))
+        compiled = run.lower(*map(flat, (q, k, v)), norms, positions).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Sixteen times the tokens are 256 times the logits; they must not be there at once.
+    assert temporaries(16 * 4096) < 20 * temporaries(4096)
 
 
 @pytest.mark.parametrize("backend", [attention.BACKENDS["xla"], SPLASH], ids=["xla", "splash"])
@@ -99,19 +110,19 @@ def turned(x: np.ndarray, norm: LayerNorm, positions: Positions) -> np.ndarray:
         (384, 300, 64),
     ],
 )
-def test_a_backend_norms_rotates_and_attends_and_gives_no_weight_to_what_evens_a_sequence_out(
-    rows: int, tokens: int, width: int, backend: attention.Backend, rng: np.random.Generator
+def test_a_backend_norms_rotates_and_attends_and_gives_no_weight_to_padding(
+    rows: int, tokens: int, width: int, backend: attention.Xla | attention.Splash, rng: np.random.Generator
 ) -> None:
     q, k, v, norms, positions = given(rng, rows, width)
     k[:, tokens:], v[:, tokens:] = 1e4 * k[:, tokens:], -1e4
     ours = np.asarray(backend(*map(flat, (q, k, v)), norms, positions, tokens))
     assert ours.shape == flat(v).shape
     assert np.isfinite(ours).all()
-    q, k = (turned(x, norm, positions)[:, :tokens] for x, norm in zip((q, k), norms, strict=True))
+    q, k = (rotated(x, norm, positions)[:, :tokens] for x, norm in zip((q, k), norms, strict=True))
     assert_close(ours[:, :tokens], flat(exact(q, k, v[:, :tokens])), 2e-6)
 
 
-def test_it_has_none_even_where_all_real_logits_are_far_below_zero(
+def test_padding_has_none_even_where_all_real_logits_are_far_below_zero(
     rng: np.random.Generator,
 ) -> None:
     q, k, v, norms, positions = given(rng, 130)
@@ -121,18 +132,18 @@ def test_it_has_none_even_where_all_real_logits_are_far_below_zero(
         cos=np.ones((130, 32), np.float32), sin=np.zeros((130, 32), np.float32)
     )
     ours = SPLASH(*map(flat, (q, k, v)), norms, still, 130)
-    q, k = (turned(x, norm, still) for x, norm in zip((q, k), norms, strict=True))
+    q, k = (rotated(x, norm, still) for x, norm in zip((q, k), norms, strict=True))
     assert np.einsum("bqnk,bsnk->bnqs", q, k).max() < -400
     assert_close(ours, flat(exact(q, k, v)), 1e-4)
 
 
 @pytest.mark.parametrize("generation", attention.TILES)
 @pytest.mark.parametrize("tokens", [1, 58, 2146, 8922, 17776, 45106, 85906])
-def test_tiles_even_a_sequence_out_with_little_left_over(generation: str, tokens: int) -> None:
+def test_tiles_pad_a_sequence_by_little(generation: str, tokens: int) -> None:
     wanted = attention.TILES[generation]
-    tile, rows = attention.fitted(wanted, tokens)
-    assert tokens <= rows == attention.Splash(wanted).rows(tokens, parts=1)
-    assert rows % tile.queries == rows % tile.keys == tile.keys % tile.at_once == 0
+    tile, rows = attention.fit_tile(wanted, tokens)
+    assert tokens <= rows == attention.Splash(wanted).padded(tokens, parts=1)
+    assert rows % tile.queries == rows % tile.keys == tile.keys % tile.keys_at_once == 0
     assert {size % attention.LANES for size in tile} == {0}
     assert all(size <= most for size, most in zip(tile, wanted, strict=True))
     assert rows <= max(1.03 * tokens, tokens + 2 * attention.LANES)
@@ -166,7 +177,7 @@ HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
     ],
 )
 def test_auto_takes_the_fastest_that_is_exact(
-    where: types.SimpleNamespace, dtype: jnp.dtype, expected: attention.Backend | attention.Splash
+    where: types.SimpleNamespace, dtype: jnp.dtype, expected: attention.Xla | attention.Fused | attention.Splash
 ) -> None:
     assert attention.choose("auto", dtype, where) == expected
 
@@ -186,7 +197,7 @@ def test_a_backend_is_refused_where_it_cannot_run(
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"attention {name} must have bfloat16 on a (TPU|GPU): got .*; auto or xla will do",
+        match=rf"attention {name} must have bfloat16 on a (TPU|GPU): got .*; use auto or xla",
     ):
         attention.choose(name, dtype, where)
 
@@ -203,7 +214,7 @@ def test_tokamax_is_asked_for_by_its_kernels_and_named_where_it_is_missing(
     )
     monkeypatch.setitem(sys.modules, "tokamax", library)
     x = jnp.arange(24.0).reshape(1, 3, 2, 4)
-    np.testing.assert_array_equal(attention.tokamax(x, x, x, 3), x)
+    np.testing.assert_array_equal(attention.tokamax(x, x, x), x)
     assert asked == [("mosaic_gpu", "triton")]
 
 
@@ -222,7 +233,7 @@ def test_a_gpu_kernel_is_as_exact_as_bfloat16_allows(name: str, rng: np.random.G
         pytest.importorskip("tokamax")
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in rng.normal(size=(3, 2, 131, HEADS, 64)))
     assert_close(
-        np.float32(attention.BACKENDS[name].kernel(q, k, v, 131)),
+        np.float32(attention.BACKENDS[name].kernel(q, k, v)),
         exact(*(np.float32(x) for x in (q, k, v))),
         8e-3,
     )
@@ -233,5 +244,5 @@ def test_the_tpu_kernels_are_as_exact_as_bfloat16_allows(rng: np.random.Generato
     q, k, v, norms, positions = given(rng, 2146)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     ours = attention.choose("splash", HALF)(*map(flat, (q, k, v)), norms, positions, 2146)
-    q, k = (turned(np.float32(x), norm, positions) for x, norm in zip((q, k), norms, strict=True))
+    q, k = (rotated(np.float32(x), norm, positions) for x, norm in zip((q, k), norms, strict=True))
     assert_close(np.float32(ours), flat(exact(q, k, np.float32(v))), 1e-2)

@@ -13,7 +13,7 @@ from tolerances import TOLERANCE, assert_close, relative_error
 
 from cogi2v_jax.models.positions import sinusoid
 from cogi2v_jax.models.transformer import Transformer
-from cogi2v_jax.sampling.stages import OFS
+from cogi2v_jax.sampling.programs import OFS
 
 TIMESTEP = 999
 
@@ -46,14 +46,9 @@ def ours(
     def run(
         network: Transformer, latents: Any, text: Any, positions: Any, time: Any, ofs: Any
     ) -> Any:
-        shifts = jax.tree.map(lambda all_steps: all_steps[0], network.modulation(time, ofs))
-        return network(
-            latents,
-            network.text_in(text),
-            shifts,
-            positions,
-            twins.one_device(len(positions.is_text)),
-        )
+        modulation = jax.tree.map(lambda steps: steps[0], network.modulation(time, ofs))
+        layout = twins.one_device(len(positions.is_text))
+        return network(latents, text, modulation, positions, layout)
 
     positions = twins.positions_of(config, latents.shape[1:4])
     time = sinusoid(np.array([TIMESTEP]), config.width)

@@ -16,7 +16,7 @@ from cogi2v_jax.sampling.noise import (
     TorchStream,
     draw,
     draw_as_torch,
-    seed_words,
+    seed_keys,
 )
 
 SHAPE = (2, 3, 4, 5)
@@ -26,7 +26,7 @@ jitted = jax.jit(draw, static_argnums=(1, 2))
 
 
 def noise(*seeds: int, stream: int = INITIAL, step: int | None = None) -> np.ndarray:
-    return np.asarray(jitted(seed_words(seeds), stream, SHAPE, step))
+    return np.asarray(jitted(seed_keys(seeds), stream, SHAPE, step))
 
 
 def test_a_videos_noise_depends_on_its_own_seed_alone() -> None:
@@ -65,7 +65,7 @@ def test_a_small_seed_is_jaxs_own_key(seed: int) -> None:
 
 
 def test_noise_is_standard_normal_in_float32() -> None:
-    values = np.asarray(jitted(seed_words([11]), INITIAL, (100_000,)))
+    values = np.asarray(jitted(seed_keys([11]), INITIAL, (100_000,)))
     assert values.dtype == np.float32
     moments = [np.mean(values**power) for power in (1, 2, 3, 4)]
     # Three standard errors of the fourth.

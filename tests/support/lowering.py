@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,12 @@ from topologies import chip
 from cogi2v_jax import config
 from cogi2v_jax.devices.mesh import Sizes, make_mesh
 from cogi2v_jax.request import Request
-from cogi2v_jax.sampling import programs, stages
-from cogi2v_jax.sampling.programs import Phases
+from cogi2v_jax.sampling import stages
+from cogi2v_jax.sampling.programs import RequestTarget
 
 STEPS = 4
 PRODUCTS = "dot_general dot convolution"
-PHASES = ("text", "image", "shifts", "denoise", "decode")
+STAGES = ("text", "image", "modulation", "denoise", "decode")
 # Arithmetic that rounds. Moving, comparing and converting doesn't.
 ROUNDING = "add subtract multiply divide power sqrt rsqrt cbrt exponential exponential_minus_one log log_plus_one logistic tanh sine cosine reduce"
 
@@ -36,37 +37,40 @@ def checkpoint() -> config.CheckpointConfig:
     )
 
 
-def lowered(phase: str, dtype: str, tpu: str | None = None) -> jax.stages.Lowered:
-    """One phase of the pipeline in small. Products that state no precision get the default one,
+def target(devices: list[Any], dtype: str, **settings: Any) -> RequestTarget:
+    request = Request("photo.jpg", "a prompt", **settings).resolve(checkpoint())
+    mesh = make_mesh(Sizes(), devices)
+    return RequestTarget(checkpoint(), jnp.dtype(dtype), mesh, 2**40, request, "xla")
+
+
+def lowered(stage: str, dtype: str, tpu: str | None = None) -> jax.stages.Lowered:
+    """One stage of the pipeline in small. Products that state no precision get the default one,
     whatever the tests run with."""
     devices = jax.devices()[:1] if tpu is None else list(chip(tpu).devices.flat)
-    request = Request(
-        "photo.jpg", "a prompt", num_inference_steps=STEPS, scheduler="dpm", use_dynamic_cfg=True
-    ).resolve(checkpoint())
-    place = Phases(
-        checkpoint(), jnp.dtype(dtype), make_mesh(Sizes(), devices), 2**40, request, "xla"
-    )
-    match phase:
+    settings = {"num_inference_steps": STEPS, "scheduler": "dpm", "use_dynamic_cfg": True}
+    place = target(devices, dtype, **settings)
+    match stage:
         case "image":
-            call = place.moments(np.zeros((1, 1, 16, 16, 3), np.float32))
+            call = place.call(stages.encode_image, np.zeros((1, 1, 16, 16, 3), np.float32))
         case "decode":
-            call = place.decode(np.zeros((1, 1, 2, 2, 16), np.float32))
+            latents = np.zeros((1, 1, 2, 2, 16), np.float32)
+            call = place.call(stages.decode, latents, np.float32(0.7), strips=1)
         case "text":
             (call,) = place.calls("text")
         case _:
-            call = place.calls("denoise")[0 if phase == "shifts" else -1]
+            call = place.calls("denoise")[0 if stage == "modulation" else -1]
     with jax.default_matmul_precision("default"):
-        return call.lower(place)
+        return call.lower()
 
 
 @cache
-def compiled(phase: str, dtype: str, tpu: str) -> str:
+def compiled(stage: str, dtype: str, tpu: str) -> str:
     """The TPU compiler's optimised HLO."""
-    return lowered(phase, dtype, tpu).compile().as_text() or ""
+    return lowered(stage, dtype, tpu).compile().as_text() or ""
 
 
-def handed_over(phase: str, dtype: str) -> str:
-    return lowered(phase, dtype).as_text()
+def handed_over(stage: str, dtype: str) -> str:
+    return lowered(stage, dtype).as_text()
 
 
 def operations(text: str, names: str) -> Iterator[tuple[str, str, str]]:
@@ -81,20 +85,10 @@ def operations(text: str, names: str) -> Iterator[tuple[str, str, str]]:
             yield found[1], found[2], line.strip()
 
 
-PROGRAMS = {"text": stages.encode_text, "denoise": stages.denoise, "decode": stages.decode_latents}
-
-
-def handed_to_nvidia(phase: str, dtype: str) -> str:
-    """A phase's StableHLO as it goes to a CUDA device, none of which is needed."""
-    small = checkpoint()
-    request = Request("photo.jpg", "a prompt", num_inference_steps=2).resolve(small)
-    place = programs.Phases(
-        small, jnp.dtype(dtype), make_mesh(Sizes(), jax.devices()[:1]), 2**40, request, "xla"
-    )
-    call = place.calls(phase)[-1 if phase == "denoise" else 0]
-    assert call.piece is not None
+def handed_to_nvidia(stage: str, dtype: str) -> str:
+    """A stage's StableHLO as it goes to a CUDA device, none of which is needed."""
+    calls = target(jax.devices()[:1], dtype, num_inference_steps=2).calls(stage)
+    _, args, static = call = calls[-1 if stage == "denoise" else 0]
     with jax.default_matmul_precision("default"):
-        traced = jax.jit(partial(PROGRAMS[phase], **call.static)).trace(
-            place.network(call.piece), *call.args
-        )
+        traced = jax.jit(partial(call.stage.program.function, **static)).trace(*args)
         return traced.lower(lowering_platforms=("cuda",)).as_text()

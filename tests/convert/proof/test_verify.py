@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 import twins
 from cogi2v_convert import __main__
-from cogi2v_convert.proof import record, trace, verify
+from cogi2v_convert.proof import record, replay, trace, verify
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -125,7 +125,7 @@ def test_a_bfloat16_trace_alone_still_shows_large_faults(
     assert not report.faults
     assert {row.limit for row in report.rows if row.mode == verify.FREE} == {None}
     monkeypatch.setattr(schedule, "guide", lambda row, unconditional, conditional: conditional)
-    monkeypatch.setattr(verify, "guide", schedule.guide)
+    monkeypatch.setattr(replay, "guide", schedule.guide)
     assert {row.stage for row in verify.verify(str(case.source), case.half).faults} == {"guided"}
 
 
@@ -133,6 +133,13 @@ def first(report: verify.Report) -> str:
     """The stage that a fault is placed at."""
     assert report.verdict().startswith("FAIL")
     return report.faults[0].stage
+
+
+def run_instead(
+    stage: Callable[..., Any], other: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = programs.STAGES[stage]._replace(program=Program(other))
+    monkeypatch.setitem(programs.STAGES, stage, row)
 
 
 def fed(report: verify.Report) -> set[str]:
@@ -187,34 +194,23 @@ def test_a_swapped_pair_is_placed_at_the_prompts(
 def test_swapped_predictions_are_placed_at_the_predictions(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @wraps(stages.denoise)
     def swapped(*args: Any, **static: Any) -> Any:
-        network, carry, index, rows, shifts, noise, words, image, text, where = args
-        return stages.denoise(
-            network,
-            carry,
-            index,
-            rows,
-            shifts,
-            noise,
-            words,
-            image,
-            jnp.roll(text, 1, axis=0),
-            where,
-            **static,
-        )
+        *others, text, positions = args
+        return stages.denoise(*others, jnp.roll(text, 1, axis=0), positions, **static)
 
-    monkeypatch.setattr(programs, "DENOISE", Program(swapped, static=("slab", "layout")))
+    run_instead(stages.denoise, swapped, monkeypatch)
     assert fed(verify.verify(str(case.source), case.single)) == {"unconditional", "conditional"}
 
 
 def test_a_shifted_frame_is_placed_at_the_images_latents(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shifted = Program(
-        lambda *args, **static: jnp.roll(stages.draw_image(*args, **static), 1, axis=1),
-        static=("frames", "mesh"),
-    )
-    monkeypatch.setattr(programs, "IMAGE", shifted)
+    @wraps(stages.draw_image)
+    def shifted(*args: Any, **static: Any) -> Any:
+        return jnp.roll(stages.draw_image(*args, **static), 1, axis=1)
+
+    run_instead(stages.draw_image, shifted, monkeypatch)
     report = verify.verify(str(case.source), case.single)
     assert first(report) == "posterior"  # of which it shows the first frame
     assert fed(report) == {"posterior", "image"}
@@ -223,11 +219,11 @@ def test_a_shifted_frame_is_placed_at_the_images_latents(
 def test_a_shifted_frame_of_the_video_is_placed_there(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shifted = Program(
-        lambda *args, **static: jnp.roll(stages.decode_latents(*args, **static), 1, axis=1),
-        static=("strips", "mesh"),
-    )
-    monkeypatch.setattr(programs, "DECODE", shifted)
+    @wraps(stages.decode)
+    def shifted(*args: Any, **static: Any) -> Any:
+        return jnp.roll(stages.decode(*args, **static), 1, axis=1)
+
+    run_instead(stages.decode, shifted, monkeypatch)
     assert {row.stage for row in verify.verify(str(case.source), case.single).faults} == {"video"}
 
 
@@ -247,10 +243,11 @@ def test_a_timestep_off_by_one_is_placed_at_the_schedule(
 def test_what_is_not_a_number_fails_and_is_named(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    @wraps(stages.decode)
     def broken(*args: Any, **static: Any) -> Any:
-        return stages.decode_latents(*args, **static).at[0, 2, 3, 4, 1].set(jnp.nan)
+        return stages.decode(*args, **static).at[0, 2, 3, 4, 1].set(jnp.nan)
 
-    monkeypatch.setattr(programs, "DECODE", Program(broken, static=("strips", "mesh")))
+    run_instead(stages.decode, broken, monkeypatch)
     report = verify.verify(str(case.source), case.single)
     assert [(row.stage, row.where) for row in report.faults] == [("video", (0, 2, 3, 4, 1))] * 2
     assert json.loads(report.json())["rows"][-1]["error"] is None
