@@ -12,7 +12,6 @@ from typing import Any, ClassVar, TypeVar
 
 from . import lookalikes
 from .disk import one_line, read_toml
-from .disk import read_json as read_json
 
 PARTS = ("transformer", "vae", "text_encoder", "scheduler")
 BLOCKS = ("transformer", "text_encoder")  # parts that are stacks of equal blocks

@@ -144,10 +144,6 @@ class Noise:
             raise ValueError("noise: " + "; ".join(wrong))
         return dataclasses.replace(self, **arrays)
 
-    def of_slab(self, first: int, slab: int) -> Any:
-        """The draws of `slab` steps from `first` on."""
-        return None if self.steps is None else self.steps[first : first + slab]
-
 
 @dataclass(frozen=True)
 class Request:

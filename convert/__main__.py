@@ -10,9 +10,8 @@ from pathlib import Path
 
 from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
-from cogi2v_jax.config import one_line
-from cogi2v_jax.media.recipe import SETTINGS
-from cogi2v_jax.request import Request
+from cogi2v_jax.disk import one_line
+from cogi2v_jax.request import SETTINGS, Request
 
 SOURCES = (
     "diffusers folder (here, at gs:// or a hub id), then files or folders that replace parts of it:"

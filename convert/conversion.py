@@ -9,8 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cogi2v_jax.config import read_json
-from cogi2v_jax.disk import check_space
+from cogi2v_jax.disk import check_space, read_json
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST, open_folder, read_leaves
 from cogi2v_jax.weights.pieces import NETWORKS, unit_shapes
 

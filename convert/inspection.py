@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from cogi2v_jax.config import CheckpointConfig, named, names, one_line, toml
+from cogi2v_jax.config import CheckpointConfig, named, names, toml
+from cogi2v_jax.disk import one_line
+from cogi2v_jax.lookalikes import by_tensors
 from cogi2v_jax.weights.checkpoint import MANIFEST, check_loras, int8_errors, read_config
 from cogi2v_jax.weights.hub import locate
 from cogi2v_jax.weights.hub import report as say
@@ -90,7 +92,7 @@ def _describe_file(part: str, given: Given) -> tuple[str, bool]:
     assert given.opened
     tensors = given.opened.tensors()
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    relative = lookalikes.other(shapes)
+    relative = by_tensors(shapes)
     found = relative or (lookalikes.facts(shapes) if part == "transformer" else None)
     dtypes = ", ".join(sorted(given.opened.kinds()))
     naming = f"{given.opened.naming} names, {len(tensors)} tensors, {dtypes}"

@@ -27,9 +27,9 @@ from jaxtyping import Array, Int
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.options import MultiprocessingOptions
 
-from ..config import PARTS, CheckpointConfig, read_json
+from ..config import PARTS, CheckpointConfig
 from ..devices.mesh import Sizes, make_mesh
-from ..disk import first_line
+from ..disk import first_line, read_json
 from .lora import Leaves, Lora, changing, check_leaves, read_merged
 from .pieces import (
     NETWORKS,

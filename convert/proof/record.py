@@ -20,9 +20,8 @@ import numpy as np
 from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.disk import beside, check_target, first_line
 from cogi2v_jax.media.images import read_image
-from cogi2v_jax.media.recipe import SETTINGS
 from cogi2v_jax.pipeline import tokens
-from cogi2v_jax.request import Request, Resolved
+from cogi2v_jax.request import SETTINGS, Request, Resolved
 from cogi2v_jax.sampling.schedule import tableau
 from cogi2v_jax.weights.checkpoint import MANIFEST
 

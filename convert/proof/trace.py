@@ -11,7 +11,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 from safetensors import SafetensorError, safe_open
 
-from cogi2v_jax.media.recipe import SETTINGS
+from cogi2v_jax.request import SETTINGS
 
 FORMAT = 1
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cogi2v_jax.config import one_line, read_json
+from cogi2v_jax.disk import one_line, read_json
 from cogi2v_jax.weights.checkpoint import MANIFEST
 
 from .parts import Tensor

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cogi2v_jax.config import PARTS, CheckpointConfig, read_json
+from cogi2v_jax.config import PARTS, CheckpointConfig
+from cogi2v_jax.disk import read_json
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST
 from cogi2v_jax.weights.hub import locate, report
 from cogi2v_jax.weights.pieces import NETWORKS

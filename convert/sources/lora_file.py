@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cogi2v_jax.config import read_json
-from cogi2v_jax.disk import sha256
+from cogi2v_jax.disk import read_json, sha256
 
 from .tensor_files import DTYPES, NARROW, open_file
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogi2v_jax.config import CheckpointConfig
+from cogi2v_jax.lookalikes import by_tensors
 from cogi2v_jax.weights.pieces import abstract, layer_count, leaf_names
 
 from ..tables import t5, transformer, vae
@@ -55,7 +56,7 @@ def match(source: Source, part: str) -> Match:
                     twice[alias] = name
                 else:
                     del found[name]
-    if relative := lookalikes.other(name for name in tensors if name not in found):
+    if relative := by_tensors(name for name in tensors if name not in found):
         must = "the weights must be of image-to-video from a prompt and a first image alone"
         return Match(part, found, tensors, [f"{must}: got {relative}"])
     sizes = {name: tensor.shape for name, tensor in tensors.items()}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from cogi2v_jax.config import one_line
+from cogi2v_jax.disk import one_line
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from cogi2v_jax import __version__
-from cogi2v_jax.config import read_json
-from cogi2v_jax.disk import sha256, sync
+from cogi2v_jax.disk import read_json, sha256, sync
 from cogi2v_jax.weights.checkpoint import (
     FORMAT,
     MANIFEST,
