@@ -282,7 +282,7 @@ def test_a_file_is_not_what_sample_takes_and_the_line_says_what_to_do(saved, tmp
     file = strange.save_prefixed(saved["1.0"], tmp_path / "t.safetensors", {"transformer": ""})
     with pytest.raises(
         ValueError,
-        match=r"model must be a folder, .*: got the file .*; cogi2v-convert to-flax FOLDER t.safetensors DST puts",
+        match=r"model must be a folder, .*: got the file .*; cogi2v-convert to-flax FOLDER t.safetensors DST replaces a part",
     ):
         load(file, say=lambda line: None)
 
