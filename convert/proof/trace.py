@@ -57,7 +57,7 @@ class Trace(NamedTuple):
 
     path: Path
     names: frozenset[str]
-    # Prompt, negative_prompt, seed and everything of `recipe.SETTINGS`, resolved.
+    # Prompt, negative_prompt, seed and everything of `request.SETTINGS`, resolved.
     settings: dict[str, Any]
     made: dict[str, Any]  # dtype, device, vae_tiling, kept steps, versions
 
