@@ -1,5 +1,7 @@
-"""The T5 v1.1 encoder. No mask anywhere: the video network was trained with what the padding
-says."""
+"""The T5 v1.1 encoder. There is no attention mask: the video transformer was trained on embeddings
+computed without one, those of the padding included."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,14 @@ from jaxtyping import Array, Float, Int
 from ..config import TextEncoderConfig
 from .layers import Linear, RMSNorm, gelu, param, precision, stacked
 
-# First distance of each bucket from 8 on (128 / 8 in logarithmic steps, computed exactly: an
-# approximate log moves the whole numbers).
+# The first distance of each bucket from 8 on: logarithmic steps up to 128, computed exactly. A
+# floating-point log would move the integers.
 BUCKET_STARTS = (8, 12, 16, 23, 32, 46, 64, 91)
 
 
 def buckets(tokens: int) -> Int[np.ndarray, "p p"]:
-    """Relative position bucket of every query and key: 16 for each direction, distances below 8
-    exactly, then logarithmically."""
+    """The relative position bucket of every query and key. Each direction has 16: one for each
+    distance below 8, then logarithmic ones."""
     relative = np.arange(tokens)[None, :] - np.arange(tokens)[:, None]
     distance = np.abs(relative)
     far = 7 + np.searchsorted(BUCKET_STARTS, distance, side="right")
@@ -27,85 +29,49 @@ def buckets(tokens: int) -> Int[np.ndarray, "p p"]:
 
 
 class Attention(nnx.Module):
-    """T5 does not scale its logits; the position bias is the same in all layers."""
+    """T5 does not scale its logits, and all its layers share one position bias. `init` is int8,
+    dtype and rngs, here and below."""
 
-    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        d, inner = config.d_model, config.num_heads * config.d_kv
-        self.q = Linear(
-            d, inner, axes=("embed", "heads"), bias=False, int8=int8, dtype=dtype, rngs=rngs
-        )
-        self.k = Linear(
-            d, inner, axes=("embed", "heads"), bias=False, int8=int8, dtype=dtype, rngs=rngs
-        )
-        self.v = Linear(
-            d, inner, axes=("embed", "heads"), bias=False, int8=int8, dtype=dtype, rngs=rngs
-        )
-        self.out = Linear(
-            inner, d, axes=("heads", "embed"), bias=False, int8=int8, dtype=dtype, rngs=rngs
-        )
+    def __init__(self, config: TextEncoderConfig, **init: Any):
+        width, inner = config.d_model, config.num_heads * config.d_kv
+        axes = ("embed", "heads")
+        self.q = Linear(width, inner, axes=axes, bias=False, **init)
+        self.k = Linear(width, inner, axes=axes, bias=False, **init)
+        self.v = Linear(width, inner, axes=axes, bias=False, **init)
+        self.out = Linear(inner, width, axes=axes[::-1], bias=False, **init)
 
     def __call__(
         self, x: Float[Array, "b p d"], bias: Float[Array, "n p p"]
     ) -> Float[Array, "b p d"]:
-        exact = precision(x.dtype)
         q, k, v = (
             rearrange(part(x), "b p (n k) -> b p n k", n=bias.shape[0])
             for part in (self.q, self.k, self.v)
         )
-        logits = jnp.einsum(
-            "bqnk,bpnk->bnqp", q, k, precision=exact, preferred_element_type=jnp.float32
-        )
+        exact: Any = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
+        logits = jnp.einsum("bqnk,bpnk->bnqp", q, k, **exact)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(x.dtype)
-        out = jnp.einsum(
-            "bnqp,bpnk->bqnk", weights, v, precision=exact, preferred_element_type=jnp.float32
-        )
+        out = jnp.einsum("bnqp,bpnk->bqnk", weights, v, **exact)
         return self.out(rearrange(out.astype(x.dtype), "b p n k -> b p (n k)"))
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate = Linear(
-            config.d_model,
-            config.d_ff,
-            axes=("embed", "mlp"),
-            bias=False,
-            int8=int8,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.up = Linear(
-            config.d_model,
-            config.d_ff,
-            axes=("embed", "mlp"),
-            bias=False,
-            int8=int8,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.down = Linear(
-            config.d_ff,
-            config.d_model,
-            axes=("mlp", "embed"),
-            bias=False,
-            int8=int8,
-            dtype=dtype,
-            rngs=rngs,
-        )
+    def __init__(self, config: TextEncoderConfig, **init: Any):
+        width, inner, axes = config.d_model, config.d_ff, ("embed", "mlp")
+        self.gate = Linear(width, inner, axes=axes, bias=False, **init)
+        self.up = Linear(width, inner, axes=axes, bias=False, **init)
+        self.down = Linear(inner, width, axes=axes[::-1], bias=False, **init)
 
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         return self.down((gelu(self.gate(x)) * self.up(x)).astype(x.dtype))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(
-            config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs
-        )
-        self.attn = Attention(config, int8=int8, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(
-            config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs
-        )
-        self.mlp = Mlp(config, int8=int8, dtype=dtype, rngs=rngs)
+    def __init__(self, config: TextEncoderConfig, *, int8: bool, **init: Any):
+        width, epsilon = config.d_model, config.layer_norm_epsilon
+        self.attn_norm = RMSNorm(width, epsilon=epsilon, **init)
+        self.attn = Attention(config, int8=int8, **init)
+        self.mlp_norm = RMSNorm(width, epsilon=epsilon, **init)
+        self.mlp = Mlp(config, int8=int8, **init)
 
     def __call__(
         self, x: Float[Array, "b p d"], bias: Float[Array, "n p p"]
@@ -115,34 +81,26 @@ class Block(nnx.Module):
 
 
 class T5(nnx.Module):
-    """Token ids to embeddings. The residual stream is float32 in every compute dtype: its values
-    grow past what bfloat16 resolves. `int8` is of the blocks' kernels."""
+    """Token ids to embeddings. The residual stream is float32 in every compute dtype, because its
+    values become too large for the resolution of bfloat16. With `int8` the blocks' kernels are
+    int8."""
 
     def __init__(
         self, config: TextEncoderConfig, *, int8: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
-        self.embedding = param(
-            (config.vocab_size, config.d_model), ("vocabulary", "embed"), dtype, rngs, 1.0
-        )
-        self.position_bias = param(
-            (config.relative_attention_num_buckets, config.num_heads),
-            (None, None),
-            dtype,
-            rngs,
-            1.0,
-        )
+        width, table = config.d_model, (config.relative_attention_num_buckets, config.num_heads)
+        axes = ("vocabulary", "embed")
+        self.embedding = param((config.vocab_size, width), axes, dtype, rngs, 1.0)
+        self.position_bias = param(table, (None, None), dtype, rngs, 1.0)
         self.blocks = stacked(
             config.num_layers, lambda keys: Block(config, int8=int8, dtype=dtype, rngs=keys), rngs
         )
-        self.norm = RMSNorm(
-            config.d_model, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs
-        )
+        self.norm = RMSNorm(width, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b p"]) -> Float[Array, "b p d"]:
         x = self.embedding[ids].astype(jnp.float32)
-        bias = rearrange(
-            self.position_bias[buckets(ids.shape[1])].astype(jnp.float32), "q p n -> n q p"
-        )
+        bias = self.position_bias[buckets(ids.shape[1])].astype(jnp.float32)
+        bias = rearrange(bias, "q p n -> n q p")
         graph, layers = nnx.split(self.blocks)
         x, _ = lax.scan(lambda x, layer: (nnx.merge(graph, layer)(x, bias), None), x, layers)
         return self.norm(x)

@@ -1,5 +1,5 @@
-"""Prompts to padded T5 ids. Sentencepiece itself, so that sampling needs neither torch nor
-transformers."""
+"""Prompts to padded T5 ids, by sentencepiece or tokenizers, so that sampling needs neither torch
+nor transformers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +11,9 @@ PAD, EOS = 0, 1
 
 
 def encoder(folder: Path) -> Callable[[str], list[int]]:
-    """Text to ids without the end mark, from a folder's `spiece.model`, or from the
-    `tokenizer.json` that newer transformers save alone."""
+    """A function from text to ids without EOS, from the folder's `spiece.model`, or from its
+    `tokenizer.json`, which is all that newer transformers save. Raises FileNotFoundError if the
+    folder has neither."""
     if (folder / "spiece.model").is_file():
         from sentencepiece import SentencePieceProcessor
 
@@ -21,7 +22,7 @@ def encoder(folder: Path) -> Callable[[str], list[int]]:
         from tokenizers import Tokenizer
 
         fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        fast.no_padding()  # the file remembers how it was last called
+        fast.no_padding()  # the file keeps the settings of the call before it was saved
         fast.no_truncation()
         return lambda text: fast.encode(text, add_special_tokens=False).ids
     raise FileNotFoundError(f"{folder} must hold spiece.model or tokenizer.json: found neither")
@@ -30,8 +31,8 @@ def encoder(folder: Path) -> Callable[[str], list[int]]:
 def tokenize(
     folder: Path, prompts: Sequence[str], length: int
 ) -> tuple[Int[np.ndarray, "b p"], list[int]]:
-    """Ids of every prompt, ended by one EOS, cut and padded to `length`; and how many tokens each
-    prompt has uncut."""
+    """The ids of every prompt, truncated so that EOS fits and padded to `length`, and the number of
+    tokens, EOS included, that each prompt has before truncation."""
     encode = encoder(folder)
     ids = np.full((len(prompts), length), PAD, np.int32)
     counts = []

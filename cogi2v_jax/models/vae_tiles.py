@@ -1,10 +1,9 @@
-"""The reference's optional tiles (`enable_tiling` of AutoencoderKLCogVideoX): overlapping pictures
-that go through the network each on its own, with statistics of its own, and are blended. Faster it
-is not, and its result is another one than the whole picture's: it is there for who wants the
-official script's output to the letter.
+"""The reference's optional tiling (`enable_tiling` of AutoencoderKLCogVideoX): overlapping tiles go
+through the network one by one, each with its own group-norm statistics, and are blended. It is not
+faster and its result differs from the whole picture's. It reproduces the official script's output.
 
-The host walks the tiles, so that equal ones share one compiled program: there are four shapes at
-most, and one program that blends."""
+The loop over tiles runs on the host, so that tiles of one shape share one compiled program. There
+are at most four shapes, and one program that blends."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +21,8 @@ Network = Callable[[Float[Any, "b f h w c"]], Float[Array, "b f2 h2 w2 c2"]]
 
 
 class Side(NamedTuple):
-    """Tiles along rows or columns: `size` and `stride` in what the network reads, `blend` and
-    `keep` in what it makes."""
+    """Tiles along rows or columns: `size` and `stride` in units of the network's input, `blend` and
+    `keep` in units of its output."""
 
     size: int
     stride: int
@@ -32,91 +31,83 @@ class Side(NamedTuple):
 
 
 def sides(config: VAEConfig, encodes: bool) -> tuple[Side, Side]:
-    """Tiles over rows and columns. Raises ValueError for sample sizes whose tiles the reference
-    itself puts together to a wrong size."""
-    made, ratio = [], config.spatial_ratio
+    """The tiles of (rows, columns). Raises ValueError for sample sizes for which the reference's
+    own tiling returns a picture of the wrong size."""
+    found, ratio = [], config.spatial_ratio
     for name, overlap in zip(("sample_height", "sample_width"), OVERLAP, strict=True):
         pixels = getattr(config, name) // 2
         latents = pixels // ratio
         read, written = (pixels, latents) if encodes else (latents, pixels)
-        side = Side(
-            read,
-            int(read * (1 - overlap)),
-            int(written * overlap),
-            written - int(written * overlap),
-        )
+        blend = int(written * overlap)
+        side = Side(read, int(read * (1 - overlap)), blend, written - blend)
         if side.stride * written != side.keep * read:
             unit = 2 * ratio * round(1 / overlap)
             raise ValueError(
-                f"{name} of a VAE that is tiled must be a multiple of {unit}: got {2 * pixels}, whose tiles the reference puts together to "
-                "another size than the picture's; leave tiling off"
+                f"{name} of a VAE that is tiled must be a multiple of {unit}: got {2 * pixels}, "
+                "for which the reference's tiling changes the size of the picture; leave tiling off"
             )
-        made.append(side)
-    return made[0], made[1]
+        found.append(side)
+    return found[0], found[1]
 
 
 def encode_tiled(
     moments: Network, video: Float[Any, "b f h w c"], config: VAEConfig
 ) -> Float[Array, "b t h2 w2 z2"]:
-    """The posterior's moments, before they are split, of a picture in tiles if it is larger than
-    one. `moments` is a compiled `VAE.moments`, called once a tile."""
+    """`VAE.moments` of a video, in tiles if it is larger than one. `moments` is that function
+    compiled, called once a tile."""
     return in_tiles(moments, video, *sides(config, encodes=True))
 
 
 def decode_tiled(
     decode: Network, latents: Float[Any, "b t h w z"], config: VAEConfig
 ) -> Float[Array, "b f h2 w2 c"]:
-    """As `VAE.decode`, in tiles if the picture is larger than one. `decode` is it, compiled, called
-    once a tile."""
+    """`VAE.decode` of latents, in tiles if they are larger than one. `decode` is that function
+    compiled, called once a tile."""
     return in_tiles(decode, latents, *sides(config, encodes=False))
 
 
 def in_tiles(
     network: Network, x: Float[Any, "b f h w c"], rows: Side, columns: Side
 ) -> Float[Array, "b f2 h2 w2 c2"]:
+    """The network's outputs for overlapping tiles of x, blended."""
     height, width = x.shape[2:4]
     if height <= rows.size and width <= columns.size:
         return network(x)
     tops, lefts = range(0, height, rows.stride), range(0, width, columns.stride)
-    return assemble(
-        [[network(x[:, :, i : i + rows.size, j : j + columns.size]) for j in lefts] for i in tops],
-        rows,
-        columns,
-    )
+    tiles = [
+        [network(x[:, :, top : top + rows.size, left : left + columns.size]) for left in lefts]
+        for top in tops
+    ]
+    return blend_tiles(tiles, rows, columns)
 
 
 @partial(jax.jit, static_argnames=("rows", "columns"))
-def assemble(
+def blend_tiles(
     tiles: list[list[Float[Array, "b f _ _ c"]]], rows: Side, columns: Side
 ) -> Float[Array, "b f h w c"]:
-    """Each tile fades in from the one above it, then from the one to its left, both as they are
-    once they are blended themselves."""
-    done: list[list[Array]] = []
+    """The picture from its tiles. Each is blended with the one above it, then with the one to its
+    left, after these were blended themselves."""
+    blended: list[list[Array]] = []
     for i, row in enumerate(tiles):
-        done.append([])
+        blended.append([])
         for j, tile in enumerate(row):
             if i > 0:
-                tile = fade(done[i - 1][j], tile, rows.blend, axis=2)
+                tile = cross_fade(blended[i - 1][j], tile, rows.blend, axis=2)
             if j > 0:
-                tile = fade(done[i][j - 1], tile, columns.blend, axis=3)
-            done[i].append(tile)
-    return jnp.concatenate(
-        [
-            jnp.concatenate([tile[:, :, : rows.keep, : columns.keep] for tile in row], axis=3)
-            for row in done
-        ],
-        axis=2,
-    )
+                tile = cross_fade(blended[i][j - 1], tile, columns.blend, axis=3)
+            blended[i].append(tile)
+    cropped = [[tile[:, :, : rows.keep, : columns.keep] for tile in row] for row in blended]
+    return jnp.concatenate([jnp.concatenate(row, axis=3) for row in cropped], axis=2)
 
 
-def fade(
+def cross_fade(
     before: Float[Array, "b f h w c"], tile: Float[Array, "b f h2 w2 c"], extent: int, axis: int
 ) -> Float[Array, "b f h2 w2 c"]:
-    """`tile`, whose first values along `axis` go over from the last ones of `before`."""
+    """`tile` with its first `extent` values along `axis` cross-faded from the last of `before`."""
     extent = min(before.shape[axis], tile.shape[axis], extent)
-    old = jax.lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis).astype(
-        jnp.float32
-    )
+    old = jax.lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis)
+    old = old.astype(jnp.float32)
     new, rest = jnp.split(tile, [extent], axis=axis)
-    share = (jnp.arange(extent) / max(extent, 1)).reshape(-1, *[1] * (tile.ndim - 1 - axis))
-    return jnp.concatenate([(old * (1 - share) + new * share).astype(tile.dtype), rest], axis=axis)
+    weight = (jnp.arange(extent) / max(extent, 1)).reshape(-1, *[1] * (tile.ndim - 1 - axis))
+    mixed = (old * (1 - weight) + new * weight).astype(tile.dtype)
+    return jnp.concatenate([mixed, rest], axis=axis)

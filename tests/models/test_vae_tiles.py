@@ -1,5 +1,6 @@
-"""Parity with the reference's tiled encode and decode, and what tiles promise."""
+"""Parity with the reference's tiled encode and decode, and properties of tiles."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,32 +47,26 @@ def twin(module: torch.nn.Module) -> tuple[Any, VAEConfig]:
 def test_decoding_in_tiles_is_the_references(
     module: Any, twin: Any, frames: int, height: int, width: int
 ) -> None:
-    (network, config), latents = (
-        twin,
-        torch.randn(1, 4, frames, height, width, generator=torch.Generator().manual_seed(height)),
-    )
+    network, config = twin
+    generator = torch.Generator().manual_seed(height)
+    latents = torch.randn(1, 4, frames, height, width, generator=generator)
     with torch.no_grad():
         truth = twins.channels_last(module.decode(latents).sample)
-    assert_close(
-        decode_tiled(lambda tile: decode(network, tile), twins.channels_last(latents), config),
-        truth,
-        TOLERANCE["module"],
-    )
+    found = decode_tiled(partial(decode, network), twins.channels_last(latents), config)
+    assert_close(found, truth, TOLERANCE["module"])
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 48, 40), (1, 112, 88), (9, 56, 72)])
 def test_encoding_in_tiles_is_the_references(
     module: Any, twin: Any, frames: int, height: int, width: int
 ) -> None:
-    (network, config), video = (
-        twin,
-        torch.randn(1, 3, frames, height, width, generator=torch.Generator().manual_seed(height)),
-    )
+    network, config = twin
+    generator = torch.Generator().manual_seed(height)
+    video = torch.randn(1, 3, frames, height, width, generator=generator)
     with torch.no_grad():
         truth = module.encode(video).latent_dist
-    mean, log_variance = posterior(
-        encode_tiled(lambda tile: moments(network, tile), twins.channels_last(video), config)
-    )
+    ours = partial(moments, network)
+    mean, log_variance = posterior(encode_tiled(ours, twins.channels_last(video), config))
     assert_close(mean, twins.channels_last(truth.mean), TOLERANCE["module"])
     assert_close(log_variance, twins.channels_last(truth.logvar), TOLERANCE["module"])
 
@@ -97,8 +92,7 @@ def test_tiles_of_equal_shape_share_one_program() -> None:
         return jnp.repeat(jnp.repeat(tile, 2, axis=2), 2, axis=3)
 
     x = np.arange(13 * 14, dtype=np.float32).reshape(1, 1, 13, 14, 1)
-    # The network being pointwise, tiles that overlap agree, and blending leaves the picture as it
-    # was.
+    # The network is pointwise, so overlapping tiles agree and blending changes nothing.
     whole = in_tiles(twice, x, Side(6, 5, 2, 10), Side(5, 4, 2, 8))
     np.testing.assert_allclose(whole, x.repeat(2, axis=2).repeat(2, axis=3), rtol=1e-6)
     assert sorted(traced) == [(3, 2), (3, 5), (6, 2), (6, 5)]
@@ -107,12 +101,10 @@ def test_tiles_of_equal_shape_share_one_program() -> None:
 @pytest.mark.parametrize(
     ("size", "multiple"), [({"sample_height": 64}, 96), ({"sample_width": 64}, 80)]
 )
-def test_tiles_that_the_reference_puts_together_wrongly_are_refused(
+def test_sizes_for_which_the_references_tiling_is_wrong_are_refused(
     size: dict[str, int], multiple: int
 ) -> None:
+    rule = f"{next(iter(size))} of a VAE that is tiled must be a multiple of {multiple}: got 64"
     for encodes in (True, False):
-        with pytest.raises(
-            ValueError,
-            match=f"{next(iter(size))} of a VAE that is tiled must be a multiple of {multiple}: got 64",
-        ):
+        with pytest.raises(ValueError, match=rule):
             sides(VAEConfig(**{"sample_height": 96, "sample_width": 80, **size}), encodes)
