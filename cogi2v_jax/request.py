@@ -23,13 +23,12 @@ Real = int | float | np.number
 
 
 class Kind(NamedTuple):
-    """The values that some settings take: the rule, its test, and what makes Python's own value of
-    one of numpy's or of a string."""
+    """The values that some settings take."""
 
-    rule: str
+    rule: str  # follows "must be"
     fits: Callable[[Any], bool]
-    convert: Callable[[Any], Any]
-    names: tuple[str, ...] = ()  # all there are, where they can be listed
+    convert: Callable[[Any], Any]  # from numpy's type, or from a flag's text
+    names: tuple[str, ...] = ()  # all values, where they can be listed
 
 
 def _is_real(value: Any) -> bool:
@@ -58,14 +57,14 @@ LATENT_SCALE = Kind(
 
 
 def _setting(kind: Kind, **flag: str) -> Any:
-    """A field with the values that it takes and how `--help` shows its flag."""
+    """A field with its values and with what `--help` shows for its flag."""
     return field(metadata={"kind": kind, "flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to sample. This is the one list of the settings: checks, command-line flags, recipes and
-    traces are made of it. A checkpoint answers what a request leaves out."""
+    """How to sample. The only list of the settings: the checks, the command-line flags, the recipe
+    and the trace of the reference iterate over it."""
 
     height: int = _setting(COUNT, metavar="PX", help="multiple of 16")
     width: int = _setting(COUNT, metavar="PX", help="multiple of 16")
@@ -105,7 +104,7 @@ class Video(NamedTuple):
 
 
 class LatentShape(NamedTuple):
-    """The network's view of a request: `frames` includes `padding` leading latent frames that are
+    """The shape of a request's latents: `frames` includes `padding` leading latent frames that are
     dropped before decoding."""
 
     frames: int
@@ -208,23 +207,19 @@ class Request:
         that the network can't compute, with the nearest that it can. Warns once about those that
         are only outside the published range."""
         self.check()
-        answered: dict[str, Any] = {
-            name: config.defaults.get(name) if value is None else value
-            for name, value in vars(self).items()
-        }
-        answered |= {name: kind.convert(answered[name]) for name, kind in KINDS.items()}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        values: dict[str, Any] = {**vars(self), **config.defaults, **given}
+        values |= {name: kind.convert(values[name]) for name, kind in KINDS.items()}
         seed: Any = self.seed
-        answered["seed"] = int(seed) if _is_whole(seed) else [int(one) for one in seed]
-        resolved = Resolved(**answered)
+        values["seed"] = int(seed) if _is_whole(seed) else [int(one) for one in seed]
+        resolved = Resolved(**values)
         faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
         if faults:
             raise ValueError("; ".join(faults))
         outside = resolved._outside(config)
         if outside:
-            warnings.warn(
-                f"{config.title} was published for {'; '.join(outside)}: expect worse results",
-                stacklevel=2,
-            )
+            published = f"{config.title} was published for {'; '.join(outside)}"
+            warnings.warn(f"{published}: expect worse results", stacklevel=2)
         return resolved
 
     def check(self) -> None:

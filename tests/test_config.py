@@ -1,4 +1,4 @@
-"""What a checkpoint's files may say, and what is made of what they leave out."""
+"""What a checkpoint's files may contain, and what the values they leave out become."""
 
 import dataclasses
 import inspect
@@ -39,40 +39,52 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
-# What the released checkpoints' files say.
+# The configuration files of the released checkpoints.
 TRANSFORMER = json.loads("""{
     "_class_name": "CogVideoXTransformer3DModel", "_diffusers_version": "0.31.0", "dropout": 0.0,
-    "num_attention_heads": 48, "attention_head_dim": 64, "num_layers": 42, "in_channels": 32, "out_channels": 16, "patch_size": 2,
-    "text_embed_dim": 4096, "time_embed_dim": 512, "max_text_seq_length": 226, "temporal_compression_ratio": 4,
-    "spatial_interpolation_scale": 1.875, "temporal_interpolation_scale": 1.0, "use_rotary_positional_embeddings": true,
-    "activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "attention_bias": true, "flip_sin_to_cos": true,
+    "num_attention_heads": 48, "attention_head_dim": 64, "num_layers": 42, "in_channels": 32,
+    "out_channels": 16, "patch_size": 2, "text_embed_dim": 4096, "time_embed_dim": 512,
+    "max_text_seq_length": 226, "temporal_compression_ratio": 4,
+    "spatial_interpolation_scale": 1.875, "temporal_interpolation_scale": 1.0,
+    "use_rotary_positional_embeddings": true, "activation_fn": "gelu-approximate",
+    "timestep_activation_fn": "silu", "attention_bias": true, "flip_sin_to_cos": true,
     "freq_shift": 0, "norm_elementwise_affine": true, "norm_eps": 1e-05
 }""")
-FIRST = json.loads(
-    '{"sample_height": 60, "sample_width": 90, "sample_frames": 49, "use_learned_positional_embeddings": true}'
-)
+FIRST = json.loads("""{
+    "sample_height": 60, "sample_width": 90, "sample_frames": 49,
+    "use_learned_positional_embeddings": true
+}""")
 SECOND = json.loads("""{
-    "sample_height": 300, "sample_width": 300, "sample_frames": 81, "use_learned_positional_embeddings": false,
-    "patch_size_t": 2, "ofs_embed_dim": 512, "patch_bias": false
+    "sample_height": 300, "sample_width": 300, "sample_frames": 81,
+    "use_learned_positional_embeddings": false, "patch_size_t": 2, "ofs_embed_dim": 512,
+    "patch_bias": false
 }""")
 VAE = json.loads("""{
-    "_class_name": "AutoencoderKLCogVideoX", "act_fn": "silu", "force_upcast": true, "in_channels": 3, "out_channels": 3,
-    "down_block_types": ["CogVideoXDownBlock3D", "CogVideoXDownBlock3D", "CogVideoXDownBlock3D", "CogVideoXDownBlock3D"],
-    "up_block_types": ["CogVideoXUpBlock3D", "CogVideoXUpBlock3D", "CogVideoXUpBlock3D", "CogVideoXUpBlock3D"],
-    "block_out_channels": [128, 256, 256, 512], "latent_channels": 16, "layers_per_block": 3, "norm_eps": 1e-06, "norm_num_groups": 32,
-    "sample_height": 480, "sample_width": 720, "temporal_compression_ratio": 4, "scaling_factor": 0.7, "shift_factor": null,
-    "latents_mean": null, "latents_std": null, "use_quant_conv": false, "use_post_quant_conv": false
+    "_class_name": "AutoencoderKLCogVideoX", "act_fn": "silu", "force_upcast": true,
+    "in_channels": 3, "out_channels": 3,
+    "down_block_types": ["CogVideoXDownBlock3D", "CogVideoXDownBlock3D",
+        "CogVideoXDownBlock3D", "CogVideoXDownBlock3D"],
+    "up_block_types": ["CogVideoXUpBlock3D", "CogVideoXUpBlock3D",
+        "CogVideoXUpBlock3D", "CogVideoXUpBlock3D"],
+    "block_out_channels": [128, 256, 256, 512], "latent_channels": 16, "layers_per_block": 3,
+    "norm_eps": 1e-06, "norm_num_groups": 32, "sample_height": 480, "sample_width": 720,
+    "temporal_compression_ratio": 4, "scaling_factor": 0.7, "shift_factor": null,
+    "latents_mean": null, "latents_std": null, "use_quant_conv": false,
+    "use_post_quant_conv": false
 }""")
 TEXT_ENCODER = json.loads("""{
-    "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64, "num_layers": 24,
-    "vocab_size": 32128, "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_encoder_decoder": true, "use_cache": true,
-    "layer_norm_epsilon": 1e-06, "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32
+    "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 4096, "d_kv": 64,
+    "d_ff": 10240, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new", "is_encoder_decoder": true,
+    "use_cache": true, "layer_norm_epsilon": 1e-06, "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32
 }""")
 SCHEDULER = json.loads("""{
-    "_class_name": "CogVideoXDDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-    "beta_schedule": "scaled_linear", "prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": true,
-    "snr_shift_scale": 1.0, "set_alpha_to_one": true, "trained_betas": null, "clip_sample": false, "clip_sample_range": 1.0,
-    "sample_max_value": 1.0, "steps_offset": 0
+    "_class_name": "CogVideoXDDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085,
+    "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing", "rescale_betas_zero_snr": true, "snr_shift_scale": 1.0,
+    "set_alpha_to_one": true, "trained_betas": null, "clip_sample": false,
+    "clip_sample_range": 1.0, "sample_max_value": 1.0, "steps_offset": 0
 }""")
 SHARED = {"vae": VAE, "text_encoder": TEXT_ENCODER, "scheduler": SCHEDULER}
 RELEASED = {
@@ -155,7 +167,7 @@ def test_the_second_generation_is_recognised_whatever_sample_size_its_file_state
         ("text_encoder", {"d_ff": 8}),
     ],
 )
-def test_weights_of_their_own_have_no_name_and_the_defaults_of_family_and_folder(
+def test_other_weights_have_no_name_and_the_defaults_of_family_and_folder(
     part: str, values: dict[str, Any]
 ) -> None:
     known = CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", part, **values), "folder")
@@ -201,7 +213,7 @@ def test_what_a_file_leaves_out_has_the_default_of_the_reference_class_or_must_b
         name: parameter.default
         for name, parameter in inspect.signature(reference).parameters.items()
     }
-    if reference is T5Config:  # derives these from another key, and names its own kind
+    if reference is T5Config:  # these are derived from another key, or name its class
         theirs |= {
             name: getattr(T5Config(feed_forward_proj="gated-gelu"), name)
             for name in ("dense_act_fn", "is_gated_act", "model_type")
@@ -216,33 +228,36 @@ def test_what_a_file_leaves_out_has_the_default_of_the_reference_class_or_must_b
 def test_an_unknown_key_is_refused_by_name_unless_switched_off(kind: type) -> None:
     off = {"_new": 1, "use_new": False, "new_ratio": None, **dict.fromkeys(kind.INERT, "any")}
     assert kind.from_json({**kind.REQUIRED, **off}, "f") == kind()
-    with pytest.raises(
-        ValueError,
-        match=r"^folder/file: use_new is not known here: got True; new_ratio is not known here: got 2$",
-    ):
+    faults = "use_new is not known here: got True; new_ratio is not known here: got 2"
+    with pytest.raises(ValueError, match=rf"^folder/file: {faults}$"):
         kind.from_json({**kind.REQUIRED, "use_new": True, "new_ratio": 2}, "folder/file")
 
 
-# As the hub has it, and what transformers 4 wrote in full.
+# The file on the hub, and keys that transformers 4 wrote in full files.
 T5_XXL = json.loads("""{
-    "architectures": ["T5EncoderModel"], "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64, "d_model": 4096, "decoder_start_token_id": 0,
-    "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0,
-    "is_encoder_decoder": true, "is_gated_act": true, "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_decoder_layers": 24,
-    "num_heads": 64, "num_layers": 24, "output_past": true, "pad_token_id": 0, "relative_attention_max_distance": 128,
-    "relative_attention_num_buckets": 32, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.44.2",
-    "use_cache": true, "vocab_size": 32128, "_name_or_path": "google/t5-v1_1-xxl"
+    "architectures": ["T5EncoderModel"], "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64,
+    "d_model": 4096, "decoder_start_token_id": 0, "dense_act_fn": "gelu_new", "dropout_rate": 0.1,
+    "eos_token_id": 1, "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0,
+    "is_encoder_decoder": true, "is_gated_act": true, "layer_norm_epsilon": 1e-06,
+    "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64, "num_layers": 24,
+    "output_past": true, "pad_token_id": 0, "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.2", "use_cache": true, "vocab_size": 32128,
+    "_name_or_path": "google/t5-v1_1-xxl"
 }""")
 FOUR = json.loads("""{
-    "return_dict": true, "output_hidden_states": false, "torchscript": false, "use_bfloat16": false, "pruned_heads": {}, "max_length": 20,
-    "is_decoder": false, "temperature": 1.0, "top_k": 50, "num_beams": 1, "add_cross_attention": false, "id2label": {"0": "LABEL_0"},
-    "task_specific_params": {"summarization": {"max_length": 200}}, "n_positions": 512, "chunk_size_feed_forward": 0, "prefix": "a: "
+    "return_dict": true, "output_hidden_states": false, "torchscript": false,
+    "use_bfloat16": false, "pruned_heads": {}, "max_length": 20, "is_decoder": false,
+    "temperature": 1.0, "top_k": 50, "num_beams": 1, "add_cross_attention": false,
+    "id2label": {"0": "LABEL_0"}, "task_specific_params": {"summarization": {"max_length": 200}},
+    "n_positions": 512, "chunk_size_feed_forward": 0, "prefix": "a: "
 }""")
 
 
 @pytest.mark.parametrize(
     "values", [T5Config(feed_forward_proj="gated-gelu").to_dict(), T5_XXL, {**T5_XXL, **FOUR}]
 )
-def test_what_transformers_writes_beside_an_encoder_s_mathematics_is_passed_over(
+def test_keys_of_transformers_that_do_not_change_an_encoder_are_ignored(
     values: dict[str, Any],
 ) -> None:
     own = {field.name: values[field.name] for field in dataclasses.fields(TextEncoderConfig)}
@@ -259,13 +274,15 @@ def test_what_transformers_writes_beside_an_encoder_s_mathematics_is_passed_over
         ("add_cross_attention", True),
     ],
 )
-def test_what_may_change_an_encoder_s_mathematics_is_refused_by_name(key: str, value: Any) -> None:
+def test_keys_of_transformers_that_may_change_an_encoder_are_refused_by_name(
+    key: str, value: Any
+) -> None:
     with pytest.raises(ValueError, match=rf"^f: {key} is not known here: got "):
         TextEncoderConfig.from_json({**T5_XXL, key: value}, "f")
 
 
 @pytest.mark.parametrize(
-    ("part", "values", "whose"),
+    ("part", "values", "relative"),
     [
         (
             "transformer",
@@ -295,9 +312,10 @@ def test_what_may_change_an_encoder_s_mathematics_is_refused_by_name(key: str, v
     ],
 )
 def test_a_relative_of_the_family_is_refused_for_what_it_is(
-    part: str, values: dict[str, Any], whose: str
+    part: str, values: dict[str, Any], relative: str
 ) -> None:
-    line = rf"^folder: {part} must be of image-to-video from a prompt and a first image alone: got {whose}"
+    what = "image-to-video from a prompt and a first image alone"
+    line = rf"^folder: {part} must be of {what}: got {relative}"
     with pytest.raises(ValueError, match=line):
         CheckpointConfig.from_parts(changed("cogvideox-5b-i2v", part, **values), "folder")
 
@@ -321,7 +339,9 @@ def test_another_class_is_another_network(part: str, name: str) -> None:
         (24, "no ch"),
     ],
 )
-def test_other_channels_are_told_by_their_number(channels: int, what: str) -> None:
+def test_a_checkpoint_with_other_channels_is_named_by_their_number(
+    channels: int, what: str
+) -> None:
     with pytest.raises(ValueError, match=rf"16: got {channels}, which is {what}"):
         CheckpointConfig.from_parts(
             changed("cogvideox-5b-i2v", "transformer", in_channels=channels), "folder"
@@ -344,7 +364,7 @@ def test_the_2b_checkpoint_is_refused_as_text_to_video() -> None:
         )
 
 
-def test_anisora_is_weights_of_its_own() -> None:
+def test_anisora_has_no_name_and_the_defaults_of_its_folder() -> None:
     """The first generation without a learned table, for 720x1280 and 97 frames."""
     values = {
         "sample_height": 90,
@@ -360,8 +380,8 @@ def test_anisora_is_weights_of_its_own() -> None:
     assert known.defaults.items() >= sizes.items()
 
 
-def test_an_interpolation_fine_tune_is_the_checkpoint_it_was_made_of() -> None:
-    """Another picture in the same channels is no other network."""
+def test_an_interpolation_fine_tune_is_the_checkpoint_that_it_was_trained_from() -> None:
+    """The same channels with other images in them are the same network."""
     assert (
         CheckpointConfig.from_parts(
             changed("cogvideox-5b-i2v", "transformer", _name_or_path="x"), "folder"
@@ -457,7 +477,7 @@ def test_what_no_network_here_computes_is_refused(
     assert rule in str(caught.value)
 
 
-def test_a_head_of_any_width_is_taken_where_nothing_turns_it() -> None:
+def test_a_head_of_any_width_is_accepted_without_rotary_embedding() -> None:
     assert TransformerConfig.from_json({"attention_head_dim": 40}, "f").width == 1200
 
 
@@ -476,10 +496,9 @@ def test_several_faults_of_a_file_come_in_one_error() -> None:
 
 
 def test_a_text_to_video_checkpoint_is_refused_for_what_it_is() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"^folder: transformer in_channels must be .* 16: got 16, which is a text-to-video checkpoint$",
-    ):
+    rule = r"transformer in_channels must be .* 16"
+    line = rf"^folder: {rule}: got 16, which is a text-to-video checkpoint$"
+    with pytest.raises(ValueError, match=line):
         CheckpointConfig.from_parts(
             changed("cogvideox-5b-i2v", "transformer", in_channels=16), "folder"
         )
@@ -506,10 +525,8 @@ def test_parts_that_do_not_fit_each_other_are_refused_all_at_once() -> None:
 
 
 def test_an_unknown_name_is_refused_naming_the_known() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"must be one of cogi2v-tiny, cogvideox-5b-i2v, cogvideox1\.5-5b-i2v: got 'cogvideox-2b'",
-    ):
+    known = r"cogi2v-tiny, cogvideox-5b-i2v, cogvideox1\.5-5b-i2v"
+    with pytest.raises(ValueError, match=rf"must be one of {known}: got 'cogvideox-2b'"):
         toml("cogvideox-2b")
 
 
@@ -534,6 +551,6 @@ def test_an_unreadable_file_is_one_line_naming_it(
     assert "\n" not in str(caught.value)
 
 
-def test_a_readable_file_is_its_object(tmp_path: Path) -> None:
+def test_a_json_file_is_read_as_its_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"é": [1, null]}', encoding="utf-8")
     assert read_json(tmp_path / "config.json") == {"é": [1, None]}

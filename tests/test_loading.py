@@ -1,4 +1,4 @@
-"""Every way to name a checkpoint, and what it computes in."""
+"""Every way to name a checkpoint, and its compute dtype."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A diffusers folder; to be copied, not changed."""
+    """A diffusers folder that tests must not change."""
     return twins.save(twins.pipeline("1.5"), tmp_path_factory.mktemp("saved"))
 
 
@@ -34,7 +34,7 @@ def source(saved, tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of this test's own; compilations stay where the other tests have theirs."""
+    """An empty cache of conversions for one test. Compilations are cached as in other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(loading, "keep_compilations", lambda: None)
     return tmp_path / "cache" / "cogi2v-jax" / "converted"
@@ -42,7 +42,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub_ids(monkeypatch):
-    """A hub whose every repository is the folder last put here, and what was asked of it."""
+    """A hub on which every repository is the folder `answer`, and the ids that were `asked` for."""
     asked = []
 
     def fetch(hub_id, say):
@@ -69,7 +69,7 @@ def refused(*arguments, **named) -> str:
 # names
 
 
-def test_the_embedded_model_is_what_load_takes_without_a_name(cache):
+def test_load_without_a_name_is_of_the_embedded_model(cache):
     said = []
     models = load(say=said.append)
     assert models.config.name == "cogi2v-tiny"
@@ -81,7 +81,7 @@ def test_the_embedded_model_is_what_load_takes_without_a_name(cache):
     assert said == [line]
 
 
-def test_what_load_says_goes_to_stderr(cache, source, capsys):
+def test_the_messages_of_load_are_printed_to_stderr(cache, source, capsys):
     load(source)
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -98,7 +98,7 @@ def test_a_diffusers_folder_is_converted_into_the_cache(kind, source, cache):
     assert float(bias[0]) == pytest.approx(float(load_file(source / WEIGHTS)["proj_out.bias"][0]))
 
 
-def test_a_converted_folder_is_taken_as_it_is(source, cache, tmp_path):
+def test_a_converted_folder_is_used_as_it_is(source, cache, tmp_path):
     folder = to_flax(source, tmp_path / "flax")
     assert load(folder, say=quiet).folder == folder
     assert not cache.exists()
@@ -173,7 +173,7 @@ def test_without_a_network_a_hub_id_is_one_clear_line(cache):
     )
 
 
-# what the model computes in
+# compute dtypes
 
 
 def test_the_compute_dtype_is_float32_on_cpus_and_bfloat16_on_accelerators(

@@ -1,5 +1,5 @@
-"""The cache of conversions: keyed by content alone, whole or not there, and shared by all who load
-at once."""
+"""The cache of conversions: keyed by content alone, complete or absent, and shared by processes
+that load at once."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A diffusers folder; to be copied, not changed."""
+    """A diffusers folder that tests must not change."""
     return twins.save(twins.pipeline("1.5"), tmp_path_factory.mktemp("saved"))
 
 
@@ -35,7 +35,7 @@ def source(saved, tmp_path):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of this test's own; compilations stay where the other tests have theirs."""
+    """An empty cache of conversions for one test. Compilations are cached as in other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(loading, "keep_compilations", lambda: None)
     return tmp_path / "cache" / "cogi2v-jax" / "converted"
@@ -53,7 +53,7 @@ def nudge(source: Path) -> None:
     """Another checkpoint of the same shapes, sizes and names: one number differs."""
     tensors = load_file(source / WEIGHTS)
     tensors["proj_out.bias"][0] += 1
-    # Into the same file: another inode would give it away.
+    # Into the same file: another inode would show the change.
     (source / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
@@ -69,7 +69,7 @@ def test_the_same_folder_converts_once(source, cache):
     assert names(cache) == [first.folder.name]
 
 
-def test_the_same_content_under_another_path_converts_nothing(source, cache, tmp_path):
+def test_the_same_content_at_another_path_is_not_converted_again(source, cache, tmp_path):
     first = load(source, say=quiet)
     copy = Path(shutil.copytree(source, tmp_path / "copy of it"))
     linked = tmp_path / "linked"
@@ -81,7 +81,7 @@ def test_the_same_content_under_another_path_converts_nothing(source, cache, tmp
     assert said == []
 
 
-def test_changed_weights_at_the_same_path_convert_anew(source, cache):
+def test_changed_weights_at_the_same_path_are_converted_again(source, cache):
     first = load(source, say=quiet)
     before = (source / WEIGHTS).stat()
     nudge(source)
@@ -97,20 +97,20 @@ def test_changed_weights_at_the_same_path_convert_anew(source, cache):
     "file",
     ["scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"],
 )
-def test_changed_settings_convert_anew(file, source, cache):
+def test_changed_settings_are_converted_again(file, source, cache):
     first = load(source, say=quiet)
     (source / file).write_text((source / file).read_text() + "\n")
     assert load(source, say=quiet).folder != first.folder
 
 
 def test_weights_under_other_names_are_another_checkpoint(source, cache):
-    """The way back gives files their names, so names are content."""
+    """Converting back restores the files' names, so names are content."""
     first = load(source, say=quiet)
     (source / WEIGHTS).rename((source / WEIGHTS).with_name("other.safetensors"))
     assert load(source, say=quiet).folder != first.folder
 
 
-def test_a_half_finished_conversion_is_never_taken(source, cache, monkeypatch):
+def test_an_unfinished_conversion_is_never_used(source, cache, monkeypatch):
     whole = load(source, say=quiet).folder
     shutil.rmtree(whole)
     write_unit = layers.write_unit
@@ -128,7 +128,7 @@ def test_a_half_finished_conversion_is_never_taken(source, cache, monkeypatch):
     assert load(source, say=quiet).folder == whole
 
 
-def test_a_killed_conversion_does_not_hinder_the_next(source, cache):
+def test_a_killed_conversion_does_not_prevent_the_next(source, cache):
     """A power cut leaves a folder under a name of its own."""
     whole = load(source, say=quiet).folder
     whole.rename(cache / f".{whole.name}.part-01234567")
@@ -144,7 +144,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_folder_is_made_anew(damage, source, cache):
+def test_a_damaged_conversion_is_made_again(damage, source, cache):
     whole = load(source, say=quiet).folder
     DAMAGE[damage](whole)
     said = []
@@ -155,7 +155,7 @@ def test_a_damaged_cache_folder_is_made_anew(damage, source, cache):
 
 
 @pytest.mark.parametrize("obstacle", ["a file in its place", "no permission"])
-def test_without_a_cache_a_model_is_converted_for_this_process_alone(
+def test_without_a_cache_a_conversion_is_kept_as_long_as_the_process(
     obstacle, source, cache, monkeypatch
 ):
     if obstacle == "no permission":
@@ -188,7 +188,7 @@ def test_two_threads_that_convert_at_once_both_succeed(source, cache, monkeypatc
     convert = conversion.to_flax
 
     def together(*arguments, **settings):
-        meeting.wait()  # neither has the folder, and both set out to make it
+        meeting.wait()  # both have found no folder, and start to make it
         return convert(*arguments, **settings)
 
     monkeypatch.setattr(conversion, "to_flax", together)
@@ -208,7 +208,7 @@ def test_two_threads_that_convert_at_once_both_succeed(source, cache, monkeypatc
 
 
 @pytest.mark.parametrize("moment", [("transformer", None), ("text_encoder", 2)])
-def test_a_folder_that_another_program_is_making_is_waited_for_and_taken(
+def test_a_conversion_that_another_program_is_making_is_waited_for_and_used(
     moment, source, cache, monkeypatch
 ):
     write_unit = layers.write_unit
@@ -232,7 +232,10 @@ def test_a_folder_that_another_program_is_making_is_waited_for_and_taken(
 
 
 def test_two_processes_that_load_at_once_both_succeed(source, cache):
-    program = "import sys, cogi2v_jax; print(cogi2v_jax.load(sys.argv[1]).piece('transformer').out.bias[0])"
+    program = (
+        "import sys, cogi2v_jax; "
+        "print(cogi2v_jax.load(sys.argv[1]).piece('transformer').out.bias[0])"
+    )
     command = [sys.executable, "-c", program, str(source)]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -244,12 +247,12 @@ def test_two_processes_that_load_at_once_both_succeed(source, cache):
     assert len(names(cache)) == 1
 
 
-# remembered hashes of large files
+# cached hashes of large files
 
 
 @pytest.fixture
 def large(source, monkeypatch):
-    """Every file counts as large and as old; what is hashed of the source is listed."""
+    """All files count as large and old. Returns the names of the source's files that are hashed."""
     hashed = []
     digest = loading.hashlib.file_digest
 
@@ -272,7 +275,9 @@ def test_a_large_file_is_hashed_once(source, cache, large):
     assert large == []
 
 
-def test_a_large_file_that_changed_is_hashed_anew_whatever_its_times_say(source, cache, large):
+def test_a_large_file_that_changed_is_hashed_again_whatever_its_modification_time(
+    source, cache, large
+):
     first = load(source, say=quiet)
     large.clear()
     before = (source / WEIGHTS).stat()
@@ -283,19 +288,18 @@ def test_a_large_file_that_changed_is_hashed_anew_whatever_its_times_say(source,
 
 
 @pytest.mark.parametrize(("limit", "value"), [("COARSEST_CLOCK", 10**18), ("LARGE", 2**40)])
-def test_the_hash_of_a_file_that_is_small_or_just_changed_is_not_remembered(
+def test_the_hash_of_a_small_file_or_one_just_changed_is_not_cached(
     limit, value, source, cache, large, monkeypatch
 ):
-    """Within one tick of the file system's clock, a second change would leave every time as it
-    was."""
+    """Within the resolution of the file system's clock, a second change would change no time."""
     monkeypatch.setattr(loading, limit, value)
     load(source, say=quiet)
     assert names(cache) == [load(source, say=quiet).folder.name]
     assert large.count("spiece.model") == 2
 
 
-def test_a_remembered_hash_is_whole(source, cache, large):
+def test_a_cached_hash_is_complete(source, cache, large):
     load(source, say=quiet)
-    notes = list((cache / "sha256").iterdir())
-    assert len(notes) == len(large)
-    assert all(len(note.read_text()) == len(note.name) == 64 for note in notes)
+    cached = list((cache / "sha256").iterdir())
+    assert len(cached) == len(large)
+    assert all(len(file.read_text()) == len(file.name) == 64 for file in cached)

@@ -1,5 +1,5 @@
-"""A request against a checkpoint: what answers its open fields, what is refused and with which way
-out, what is only warned about."""
+"""A request and a checkpoint: the defaults it gets, what is refused with the nearest valid value,
+and what only warns."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cogi2v_jax.config import CheckpointConfig, Published, named
-from cogi2v_jax.request import LatentShape, Noise, Request, Resolved, Video
+from cogi2v_jax.request import SETTINGS, LatentShape, Noise, Request, Resolved, Video
 
 FIRST, SECOND, TINY = (
     named(name) for name in ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny")
@@ -53,7 +53,7 @@ def refusal(config: CheckpointConfig = SECOND, **given: Any) -> str:
     ],
     ids=lambda value: value.title if isinstance(value, CheckpointConfig) else "",
 )
-def test_open_fields_are_answered_by_the_checkpoint_then_its_family_then_its_folder_without_a_warning(
+def test_defaults_are_the_checkpoints_then_its_familys_then_its_folders_and_warn_of_nothing(
     config: CheckpointConfig, answers: tuple
 ) -> None:
     resolved = request().resolve(config)
@@ -67,7 +67,12 @@ def test_open_fields_are_answered_by_the_checkpoint_then_its_family_then_its_fol
     assert resolved.resolve(config) == resolved
 
 
-def test_what_is_given_is_kept() -> None:
+def test_every_setting_may_be_left_out_of_a_request() -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(Request)}
+    assert {name: defaults[name] for name in SETTINGS} == dict.fromkeys(SETTINGS)
+
+
+def test_given_values_are_kept() -> None:
     given = {
         "height": 784,
         "width": 768,
@@ -103,7 +108,7 @@ def test_what_is_given_is_kept() -> None:
         ("seed", np.uint64(2**64 - 1), int),
     ],
 )
-def test_numpys_values_are_taken_and_become_pythons(
+def test_numpys_values_are_accepted_and_become_pythons(
     name: str, value: np.generic, kind: type
 ) -> None:
     resolved = getattr(request(**{name: value}).resolve(SECOND), name)
@@ -125,6 +130,9 @@ def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: 
     assert refusal(**{name: value}) == f"{name} must be a finite number and {rule}: got {value!r}"
 
 
+SCALES = "reference, sat, trainer or a positive number"
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
@@ -142,11 +150,10 @@ def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: 
         ({"seed": True}, "seed must be an integer from 0 to 2**64 - 1: got True"),
         ({"seed": 1.0}, "seed must be an integer from 0 to 2**64 - 1: got 1.0"),
         ({"seed": [1, None]}, "seed must be an integer from 0 to 2**64 - 1: got None"),
+        ({"scheduler": "euler"}, "scheduler must be dpm or ddim: got 'euler'"),
+        ({"fit": "zoom"}, "fit must be crop, pad or stretch: got 'zoom'"),
         *(
-            (
-                {"image_latent_scale": value},
-                f"image_latent_scale must be reference, sat, trainer or a positive number: got {value!r}",
-            )
+            ({"image_latent_scale": value}, f"image_latent_scale must be {SCALES}: got {value!r}")
             for value in ("diffusers", 0, -0.7, math.nan, math.inf, True)
         ),
     ],
@@ -183,7 +190,8 @@ def test_the_seeds_of_a_batch_may_be_any_sequence(seeds: Any) -> None:
         (
             FIRST,
             {"height": 720, "width": 480},
-            "height x width must be 480x720 for cogvideox-5b-i2v, whose position table covers no other size: got 720x480",
+            "height x width must be 480x720 for cogvideox-5b-i2v, "
+            "whose position table covers no other size: got 720x480",
         ),
     ],
 )
@@ -207,7 +215,7 @@ def test_a_size_that_a_network_cannot_compute_is_refused_naming_the_nearest_that
         (SECOND, 1002, "8k+1 for cogvideox1.5-5b-i2v", "1001 or 1008"),
     ],
 )
-def test_a_count_of_frames_that_does_not_come_out_as_asked_is_refused_naming_the_nearest_that_does(
+def test_a_number_of_frames_that_can_not_be_made_is_refused_naming_the_nearest_that_can(
     config: CheckpointConfig, frames: int, rule: str, nearest: str
 ) -> None:
     assert (
@@ -216,7 +224,7 @@ def test_a_count_of_frames_that_does_not_come_out_as_asked_is_refused_naming_the
     )
 
 
-def test_all_faults_come_in_one_error() -> None:
+def test_all_faults_are_in_one_error() -> None:
     assert refusal(height=0, fps=-1, seed=-1, image=None).count("must") == 4
     assert refusal(height=10, width=20, num_frames=30).count("nearest") == 3
 
@@ -346,7 +354,7 @@ def test_sequences_of_unequal_or_no_length_are_refused(given: dict[str, Any], co
 SHAPE = LatentShape(4, 2, 3, 5, padding=1)
 
 
-def test_given_noise_becomes_float32_and_what_is_not_given_stays_open() -> None:
+def test_given_noise_becomes_float32_and_the_rest_stays_none() -> None:
     given = Noise(posterior=np.ones((2, 1, 2, 3, 5)), steps=np.ones((7, 2, 4, 2, 3, 5)).tolist())
     noise = given.check(SHAPE, videos=2, steps=7)
     assert (noise.posterior.dtype, noise.steps.dtype, noise.initial) == (
