@@ -1,9 +1,9 @@
-"""LoRA files against a network: where each tensor goes, at which scale, and why a file is
+"""Matches LoRA files with a network: the leaf and the scale of each tensor, and why a file is
 refused."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,22 +11,21 @@ import numpy as np
 
 from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.weights.lora import Factors, Lora
-from cogi2v_jax.weights.pieces import abstract, leaf_names
 
 from .sources.lora_file import LoraFile
+from .sources.matching import shapes, targets
 from .tables.lora_keys import KINDS, kind, meaning
-from .tables.rules import Target, expand
-from .tables.transformer import table
+from .tables.rules import Target
 
-SAT_ALPHA = 1.0  # SAT's default, which its published recipes keep and its files don't tell
+SAT_ALPHA = 1.0  # SAT's default, which its published recipes use and its files don't state
 
 
 class Published(NamedTuple):
-    """What tells a published model's LoRAs from another's."""
+    """Sizes of a published model by which its LoRAs differ from another's."""
 
     width: int
     layers: int
-    patch: tuple[int, ...]  # inputs of the patches' weight
+    patch: tuple[int, ...]  # inputs of the patch embedding
     outputs: int  # of the last weight
     ofs: bool = False
 
@@ -38,14 +37,14 @@ MODELS = {
     "CogVideoX1.5-5B": Published(3072, 42, (128,), 128),
     "CogVideoX1.5-5B-I2V": Published(3072, 42, (256,), 128, True),
 }
-# Whose inputs are as wide as the network.
+# Linear weights with as many inputs as the network is wide.
 WIDE = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_out")
-# By a checkpoint's family.
-GENERATIONS = {"cogvideox-i2v": "CogVideoX 1.0", "cogvideox1.5-i2v": "CogVideoX 1.5"}
+FIRST, SECOND = "CogVideoX 1.0", "CogVideoX 1.5"
+GENERATIONS = {"cogvideox-i2v": FIRST, "cogvideox1.5-i2v": SECOND}  # by a checkpoint's family
 
 
 class Row(NamedTuple):
-    """A tensor of a file, and where it goes or why nowhere."""
+    """A tensor of a file, and the leaf that it changes, or the reason why none."""
 
     key: str
     place: str = ""
@@ -55,17 +54,17 @@ class Row(NamedTuple):
 
 @dataclass
 class Match:
-    """How a file meets a network. With any `faults` there is no Lora."""
+    """A file matched with a network. `lora` is None if there are any `faults`."""
 
     file: LoraFile
     title: str
     weight: float
     rows: dict[str, Row] = field(default_factory=dict)  # by key
-    general: list[str] = field(default_factory=list)  # what is wrong with the file as a whole
+    general: list[str] = field(default_factory=list)  # faults of the file as a whole
     lora: Lora | None = None
     ranks: set[int] = field(default_factory=set)
     alphas: set[float] = field(default_factory=set)
-    unstated: str = ""  # whence the alphas are, where the file doesn't state them
+    unstated: str = ""  # where alpha is from, if the file doesn't state it
 
     @property
     def faults(self) -> list[str]:
@@ -79,53 +78,47 @@ class Match:
         self.rows[key] = Row(key, reason=reason, fatal=True)
 
     def line(self) -> str:
-        """All of it in one line."""
-        placed = sum(bool(row.place) for row in self.rows.values())
-        told = [f"lora {self.file.name}: {placed} of {len(self.rows)} tensors matched"]
-        told += (
-            [f"rank {_span(self.ranks)}", f"alpha {_span(self.alphas)}{self.unstated}"]
-            if self.ranks
-            else []
-        )
-        return ", ".join(
-            [
-                *told,
-                f"weight {self.weight:g}",
-                *([f"made for {self.file.base}"] if self.file.base else []),
-            ]
-        )
+        """A summary in one line."""
+        matched = sum(bool(row.place) for row in self.rows.values())
+        parts = [f"lora {self.file.name}: {matched} of {len(self.rows)} tensors matched"]
+        if self.ranks:
+            parts.append(f"rank {_span(self.ranks)}")
+            parts.append(f"alpha {_span(self.alphas)}{self.unstated}")
+        parts.append(f"weight {self.weight:g}")
+        if self.file.base:
+            parts.append(f"made for {self.file.base}")
+        return ", ".join(parts)
 
     def unmatched(self, shown: int = 20) -> list[str]:
-        """The tensors without a place, or as many as a screen takes."""
+        """A line for each tensor that changes no leaf, `shown` lines at most."""
         rows = [f"  ! {row.key} {row.reason}" for row in self.rows.values() if not row.place]
-        return (
-            rows
-            if len(rows) <= shown
-            else [*rows[: shown - 1], f"  ! and {len(rows) - shown + 1} more"]
-        )
+        if len(rows) <= shown:
+            return rows
+        return [*rows[: shown - 1], f"  ! and {len(rows) - shown + 1} more"]
 
     def checked(self) -> Lora:
-        """The Lora. Raises ValueError, in one line, where there is none."""
+        """The LoRA. Raises ValueError, in one line, if there are faults."""
         if self.lora is None:
-            told = [*self.general, *self._misfits[:1]]
-            more = len(self.faults) - len(told)
-            raise ValueError(
-                f"lora {self.file.name} must fit {self.title}: {'; '.join([*told, *([f'and {more} more'] if more else [])])}"
-            )
+            shown = [*self.general, *self._misfits[:1]]
+            if more := len(self.faults) - len(shown):
+                shown.append(f"and {more} more")
+            raise ValueError(f"lora {self.file.name} must fit {self.title}: {'; '.join(shown)}")
         return self.lora
 
 
 def match(file: LoraFile, config: CheckpointConfig, weight: float = 1.0) -> Match:
-    """Every tensor of a file against a network. Values are read only where everything else fits."""
-    transformer = config.transformer
-    homes = expand(table(transformer), transformer.num_layers).items()
-    targets = {name.removesuffix(".weight"): home for name, home in homes if home.rule.is_linear}
+    """Matches every tensor of a file with a network. Values are read only if all shapes fit."""
+    linear = {
+        name.removesuffix(".weight"): target
+        for name, target in targets(config, "transformer").items()
+        if target.rule.is_linear
+    }
     found, modules = Match(file, config.title, weight), {}
     for key in file.shapes:
         module, side, reason = meaning(key)
-        if module in targets:
+        if module in linear:
             keys: dict[str, str] = modules.setdefault(module, {})
-            rule, layer = targets[module]
+            rule, layer = linear[module]
             found.rows[key] = Row(key, rule.flax if layer is None else f"{rule.flax}[{layer}]")
             if side in keys:
                 found.refuse(key, f"must be the only {side} of its weight: got {keys[side]} too")
@@ -134,93 +127,74 @@ def match(file: LoraFile, config: CheckpointConfig, weight: float = 1.0) -> Matc
             found.refuse(key, "must be of a weight that this network has: it has none of this name")
         else:
             found.rows[key] = Row(key, reason=reason or "is of no linear weight of this network")
-    leaves = {
-        name: leaf.shape
-        for name, leaf in leaf_names(abstract(config, "transformer", np.dtype(np.float32))).items()
-    }
-    shapes = {
-        module: home.rule.torch_shape(leaves[home.rule.flax][-2:])
-        for module, home in targets.items()
-        if module in modules
+    leaves = shapes(config, "transformer")
+    torch_shapes = {
+        module: linear[module].rule.torch_shape(leaves[linear[module].rule.flax][-2:])
+        for module in modules
     }
     for module, keys in modules.items():
-        for key, reason in _misfits(file, keys, shapes[module]):
+        for key, reason in _misfits(file, keys, torch_shapes[module]):
             found.refuse(key, reason)
-    if whose := _whose(file, config, bool(found.faults)):
-        found.general = [whose]
+    if other := _other_model(file, config, bool(found.faults)):
+        found.general = [other]
     elif not modules and not found.faults:
         first = next(iter(found.rows.values()), Row("the file", reason="is empty"))
-        found.general = [
-            f"none of its {len(found.rows)} tensors changes a weight of it: {first.key} {first.reason}"
-        ]
+        none = f"none of its {len(found.rows)} tensors changes a weight of it"
+        found.general = [f"{none}: {first.key} {first.reason}"]
     if not found.faults:
-        _read(found, modules, targets, shapes)
+        _read(found, modules, linear, torch_shapes)
     return found
 
 
 def _misfits(
     file: LoraFile, keys: Mapping[str, str], shape: tuple[int, ...]
-) -> list[tuple[str, str]]:
-    """What keeps a module's tensors from changing a weight of this torch shape: keys and
-    reasons."""
-    missing = [side for side in "AB" if side not in keys]
-    if missing:
-        return [
-            (key, f"must come with the {missing[0]} of its weight: got none")
-            for key in keys.values()
-        ]
+) -> Iterator[tuple[str, str]]:
+    """Yields (key, reason) for each tensor of a module that can't change a weight of this torch
+    shape."""
+    if missing := [side for side in "AB" if side not in keys]:
+        for key in keys.values():
+            yield key, f"must come with the {missing[0]} of its weight: got none"
+        return
     outputs, *inputs = shape
     a, b = (file.shapes[keys[side]] for side in "AB")
     rank = a[0] if a else 0
-    faults = []
-    # Not flat either: 1.5's text-to-video patches have as many numbers as 1.0's image-to-video
-    # ones.
+    # The number of inputs is not enough: patches of 1.5's text-to-video have as many as patches of
+    # 1.0's image-to-video.
     if not rank or a[1:] != tuple(inputs):
-        faults.append(
-            (keys["A"], f"must have the shape [rank, {', '.join(map(str, inputs))}]: got {list(a)}")
-        )
+        must = f"[rank, {', '.join(map(str, inputs))}]"
+        yield keys["A"], f"must have the shape {must}: got {list(a)}"
     if rank and (b[:2] != (outputs, rank) or math.prod(b[2:]) != 1):
-        faults.append((keys["B"], f"must have the shape [{outputs}, {rank}]: got {list(b)}"))
-    if "alpha" in keys and math.prod(file.shapes[keys["alpha"]]) != 1:
-        faults.append(
-            (keys["alpha"], f"must be one number: got the shape {list(file.shapes[keys['alpha']])}")
-        )
-    return faults
+        yield keys["B"], f"must have the shape [{outputs}, {rank}]: got {list(b)}"
+    if "alpha" in keys and math.prod(alpha := file.shapes[keys["alpha"]]) != 1:
+        yield keys["alpha"], f"must be one number: got the shape {list(alpha)}"
 
 
 def _read(
     found: Match,
     modules: Mapping[str, Mapping[str, str]],
-    targets: Mapping[str, Target],
-    shapes: Mapping[str, Any],
+    linear: Mapping[str, Target],
+    torch_shapes: Mapping[str, Any],
 ) -> None:
-    """The factors themselves."""
+    """Reads the factors and makes the Lora."""
     factors, file = {}, found.file
     for module, keys in modules.items():
         values = {side: file.read(key) for side, key in keys.items()}
-        odd = {
-            keys[side]: value
-            for side, value in values.items()
-            if not np.isfinite(value.astype(np.float32)).all()
-        }
-        for key, value in odd.items():
-            found.refuse(
-                key, f"must be finite: got {value[~np.isfinite(value.astype(np.float32))].flat[0]}"
-            )
-        outputs, *inputs = shapes[module]
-        rank = len(values["A"])
+        for side, key in keys.items():
+            numbers = values[side].astype(np.float32)
+            if not np.isfinite(numbers).all():
+                bad = values[side][~np.isfinite(numbers)].flat[0]
+                found.refuse(key, f"must be finite: got {bad}")
+        outputs, *inputs = torch_shapes[module]
+        rank, is_sat = len(values["A"]), ".matrix_" in keys["A"]
         try:
-            scale, alpha, unstated = _scale(
-                file.settings, module, rank, values.get("alpha"), ".matrix_" in keys["A"]
-            )
+            own = values.get("alpha")
+            scale, alpha, unstated = _scale(file.settings, module, rank, own, is_sat)
         except ValueError as error:
             found.refuse(keys["A"], str(error))
             continue
-        rule, layer = targets[module]
-        down, up = rule.factors(
-            values["A"].reshape(rank, *inputs), values["B"].reshape(outputs, rank)
-        )
-        factors[rule.flax, layer] = Factors(down, up, scale)
+        rule, layer = linear[module]
+        a, b = values["A"].reshape(rank, *inputs), values["B"].reshape(outputs, rank)
+        factors[rule.flax, layer] = Factors(*rule.factors(a, b), scale)
         found.ranks.add(rank)
         found.alphas.add(alpha)
         found.unstated = unstated
@@ -229,10 +203,11 @@ def _read(
 
 
 def _scale(
-    settings: Mapping[str, Any], module: str, rank: int, own: np.ndarray | None, sat: bool
+    settings: Mapping[str, Any], module: str, rank: int, own: np.ndarray | None, is_sat: bool
 ) -> tuple[float, float, str]:
-    """(alpha / rank, alpha, whence if the file doesn't state it): the module's own, else by PEFT's
-    settings, else SAT's, else the rank. Raises ValueError for settings that are none."""
+    """(alpha / rank, alpha, where alpha is from if the file doesn't state it): the module's own
+    alpha, else PEFT's setting, else SAT's default, else the rank. Raises ValueError for invalid
+    settings."""
     if own is not None:
         alpha = float(own.astype(np.float64).item())
         return alpha / rank, alpha, ""
@@ -242,26 +217,20 @@ def _scale(
     alpha = _of_module(settings, "lora_alpha", "alpha_pattern", module)
     if alpha is not None:
         return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank), alpha, ""
-    return (
-        (SAT_ALPHA / rank, SAT_ALPHA, " (not stated: SAT's own)")
-        if sat
-        else (1.0, float(rank), " (not stated: as the rank)")
-    )
+    if is_sat:
+        return SAT_ALPHA / rank, SAT_ALPHA, " (not stated: SAT's own)"
+    return 1.0, float(rank), " (not stated: as the rank)"
 
 
 def _of_module(settings: Mapping[str, Any], name: str, patterns: str, module: str) -> float | None:
-    """A number of PEFT's settings: of the first pattern that a module's name ends in, else of all
-    modules."""
+    """A number from PEFT's settings: that of the first pattern that matches the end of a module's
+    name, else that for all modules."""
     try:
-        of_some = dict(settings.get(patterns) or {})
-        value = next(
-            (
-                value
-                for pattern, value in of_some.items()
-                if re.fullmatch(rf"(.*\.)?({pattern})", module)
-            ),
-            settings.get(name),
-        )
+        value = settings.get(name)
+        for pattern, of_pattern in dict(settings.get(patterns) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                value = of_pattern
+                break
         number = None if value is None else float(value)
     except (re.error, TypeError, ValueError) as error:
         raise ValueError(
@@ -272,22 +241,15 @@ def _of_module(settings: Mapping[str, Any], name: str, patterns: str, module: st
     return number
 
 
-def _whose(file: LoraFile, config: CheckpointConfig, misfits: bool) -> str:
-    """Whose LoRA this is, where it is another's: by what it says of itself, or by what its shapes
-    tell where they don't fit."""
+def _other_model(file: LoraFile, config: CheckpointConfig, misfits: bool) -> str:
+    """A sentence if the file is for another model, by what it states or, if there are misfits, by
+    its shapes; else ""."""
     ours = GENERATIONS[config.family]
-    # Folders above it may have any number in their names.
-    said = re.search(r"cogvideox[^/]*", file.base, re.IGNORECASE)
-    if (
-        said
-        and (
-            generation := GENERATIONS[
-                "cogvideox1.5-i2v" if re.search(r"1[._]5", said[0]) else "cogvideox-i2v"
-            ]
-        )
-        != ours
-    ):
-        return f"it says that it was made for {file.base}, of {generation}, and this is {ours}"
+    # Only from "cogvideox" on: folders before it may have any number in their names.
+    if stated := re.search(r"cogvideox[^/]*", file.base, re.IGNORECASE):
+        generation = SECOND if re.search(r"1[._]5", stated[0]) else FIRST
+        if generation != ours:
+            return f"it says that it was made for {file.base}, of {generation}, and this is {ours}"
     if not misfits:
         return ""
     facts = _facts(file)
@@ -296,28 +258,19 @@ def _whose(file: LoraFile, config: CheckpointConfig, misfits: bool) -> str:
         for name, model in MODELS.items()
         if all(getattr(model, fact) == value for fact, value in facts.items())
     ]
-    if (
-        models
-        and len(models) < len(MODELS)
-        and (config.name or "").lower() not in [name.lower() for name in models]
-    ):
+    is_one = (config.name or "").lower() in map(str.lower, models)
+    if models and len(models) < len(MODELS) and not is_one:
         return f"its shapes are those of {' or '.join(models)}"
-    told = (
-        {"patch": len(facts["patch"]) == 1}
-        if "patch" in facts
-        else {"ofs": True}
-        if "ofs" in facts
-        else {}
-    )
-    for newer in told.values():
-        generation = GENERATIONS["cogvideox1.5-i2v" if newer else "cogvideox-i2v"]
-        if generation != ours:
-            return f"it was made for {generation}, and this is {ours}"
-    return ""
+    generation = ours
+    if "patch" in facts:
+        generation = SECOND if len(facts["patch"]) == 1 else FIRST
+    elif "ofs" in facts:
+        generation = SECOND
+    return f"it was made for {generation}, and this is {ours}" if generation != ours else ""
 
 
 def _facts(file: LoraFile) -> dict[str, Any]:
-    """What its shapes tell of the network that it was made for, in the fields of `Published`."""
+    """What its shapes say of the network that it was made for, as fields of `Published`."""
     facts: dict[str, Any] = {}
     layers = 0
     for key, shape in file.shapes.items():
@@ -332,9 +285,9 @@ def _facts(file: LoraFile) -> dict[str, Any]:
             facts["ofs"] = True
         elif side == "A" and len(shape) == 2 and kind(module).endswith(WIDE):
             facts["width"] = shape[1]
-    return facts | (
-        {"layers": layers} if layers in {model.layers for model in MODELS.values()} else {}
-    )
+    if layers in {model.layers for model in MODELS.values()}:
+        facts["layers"] = layers
+    return facts
 
 
 def _span(values: set[Any]) -> str:

@@ -1,5 +1,5 @@
-"""Diffusers folders: finding the weight files of a part, and writing safetensors a tensor at a
-time."""
+"""Diffusers folders: finding the weight files of a part, and writing safetensors files one tensor
+at a time."""
 
 import json
 import struct
@@ -15,9 +15,9 @@ from cogi2v_jax.weights.checkpoint import MANIFEST
 from .parts import Tensor
 from .tensor_files import DTYPES, NARROW
 
-CODES = {dtype: code for code, dtype in DTYPES.items() if code not in NARROW}  # of what we write
-# Of weight files and indexes.
-STEMS = {
+# Safetensors' names of the dtypes that are written.
+CODES = {dtype: code for code, dtype in DTYPES.items() if code not in NARROW}
+STEMS = {  # of the names of weight files and indexes
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
@@ -25,10 +25,10 @@ STEMS = {
 
 
 def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
-    """The shards an index names and the tensors it promises, else the one file and no promises:
-    safetensors, else torch's. Raises FileNotFoundError or ValueError, in one line."""
+    """The files of an index with the names of its tensors, or a single file with no names:
+    safetensors before torch files. Raises FileNotFoundError or ValueError, in one line."""
     for suffix in (".safetensors", ".bin"):
-        # A file of another precision has a second suffix and stands beside the main one:
+        # Weights of another precision, with one more suffix, may be in the same folder:
         # diffusion_pytorch_model.fp16.safetensors
         indexes = sorted(folder.glob(f"*{suffix}.index*.json"))
         if plain := [path for path in indexes if path.name.count(".") == 3] or indexes:
@@ -37,70 +37,56 @@ def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
         if plain := [path for path in files if path.name.count(".") == 1] or files:
             break
     if len(plain) != 1:
-        raise FileNotFoundError(
-            f"{folder} must hold one safetensors file or an index of shards: found {len(plain)} files"
-        )
+        what = "one safetensors file or an index of shards"
+        raise FileNotFoundError(f"{folder} must hold {what}: found {len(plain)} files")
     return plain, set()
 
 
 def _indexed(index: Path) -> tuple[list[Path], set[str]]:
-    weight_map = read_json(index).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(name, str) for name in weight_map.values())
-    ):
+    found = read_json(index).get("weight_map")
+    files: dict[str, Any] = found if isinstance(found, dict) else {}
+    if not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{index} must have a weight_map from tensors to files")
-    names = sorted(set(weight_map.values()))
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
+    names = sorted(set(files.values()))
+    if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index} must name files of its own folder: got {one_line(outside[0])}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
-            f"{index.parent} must hold every shard its index names: missing {one_line(', '.join(missing))}"
+            f"{index.parent} must hold every shard its index names: "
+            f"missing {one_line(', '.join(missing))}"
         )
-    return [index.parent / name for name in names], set(weight_map)
+    return [index.parent / name for name in names], set(files)
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], read: Iterable[tuple[str, np.ndarray]]
+    path: Path, tensors: Mapping[str, Tensor], values: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """A safetensors file of the given names, shapes and dtypes; `read` yields the values in the
-    mapping's order, one at a time."""
+    """Writes a safetensors file of these names, shapes and dtypes. `values` yields the names and
+    arrays in the same order, one at a time. Raises ValueError for an array of another dtype."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
-        header[name] = {
-            "dtype": CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.size],
-        }
-        offset += tensor.size
+        end = offset + tensor.size
+        entry = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = entry | {"data_offsets": [offset, end]}
+        offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for (name, tensor), (read_name, value) in zip(tensors.items(), read, strict=True):
-            assert (name, tensor.shape) == (read_name, value.shape)
+        for (name, tensor), (its_name, value) in zip(tensors.items(), values, strict=True):
+            assert (name, tensor.shape) == (its_name, value.shape)
             if value.dtype != tensor.dtype:
-                raise ValueError(
-                    f"{name} must be {tensor.dtype}, as {MANIFEST} says: got {value.dtype}"
-                )
-            file.write(
-                np.ascontiguousarray(value).view(np.uint8).reshape(-1).data
-                if value.ndim
-                else value.tobytes()
-            )
+                must = f"must be {tensor.dtype}, as {MANIFEST} says"
+                raise ValueError(f"{name} {must}: got {value.dtype}")
+            flat = np.ascontiguousarray(value).reshape(-1)
+            file.write(flat.view(np.uint8).data)
 
 
 def write_index(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> None:
-    """The index of a sharded part, under the name that transformers and diffusers look for."""
+    """Writes the index of a sharded part, under the name that transformers and diffusers expect."""
+    files = {name: tensor.file.name for name, tensor in sorted(tensors.items())}
     size = sum(tensor.size for tensor in tensors.values())
-    index = {
-        "metadata": {"total_size": size},
-        "weight_map": {name: tensor.file.name for name, tensor in sorted(tensors.items())},
-    }
-    (folder / part / f"{STEMS[part]}.safetensors.index.json").write_text(
-        json.dumps(index, indent=2) + "\n", encoding="utf-8"
-    )
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": files}, indent=2)
+    path = folder / part / f"{STEMS[part]}.safetensors.index.json"
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,5 +1,4 @@
-"""LoRA files as they lie on disk: their tensors, and all that is said of them in a header, or
-beside them."""
+"""LoRA files: their tensors, and what the header and files beside them say."""
 
 import json
 import re
@@ -14,9 +13,9 @@ from cogi2v_jax.disk import read_json, sha256
 from .tensor_files import DTYPES, NARROW, open_file
 
 SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
-DEFAULT = "pytorch_lora_weights.safetensors"  # what a folder is asked for first
-HEADER = "lora_adapter_metadata"  # diffusers' place for PEFT's settings
-BESIDE = "adapter_config.json"  # PEFT's own
+DEFAULT = "pytorch_lora_weights.safetensors"  # the preferred file of a folder
+HEADER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
+BESIDE = "adapter_config.json"  # PEFT's own settings
 BASES = (
     "base_model_name_or_path",
     "base_model",
@@ -27,43 +26,38 @@ BASES = (
 
 
 class LoraFile(NamedTuple):
-    """A file before anyone asks what its tensors mean."""
+    """A LoRA file whose tensors are not matched with a network yet."""
 
     path: Path
-    name: str  # for people
+    name: str  # for messages
     sha256: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], np.ndarray]
-    # PEFT's: r, lora_alpha, rank_pattern, alpha_pattern, use_rslora; empty where nothing is said.
+    # PEFT's: r, lora_alpha, rank_pattern, alpha_pattern, use_rslora; empty if there are none
     settings: Mapping[str, Any]
-    base: str  # the model it says it was trained on; empty where it doesn't
+    base: str  # the model that it says it was trained on, or ""
 
 
 def open_lora(path: Path) -> LoraFile:
-    """From a file, or from a folder that has one. Raises FileNotFoundError or ValueError, in one
-    line, for what is no file of tensors."""
+    """Opens a file, or the one in a folder. Raises FileNotFoundError or ValueError, in one line,
+    for what is no file of tensors."""
     path = _locate(path)
     name = f"{path.absolute().parent.name}/{path.name}" if path.name == DEFAULT else path.name
     if path.suffix not in SUFFIXES:
         raise ValueError(f"lora must end in {', '.join(SUFFIXES)}: got {path}")
     file = open_file(path)
-    odd = [
-        f"{tensor} of {entry.dtype}"
-        for tensor, entry in file.entries.items()
-        if entry.dtype not in DTYPES or entry.dtype in NARROW
-    ]
-    if odd:
-        raise ValueError(
-            f"{path} must hold tensors of {', '.join(code for code in DTYPES if code not in NARROW)}: got {odd[0]}"
-        )
-    shapes, head = {tensor: entry.shape for tensor, entry in file.entries.items()}, file.note
+    codes = [code for code in DTYPES if code not in NARROW]
+    for tensor, entry in file.entries.items():
+        if entry.dtype not in codes:
+            must = f"must hold tensors of {', '.join(codes)}"
+            raise ValueError(f"{path} {must}: got {tensor} of {entry.dtype}")
+    shapes = {tensor: entry.shape for tensor, entry in file.entries.items()}
     beside = read_json(path.with_name(BESIDE)) if path.with_name(BESIDE).is_file() else {}
-    settings = _settings(path, head) or beside
-    said = [
-        str(source[key]) for source in (settings, beside, head) for key in BASES if source.get(key)
-    ]
-    digest = sha256(path)
-    return LoraFile(path, name, digest, shapes, file.read, settings, (said or [_card(path)])[0])
+    settings = _settings(path, file.note) or beside
+    stated = [source.get(key) for source in (settings, beside, file.note) for key in BASES]
+    base = next((str(value) for value in stated if value), None)
+    base = _base_of_card(path) if base is None else base
+    return LoraFile(path, name, sha256(path), shapes, file.read, settings, base)
 
 
 def _locate(path: Path) -> Path:
@@ -74,37 +68,31 @@ def _locate(path: Path) -> Path:
     files = sorted(path.glob("*.safetensors"))
     chosen = [file for file in files if file.name == DEFAULT] or files
     if len(chosen) != 1:
-        raise FileNotFoundError(
-            f"lora folder must hold {DEFAULT} or one safetensors file: found {len(files)} in {path}"
-        )
+        must = f"lora folder must hold {DEFAULT} or one safetensors file"
+        raise FileNotFoundError(f"{must}: found {len(files)} in {path}")
     return chosen[0]
 
 
-def _settings(path: Path, head: Mapping[str, str]) -> dict[str, Any]:
-    """The transformer's share of what diffusers packs of PEFT's configuration into the header."""
+def _settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings for the transformer, from what diffusers writes into the header."""
     try:
-        packed = json.loads(head.get(HEADER, "{}"))
         return {
             key.removeprefix("transformer."): value
-            for key, value in packed.items()
+            for key, value in json.loads(header.get(HEADER, "{}")).items()
             if not key.startswith("text_encoder")
         }
     except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} must have a JSON object as {HEADER} in its header: {error}"
-        ) from None
+        must = f"must have a JSON object as {HEADER} in its header"
+        raise ValueError(f"{path} {must}: {error}") from None
 
 
-def _card(path: Path) -> str:
-    """The one `base_model` of the model card beside a file, which trainers write."""
+def _base_of_card(path: Path) -> str:
+    """The single `base_model` of the model card that trainers write beside a file, or ""."""
     try:
         text = path.with_name("README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = (
-        re.search(r"^base_model:[ \t]*([\w./-]+)[ \t]*$", front.group(1), re.MULTILINE)
-        if front
-        else None
-    )
-    return found.group(1) if found else ""
+    line = r"^base_model:[ \t]*([\w./-]+)[ \t]*$"
+    found = re.search(line, front[1], re.MULTILINE) if front else None
+    return found[1] if found else ""

@@ -1,5 +1,5 @@
-"""Weight files under their own names: what one holds, and a tensor or some rows of it at a time, so
-that no file is ever in memory whole. What a file is, its first bytes say, whatever it is called."""
+"""Weight files, read one tensor or some rows of it at a time, so that no file is in memory whole.
+The first bytes of a file decide its format, not its name."""
 
 import json
 import pickle
@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from cogi2v_jax.disk import first_line
 
-# Safetensors' names of the dtypes that weights may have. The last two are narrow: they come with
-# scales, and no network here holds them.
+# Weights' dtypes by their names in safetensors. Float8 comes with scales; no network here holds it.
 NARROW: dict[str, np.dtype[Any]] = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
@@ -28,8 +27,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     **NARROW,
 }
-BYTES = "U8"  # no weights: a tokenizer's model or a note in JSON
-TORCH = {  # the same, as torch has them
+BYTES = "U8"  # not for weights: a tokenizer's model or a note in JSON
+TORCH = {  # by torch's names
     "torch.float64": "F64",
     "torch.float32": "F32",
     "torch.float16": "F16",
@@ -38,20 +37,18 @@ TORCH = {  # the same, as torch has them
     "torch.float8_e5m2": "F8_E5M2",
     "torch.uint8": BYTES,
 }
-# Where programs keep the tensors among the other things that they save.
-INSIDE = ("module", "state_dict", "model")
+INSIDE = ("module", "state_dict", "model")  # keys under which programs save their tensors
 
 
 class Entry(NamedTuple):
-    """A tensor as its file states it; `dtype` is safetensors' name, which need not be one of
-    DTYPES."""
+    """A tensor in a file's header; `dtype` is a name from safetensors that may not be in DTYPES."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class Safetensors:
-    """Raises ValueError, in one line, for a file that is none or is cut short."""
+    """Raises ValueError, in one line, for a file that is not safetensors or is cut short."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -62,16 +59,13 @@ class Safetensors:
                 (length,) = struct.unpack("<Q", file.read(8))
                 header = json.loads(file.read(length))
         except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} must be a whole safetensors file: {first_line(error)}"
-            ) from None
+            line = first_line(error)
+            raise ValueError(f"{path} must be a whole safetensors file: {line}") from None
         self.note: dict[str, str] = header.pop("__metadata__", {})
-        self.entries = {
-            name: Entry(tuple(entry["shape"]), entry["dtype"]) for name, entry in header.items()
-        }
-        self._starts = {
-            name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()
-        }
+        self.entries, self._starts = {}, {}
+        for name, entry in header.items():
+            self.entries[name] = Entry(tuple(entry["shape"]), entry["dtype"])
+            self._starts[name] = 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A tensor, or its rows from `start` to `stop`."""
@@ -79,60 +73,50 @@ class Safetensors:
         dtype = np.dtype(np.uint8) if code == BYTES else DTYPES[code]
         row = int(np.prod(shape[1:], dtype=np.int64))
         stop = (shape[0] if shape else 1) if stop is None else stop
-        offset = self._starts[name] + start * row * dtype.itemsize
+        taken = (stop - start, *shape[1:]) if shape else ()
         if start >= stop or not row:
-            return np.empty((stop - start, *shape[1:]) if shape else (), dtype)
-        # Mapped, not read: it goes into memory once, where it is used, and out again with the
-        # array.
-        return np.memmap(self.path, dtype, "r", offset, (stop - start, *shape[1:]) if shape else ())
+            return np.empty(taken, dtype)
+        # Mapped, not read: its pages are loaded once, when used, and freed with the array.
+        offset = self._starts[name] + start * row * dtype.itemsize
+        return np.memmap(self.path, dtype, "r", offset, taken)
 
 
 class Pickled:
-    """A file of `torch.save`, read by torch's restricted unpickler, which builds tensors and plain
-    containers and nothing else. Raises ValueError, in one line, for one that asks for more, and for
-    what is none. A file in the format before 1.6 is read into memory."""
+    """A file of `torch.save`, read by torch's restricted unpickler, which makes tensors and plain
+    containers and nothing else. Raises ValueError, in one line, for a file that asks for more or is
+    not of this format. A file in the format before torch 1.6 is read into memory."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             import torch
         except ImportError:
-            raise ValueError(
-                f"{path} must be safetensors where torch is missing: got a torch file; pip install torch"
-            ) from None
+            must = "must be safetensors where torch is missing"
+            raise ValueError(f"{path} {must}: got a torch file; pip install torch") from None
         try:
-            if path.suffix == ".safetensors":  # by which alone torch would tell what it is
-                with path.open("rb") as file:
-                    saved = torch.load(file, map_location="cpu", weights_only=True)
-            else:
-                saved = torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-                )
+            # Torch would take a path that ends in .safetensors for that format.
+            with path.open("rb") as file:
+                mapped = path.suffix != ".safetensors" and zipfile.is_zipfile(path)
+                where: Any = path if mapped else file
+                saved = torch.load(where, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
-            asked = re.search(r"GLOBAL (\S+) was", str(error)) or re.search(
-                r"WeightsUnpickler error: (.*)", str(error)
-            )
-            what = asked[1] if asked else first_line(error)
             raise ValueError(
-                f"{path} must hold tensors and nothing that runs: got a pickle that asks for {what}, and loading it could run anything; "
-                "have its tensors alone saved as safetensors by someone who trusts it"
+                f"{path} must hold tensors and nothing that runs: got a pickle that asks for "
+                f"{_asked(error)}, and loading it could run anything; have its tensors alone "
+                "saved as safetensors by someone who trusts it"
             ) from None
-        except Exception as error:  # a broken file breaks the parser anywhere
+        except Exception as error:  # a broken file raises anything
             raise ValueError(f"{path} must be a whole torch file: {first_line(error)}") from None
         self.note: dict[str, str] = {}
-        self._tensors = {
-            name: tensor
-            for name, tensor in _tensors(saved).items()
-            if tensor.layout == torch.strided
-        }
+        tensors = _tensors(saved).items()
+        self._tensors = {name: each for name, each in tensors if each.layout == torch.strided}
         self.entries = {
             name: Entry(tuple(tensor.shape), TORCH.get(str(tensor.dtype), str(tensor.dtype)))
             for name, tensor in self._tensors.items()
         }
         if not self.entries:
-            raise ValueError(
-                f"{path} must hold tensors by name, or under {', '.join(INSIDE)}: found none"
-            )
+            where = ", ".join(INSIDE)
+            raise ValueError(f"{path} must hold tensors by name, or under {where}: found none")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A tensor, or its rows from `start` to `stop`."""
@@ -140,11 +124,9 @@ class Pickled:
 
         tensor, code = self._tensors[name].detach(), self.entries[name].dtype
         tensor = (tensor[start:stop] if tensor.ndim else tensor).contiguous()
-        # numpy knows no bfloat16 and no float8 of torch's: the bits pass as integers.
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-            tensor.element_size()
-        ]
-        values = tensor.view(bits).numpy()
+        # Torch can't give numpy bfloat16 and float8: pass the bits as integers.
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        values = tensor.view(bits[tensor.element_size()]).numpy()
         return values if code == BYTES else values.view(DTYPES[code])
 
 
@@ -159,26 +141,31 @@ def open_file(path: Path) -> WeightFile:
     except OSError as error:
         raise FileNotFoundError(f"{path} must be a readable file: {error.strerror}") from None
     if head[:4] == b"GGUF":
-        raise ValueError(
-            f"{path} must be safetensors or a torch file: got GGUF; take the bf16, fp16 or fp8 file of the same model"
-        )
-    if head[8:] != b"{" and (
-        head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] <= b"\x05")
-    ):
+        must = "must be safetensors or a torch file"
+        way = "take the bf16, fp16 or fp8 file of the same model"
+        raise ValueError(f"{path} {must}: got GGUF; {way}")
+    is_pickle = head[:1] == b"\x80" and head[1:2] <= b"\x05"
+    if head[8:] != b"{" and (head[:4] == b"PK\x03\x04" or is_pickle):
         return Pickled(path)
     return Safetensors(path)
+
+
+def _asked(error: pickle.UnpicklingError) -> str:
+    """What a pickle asked for, from torch's message."""
+    for pattern in (r"GLOBAL (\S+) was", r"WeightsUnpickler error: (.*)"):
+        if found := re.search(pattern, str(error)):
+            return found[1]
+    return first_line(error)
 
 
 def _tensors(saved: Any) -> dict[str, Any]:
     import torch
 
-    for values in (saved, *(saved.get(key) for key in INSIDE if isinstance(saved, dict))):
+    inside = [saved.get(key) for key in INSIDE] if isinstance(saved, dict) else []
+    for values in (saved, *inside):
         if isinstance(values, dict):
-            found = {
-                name: value
-                for name, value in values.items()
-                if isinstance(name, str) and isinstance(value, torch.Tensor)
-            }
+            named = ((name, value) for name, value in values.items() if isinstance(name, str))
+            found = {name: value for name, value in named if isinstance(value, torch.Tensor)}
             if found:
                 return found
     return {}

@@ -1,5 +1,4 @@
-"""Names in LoRA files: the formats that people have, as tables, and what one key of any of them
-means."""
+"""Keys in LoRA files: the formats in use, as tables, and the meaning of one key in any of them."""
 
 import re
 from typing import NamedTuple
@@ -8,23 +7,23 @@ from cogi2v_jax.config import TransformerConfig
 
 from .transformer import table
 
-# How a key ends, behind its module. Of A and B, which some call down and up, W += weight * alpha /
-# r * B @ A is made.
+# How a key ends, after its module. A LoRA adds alpha / r * B @ A to a weight; A is also called
+# down, B up.
 ENDS = (
-    # PEFT and diffusers; it may name its adapter.
+    # PEFT and diffusers; the name of the adapter may come before "weight".
     re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:\.[^.]+)?\.weight"),
-    # Diffusers before PEFT; kohya's and CogVideoX-Fun's.
+    # Diffusers before PEFT; kohya; CogVideoX-Fun.
     re.compile(r"(?P<module>.+)\.lora[._](?P<side>down|up)\.weight"),
     # Attention processors.
     re.compile(
         r"(?P<module>.+?)(?:\.processor)?\.(?P<short>to_(?:q|k|v|out))_lora\.(?P<side>down|up)\.weight"
     ),
-    # SAT: one of the weights that lie in its layer together.
+    # SAT, where one tensor of a layer holds several weights; "index" is which.
     re.compile(r"(?P<module>.+)\.matrix_(?P<side>A|B)\.(?P<index>\d+)"),
     re.compile(r"(?P<module>.+)\.(?P<side>alpha)"),
 )
 SIDES = {"A": "A", "down": "A", "B": "B", "up": "B", "alpha": "alpha"}
-# What programs put before a module's name.
+# What programs write before the name of a module.
 WRAPPERS = re.compile(r"(?:(?:base_model|model|diffusion_model|module|transformer|unet)\.)*")
 SAT_LAYERS = re.compile(r"layers\.(\d+)\.(.+)")
 SAT = {
@@ -33,19 +32,23 @@ SAT = {
     "mlp.dense_h_to_4h": ("ff.net.0.proj",),
     "mlp.dense_4h_to_h": ("ff.net.2",),
 }
-# Linear weights that a network of these families has, to tell another's LoRA from what is of none
-# of them.
+# The linear weights of both families: a LoRA for one that a network does not have is for another
+# network, and any other key is for something else.
 KINDS = [
     rule.torch.removesuffix(".weight")
     for rule in table(TransformerConfig(patch_size_t=2, ofs_embed_dim=512))
     if rule.is_linear
 ]
-# Kohya's modules have underscores where others have dots.
-FLAT = [
-    (re.compile(r"lora_(?:(?:unet|transformer)_+)?" + kind.replace(".", "_").replace("{}", r"(\d+)")), kind)
-    for kind in KINDS
-]  # fmt: skip
-# Why a key has no place, by what is in it.
+
+
+def _flat(kind: str) -> re.Pattern[str]:
+    """Kohya's name of a module, with underscores in place of dots."""
+    name = kind.replace(".", "_").replace("{}", r"(\d+)")
+    return re.compile(r"lora_(?:(?:unet|transformer)_+)?" + name)
+
+
+FLAT = [(_flat(kind), kind) for kind in KINDS]
+# Why a key is not used, by what is in it.
 REASONS = (
     (re.compile(r"text_encoder|lora_te\d*_"), "is of a text encoder, which stays as it is"),
     (
@@ -62,8 +65,8 @@ NO_LORA = "is not a LoRA's tensor"
 
 
 class Meaning(NamedTuple):
-    """What a key stands for: a module under diffusers' name and "A", "B" or "alpha"; or the reason
-    why for nothing."""
+    """A module under diffusers' name and "A", "B" or "alpha"; or the reason why a key is not
+    used."""
 
     module: str = ""
     side: str = ""
@@ -76,11 +79,9 @@ def meaning(key: str) -> Meaning:
             return Meaning(reason=reason)
     for pattern in ENDS:
         if end := pattern.fullmatch(key):
-            parts = end.groupdict()
-            return Meaning(
-                _module(parts["module"], parts.get("short"), parts.get("index")),
-                SIDES[parts["side"]],
-            )
+            found = end.groupdict()
+            module = _module(found["module"], found.get("short"), found.get("index"))
+            return Meaning(module, SIDES[found["side"]])
     return Meaning(reason=NO_LORA)
 
 
@@ -97,11 +98,7 @@ def _module(name: str, short: str | None, index: str | None) -> str:
     if short:
         return f"{name}.{short}" + (".0" if short == "to_out" else "")
     if index and (layer := SAT_LAYERS.fullmatch(name)):
-        number, sat = layer.groups()
-        weights = SAT.get(sat, ())
-        return (
-            f"transformer_blocks.{number}.{weights[int(index)]}"
-            if int(index) < len(weights)
-            else name
-        )
+        weights = SAT.get(layer[2], ())
+        if int(index) < len(weights):
+            return f"transformer_blocks.{layer[1]}.{weights[int(index)]}"
     return name

@@ -197,7 +197,7 @@ def test_a_fault_is_one_line_before_anything_slow(
     file = write(tmp_path, pairs)
     monkeypatch.setattr(loading, "locate", lambda name, say: tmp_path)
     monkeypatch.setattr(loading, "read_config", lambda folder: config)
-    monkeypatch.setattr(loading, "_converted", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(loading, "_convert", lambda *_: pytest.fail("it went on"))
     with pytest.raises(ValueError, match=expected) as caught:
         loading.load("a model", "float32", loras=[file])
     assert "\n" not in str(caught.value)
