@@ -1,5 +1,5 @@
-"""`python notebooks/build.py` writes an .ipynb beside every percent-format source, in which "# %%" begins a cell of code and
-"# %% [markdown]" one of prose, in comments."""
+"""`python notebooks/build.py` writes the .ipynb beside each source in percent format: "# %%" begins
+a cell of code, "# %% [markdown]" a cell of prose in comments."""
 
 import json
 import re
@@ -12,7 +12,7 @@ KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# What each platform reads when the notebook is opened there.
+# Metadata that each platform reads when it opens the notebook.
 NOTEBOOKS: dict[str, dict[str, Any]] = {
     "colab_tpu": {"accelerator": "TPU", "colab": {"gpuType": "V5E1", "provenance": []}},
     "kaggle_tpu": {
@@ -22,41 +22,26 @@ NOTEBOOKS: dict[str, dict[str, Any]] = {
 
 
 def notebook(name: str) -> str:
-    """The .ipynb of a source: the same text for the same source."""
+    """The text of a notebook's .ipynb, which depends on its source alone."""
     _, *parts = MARK.split((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    cells = [
-        _cell(f"cell-{number}", bool(prose), text.strip())
-        for number, (prose, text) in enumerate(pairs)
-    ]
-    whole = {
-        "cells": cells,
-        "metadata": NOTEBOOKS[name] | KERNEL,
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    cells = [_cell(n, bool(prose), text.strip()) for n, (prose, text) in enumerate(pairs)]
+    whole = {"cells": cells, "metadata": NOTEBOOKS[name] | KERNEL}
+    whole |= {"nbformat": 4, "nbformat_minor": 5}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
-def _cell(identity: str, prose: bool, text: str) -> dict[str, Any]:
-    if prose:
-        text = re.sub("^# ?", "", text, flags=re.MULTILINE)
-        return {
-            "cell_type": "markdown",
-            "id": identity,
-            "metadata": {},
-            "source": text.splitlines(keepends=True),
-        }
-    # Colab shows a titled cell as a form, with the code folded away behind it.
-    metadata = {"cellView": "form"} if text.startswith("# @title") else {}
-    code = {
-        "cell_type": "code",
-        "execution_count": None,
-        "id": identity,
-        "metadata": metadata,
-        "outputs": [],
-    }
-    return code | {"source": text.splitlines(keepends=True)}
+def _cell(number: int, prose: bool, text: str) -> dict[str, Any]:
+    cell: dict[str, Any] = {"cell_type": "markdown" if prose else "code"}
+    if not prose:
+        cell["execution_count"] = None
+    # Colab shows a cell with a title as a form and hides its code.
+    form = {"cellView": "form"} if text.startswith("# @title") else {}
+    cell |= {"id": f"cell-{number}", "metadata": form}
+    if not prose:
+        cell["outputs"] = []
+    source = re.sub("^# ?", "", text, flags=re.MULTILINE) if prose else text
+    return cell | {"source": source.splitlines(keepends=True)}
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
 # %% [markdown]
-# # A picture becomes a video, on a free Colab TPU
+# # A video from a picture, on a free Colab TPU
 #
-# You give a picture and a sentence; CogVideoX-5B-I2V makes a six-second video that begins with your picture. Choose
-# **Runtime → Change runtime type → v5e-1 TPU**, then **Runtime → Run all**, and look below the last cell.
+# You give a picture and a sentence. CogVideoX-5B-I2V makes a six-second video that begins with your
+# picture. Choose **Runtime → Change runtime type → v5e-1 TPU**, then **Runtime → Run all**, and
+# look below the last cell.
 #
-# - **No TPU?** Then a small model, `cogi2v-tiny`, is taken. It knows only flat shapes, but shows in a minute how everything works.
-# - **The first run is slow**: it fetches about 20 GB and converts them. Later runs on the same machine find both.
-# - **Machine lost?** Choose **Run all** again. With `keep_on_drive` ticked in step 2, a video that was sampled is not sampled again.
+# - **No TPU?** Then the notebook uses a small model, `cogi2v-tiny`. It knows only flat shapes, but
+#   it shows in a minute how everything works.
+# - **The first run is slow**: it downloads about 20 GB and converts them. Later runs on the same
+#   machine find both.
+# - **Machine lost?** Choose **Run all** again. If you ticked `keep_on_drive` in step 2, a video
+#   that was sampled is not sampled again.
 #
-# **What has been tried:** all of this with the small model on a CPU. Nobody has run it on a real TPU yet: what is known about the large
-# models there comes from Google's TPU compiler, and step 2 says what that is.
+# **What has been tested:** all of this with the small model on a CPU. Nobody has run it on a real
+# TPU yet. What is known about the large models there comes from Google's TPU compiler; step 2
+# prints it.
 #
-# The large models' weights are under the CogVideoX licence: free for research, registration for commercial use.
+# The weights of the large models have the CogVideoX licence: free for research, registration for
+# commercial use.
 
 # %%
 # @title 1. Install
-# @markdown From where: a package's name, a folder (`/content/cogi2v-jax[tpu]`) or a git address (`cogi2v-jax[tpu] @ git+https://…`).
-# @markdown Does nothing where the program is installed already.
+# @markdown `source` is a package's name, a folder (`/content/cogi2v-jax[tpu]`) or a git address
+# @markdown (`cogi2v-jax[tpu] @ git+https://…`). If the program is installed, this does nothing.
 source = "cogi2v-jax[tpu]"  # @param {"type":"string"}
 
 import importlib
@@ -25,7 +31,7 @@ import sys
 
 try:
     import cogi2v_jax
-except ImportError:  # jax is not imported yet, so that pip may renew it without a restart
+except ImportError:  # jax is not imported yet, so pip can replace it without a restart
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
     importlib.invalidate_caches()
     import cogi2v_jax
@@ -33,18 +39,18 @@ print("cogi2v-jax", cogi2v_jax.__version__)
 
 # %%
 # @title 2. Check the machine, choose the model
-# @markdown `auto` is CogVideoX-5B-I2V where it fits, and the small model elsewhere. Red lines of `libtpu` mean only: no TPU.
+# @markdown `auto` is CogVideoX-5B-I2V if the machine can hold it, else the small model. Red lines
+# @markdown of `libtpu` only mean that there is no TPU.
 wanted = "auto"  # @param ["auto", "cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "cogi2v-tiny"]
-# @markdown Keep pictures and videos in your Google Drive; a lost machine takes everything else with it:
+# @markdown Keep pictures and videos in your Google Drive. Everything else is lost with the machine.
 keep_on_drive = False  # @param {"type":"boolean"}
 
 from pathlib import Path
 
 from cogi2v_jax.apps import preflight
 
-model = preflight.check(
-    wanted
-)  # stops here, and says why, if the machine can't hold the model you chose
+# Stops here, and says why, if the machine can't hold the model that you chose.
+model = preflight.check(wanted)
 if keep_on_drive:
     from google.colab import drive
 
@@ -57,11 +63,11 @@ print(f"{model}; results go to {results}")
 
 # %%
 # @title 3. Picture and sentence
-# @markdown The example is a triangle, made for the small model. `upload` asks for a picture of yours.
+# @markdown The example is a triangle, made for the small model. `upload` asks for your own picture.
 picture = "example"  # @param ["example", "upload", "the last upload"]
 prompt = "the cyan triangle grows"  # @param {"type":"string"}
 negative_prompt = ""  # @param {"type":"string"}
-# @markdown Another seed is another video. `None` means: as the model was made for.
+# @markdown Another seed gives another video. `None` is the model's default.
 seed = 42  # @param {"type":"integer"}
 num_inference_steps = None  # @param {"type":"raw"}
 guidance_scale = None  # @param {"type":"raw"}
@@ -74,6 +80,7 @@ if picture == "upload":
     from google.colab import files
 
     files.upload_file(str(image))
+# What the model can't compute is refused here, before anything slow.
 request = Request(
     image=image,
     prompt=prompt,
@@ -82,21 +89,20 @@ request = Request(
     num_inference_steps=num_inference_steps,
     guidance_scale=guidance_scale,
     num_frames=num_frames,
-).resolve(config.named(model))  # what the model can't compute is refused now, before anything slow
-print(
-    f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps"
-)
+).resolve(config.named(model))
+size = f"{request.height}x{request.width}"
+print(f"{request.num_frames} frames of {size}, {request.num_inference_steps} steps")
 
 # %%
 # @title 4. Load the model
-# @markdown A large one is fetched and converted first, once a machine.
-# @markdown If you have a Hugging Face token, keep it among Colab's secrets (the key on the left) as `HF_TOKEN`; you need none.
+# @markdown A large model is downloaded and converted first, once on each machine. You need no
+# @markdown Hugging Face token; if you have one, add it to Colab's secrets (the key on the left) as
+# @markdown `HF_TOKEN`.
 import contextlib
 import os
 
-with contextlib.suppress(
-    Exception
-):  # there is no such secret, or no leave to read it, or this is not Colab
+# There may be no such secret, or no permission to read it, or this is not Colab.
+with contextlib.suppress(Exception):
     from google.colab import userdata
 
     os.environ.setdefault("HF_TOKEN", userdata.get("HF_TOKEN"))
@@ -105,8 +111,8 @@ print(f"the weights are in {models.folder}, {models.dtype}")
 
 # %%
 # @title 5. Sample
-# @markdown The long part; its first step takes longest, since the program is compiled for your machine.
-# @markdown What comes out is kept before it is decoded. With the same settings again, this does nothing.
+# @markdown The long part. The program is compiled for your machine before the first step. The
+# @markdown result is saved before it is decoded; with the same settings again, this does nothing.
 import hashlib
 import json
 
@@ -129,13 +135,12 @@ else:
             on_latents=lambda latents, _: write_latents(latents_file, latents, recipe),
         )
     write_video(video_file, result.video[0], request.fps, recipe)
-    print(
-        "seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())
-    )
+    seconds = (f"{name} {value:.1f}" for name, value in result.seconds.items())
+    print("seconds:", "  ".join(seconds))
 
 # %%
 # @title 6. Watch
-# @markdown If step 5 ended after sampling (out of memory, say), this decodes what it kept.
+# @markdown If step 5 stopped after sampling (out of memory, say), this decodes what it saved.
 from IPython.display import Video
 
 if not video_file.exists():

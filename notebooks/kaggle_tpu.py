@@ -1,22 +1,28 @@
 # %% [markdown]
-# # A picture becomes a video, on Kaggle's eight TPU chips
+# # A video from a picture, on Kaggle's eight TPU chips
 #
-# You give a picture and a sentence; CogVideoX-5B-I2V makes a six-second video that begins with your picture. Choose
-# **Settings → Accelerator → TPU v5e-8** and **Settings → Internet on**, then **Run → Run all**, and look below the last cell.
+# You give a picture and a sentence. CogVideoX-5B-I2V makes a six-second video that begins with your
+# picture. Choose **Settings → Accelerator → TPU v5e-8** and **Settings → Internet on**, then
+# **Run → Run all**, and look below the last cell.
 #
-# - **No TPU?** Then a small model, `cogi2v-tiny`, is taken. It knows only flat shapes, but shows in a minute how everything works.
-# - **The first run is slow**: it fetches about 20 GB and converts them. Later runs on the same machine find both.
-# - **Session lost?** Choose **Run all** again. With **Settings → Persistence → Files only**, a video that was sampled is not sampled again.
+# - **No TPU?** Then the notebook uses a small model, `cogi2v-tiny`. It knows only flat shapes, but
+#   it shows in a minute how everything works.
+# - **The first run is slow**: it downloads about 20 GB and converts them. Later runs on the same
+#   machine find both.
+# - **Session lost?** Choose **Run all** again. With **Settings → Persistence → Files only**, a
+#   video that was sampled is not sampled again.
 #
-# **What has been tried:** all of this with the small model on a CPU. Nobody has run it on a real TPU yet: what is known about the large
-# models there comes from Google's TPU compiler, and step 2 says what that is.
+# **What has been tested:** all of this with the small model on a CPU. Nobody has run it on a real
+# TPU yet. What is known about the large models there comes from Google's TPU compiler; step 2
+# prints it.
 #
-# The large models' weights are under the CogVideoX licence: free for research, registration for commercial use.
+# The weights of the large models have the CogVideoX licence: free for research, registration for
+# commercial use.
 
 # %% [markdown]
 # ## 1. Install
-# `source` is a package's name, a folder (`/kaggle/input/cogi2v-jax[tpu]`) or a git address (`cogi2v-jax[tpu] @ git+https://…`). Where the
-# program is installed already, the cell does nothing.
+# `source` is a package's name, a folder (`/kaggle/input/cogi2v-jax[tpu]`) or a git address
+# (`cogi2v-jax[tpu] @ git+https://…`). If the program is installed, the cell does nothing.
 
 # %%
 source = "cogi2v-jax[tpu]"
@@ -28,8 +34,8 @@ import sys
 try:
     import cogi2v_jax
 except ImportError:
-    # Kaggle comes with a TPU library (libtpu) for PyTorch, too old for jax's kernels; [tpu] brings the one that fits. Nothing has imported
-    # jax yet, so that no restart is needed.
+    # Kaggle has a TPU library (libtpu) for PyTorch, which is too old for jax's kernels; [tpu]
+    # installs the right one. jax is not imported yet, so no restart is needed.
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
     importlib.invalidate_caches()
     import cogi2v_jax
@@ -37,8 +43,9 @@ print("cogi2v-jax", cogi2v_jax.__version__)
 
 # %% [markdown]
 # ## 2. Check the machine, choose the model
-# `"auto"` is CogVideoX-5B-I2V where it fits, and the small model elsewhere. You may choose one: `"cogvideox-5b-i2v"`,
-# `"cogvideox1.5-5b-i2v"` (larger pictures, slower) or `"cogi2v-tiny"`. Red lines of `libtpu` before the verdict mean only: no TPU.
+# `"auto"` is CogVideoX-5B-I2V if the machine can hold it, else the small model. Or choose one:
+# `"cogvideox-5b-i2v"`, `"cogvideox1.5-5b-i2v"` (larger pictures, slower) or `"cogi2v-tiny"`. Red
+# lines of `libtpu` only mean that there is no TPU.
 
 # %%
 wanted = "auto"
@@ -47,17 +54,17 @@ from pathlib import Path
 
 from cogi2v_jax.apps import preflight
 
-model = preflight.check(
-    wanted
-)  # stops here, and says why, if the machine can't hold the model you chose
+# Stops here, and says why, if the machine can't hold the model that you chose.
+model = preflight.check(wanted)
 results = (Path("/kaggle/working") if Path("/kaggle/working").is_dir() else Path.home()) / "cogi2v"
 results.mkdir(exist_ok=True)
 print(f"{model}; results go to {results}")
 
 # %% [markdown]
 # ## 3. Picture and sentence
-# `picture = None` takes the example: a triangle, made for the small model. For a picture of yours, choose **Add Input → Upload** and give
-# its path, such as `"/kaggle/input/my-photos/boat.jpg"`. Another seed is another video. `None` means: as the model was made for.
+# `picture = None` is the example: a triangle, made for the small model. For your own picture,
+# choose **Add Input → Upload** and give its path, such as `"/kaggle/input/my-photos/boat.jpg"`.
+# Another seed gives another video. `None` is the model's default.
 
 # %%
 picture = None
@@ -70,6 +77,7 @@ num_frames = None
 
 from cogi2v_jax import Request, config, sample
 
+# What the model can't compute is refused here, before anything slow.
 request = Request(
     image=picture or sample.EXAMPLE_IMAGE,
     prompt=prompt,
@@ -78,23 +86,21 @@ request = Request(
     num_inference_steps=num_inference_steps,
     guidance_scale=guidance_scale,
     num_frames=num_frames,
-).resolve(config.named(model))  # what the model can't compute is refused now, before anything slow
-print(
-    f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps"
-)
+).resolve(config.named(model))
+size = f"{request.height}x{request.width}"
+print(f"{request.num_frames} frames of {size}, {request.num_inference_steps} steps")
 
 # %% [markdown]
 # ## 4. Load the model
-# A large one is fetched and converted first, once a machine. A Hugging Face token among **Add-ons → Secrets**, named `HF_TOKEN`, is used if
-# there is one; the released weights need none.
+# A large model is downloaded and converted first, once on each machine. The released weights need
+# no Hugging Face token; one in **Add-ons → Secrets**, named `HF_TOKEN`, is used.
 
 # %%
 import contextlib
 import os
 
-with contextlib.suppress(
-    Exception
-):  # there is no such secret, or no leave to read it, or this is not Kaggle
+# There may be no such secret, or no permission to read it, or this is not Kaggle.
+with contextlib.suppress(Exception):
     from kaggle_secrets import UserSecretsClient
 
     os.environ.setdefault("HF_TOKEN", UserSecretsClient().get_secret("HF_TOKEN"))
@@ -103,8 +109,8 @@ print(f"the weights are in {models.folder}, {models.dtype}")
 
 # %% [markdown]
 # ## 5. Sample
-# The long part; its first step takes longest, since the program is compiled for your machine. What comes out is kept before it is decoded.
-# With the same settings again, the cell does nothing.
+# The long part. The program is compiled for your machine before the first step. The result is saved
+# before it is decoded; with the same settings again, the cell does nothing.
 
 # %%
 import hashlib
@@ -129,13 +135,12 @@ else:
             on_latents=lambda latents, _: write_latents(latents_file, latents, recipe),
         )
     write_video(video_file, result.video[0], request.fps, recipe)
-    print(
-        "seconds:", "  ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())
-    )
+    seconds = (f"{name} {value:.1f}" for name, value in result.seconds.items())
+    print("seconds:", "  ".join(seconds))
 
 # %% [markdown]
 # ## 6. Watch
-# If step 5 ended after sampling (out of memory, say), this decodes what it kept.
+# If step 5 stopped after sampling (out of memory, say), this decodes what it saved.
 
 # %%
 from IPython.display import Video

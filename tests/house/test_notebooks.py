@@ -1,4 +1,5 @@
-"""The notebooks, as a stranger runs them: from top to bottom, in a kernel of their own, in another folder, on this machine's CPU."""
+"""The notebooks, as a new user runs them: from top to bottom, in their own kernel, in another
+folder, on this machine's CPU."""
 
 import asyncio
 import base64
@@ -7,14 +8,13 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # whatever Jupyter's packages say of each other while they are imported
+    warnings.simplefilter("ignore")  # Jupyter's packages warn about each other
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -24,14 +24,15 @@ from cogi2v_jax.media.videos import read_frames, read_recipe
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = ("colab_tpu", "kaggle_tpu")
+Run = Callable[..., nbformat.NotebookNode]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs a notebook's cells with the home and the working directory in `tmp_path`, as they are or with some text replaced."""
-    home = tmp_path / "home"
-    elsewhere = tmp_path / "elsewhere"
-    for folder in (home, elsewhere):
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the cells of a notebook, with some text replaced if given, with home and working
+    directory in `tmp_path`."""
+    home, work = tmp_path / "home", tmp_path / "work"
+    for folder in (home, work):
         folder.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("IPYTHONDIR", str(home / "ipython"))
@@ -43,35 +44,27 @@ def run(tmp_path, monkeypatch):
             text = text.replace(old, new)
         notebook = nbformat.reads(text, as_version=4)
         nbformat.validate(notebook)
-        client = NotebookClient(
-            notebook,
-            timeout=400,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(elsewhere)}},
-        )
+        where = {"metadata": {"path": str(work)}}
+        client = NotebookClient(notebook, timeout=400, kernel_name="python3", resources=where)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 asyncio.run(client.async_execute())
             except CellExecutionError as error:
                 notebook.metadata["error"] = str(error)
-        assert list(elsewhere.iterdir()) == []  # nothing depends on where it runs
+        assert list(work.iterdir()) == []  # a notebook writes nothing where it runs
         return notebook
 
     return execute
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
-    return "".join(
-        output["text"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.get("name") == "stdout"
-    )
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
 
 
 def shown(notebook: nbformat.NotebookNode) -> bytes:
-    """The video inside the last cell's output."""
+    """The video in the output of the last cell."""
     html = notebook.cells[-1].outputs[-1]["data"]["text/html"]
     found = re.search(r'src="data:video/mp4;base64,([^"]+)"', html)
     assert found, html[:200]
@@ -83,7 +76,7 @@ def results(tmp_path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_is_what_its_source_makes(name):
+def test_a_notebook_is_what_its_source_makes(name: str) -> None:
     spec = importlib.util.spec_from_file_location("build", FOLDER / "build.py")
     assert spec is not None
     assert spec.loader is not None
@@ -95,7 +88,9 @@ def test_a_notebook_is_what_its_source_makes(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_resumes(name, run, tmp_path):
+def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_only_decodes(
+    name: str, run: Run, tmp_path: Path
+) -> None:
     first = run(name)
     assert "error" not in first.metadata
     said = printed(first)
@@ -107,7 +102,7 @@ def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_resumes(name, ru
     assert read_frames(video).shape == (9, 64, 64, 3)
     assert read_recipe(video)["prompt"] == "the cyan triangle grows"
 
-    # What a machine that is lost while decoding leaves behind: latents, and no video.
+    # A machine that is lost while it decodes leaves latents and no video.
     video.unlink()
     assert results(tmp_path) == {".safetensors"}
     second = run(name)
@@ -119,49 +114,49 @@ def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_resumes(name, ru
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_released_checkpoint_that_cannot_run_here_stops_the_notebook_with_one_sentence(
-    name, run, tmp_path
-):
+    name: str, run: Run, tmp_path: Path
+) -> None:
     notebook = run(name, ('wanted = \\"auto\\"', 'wanted = \\"cogvideox-5b-i2v\\"'))
-    (error,) = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output["output_type"] == "error"
-    ]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    (error,) = [output for output in outputs if output["output_type"] == "error"]
     assert error["ename"] == "Unfit"
     assert error["traceback"] == [error["evalue"]]
     assert error["evalue"].startswith("cogvideox-5b-i2v must run on an accelerator: got a CPU")
-    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == [
-        1,
-        2,
-        None,
-        None,
-        None,
-        None,
-    ]
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == [1, 2, None, None, None, None]
     assert not (tmp_path / "home" / "cogi2v").exists()
 
 
-def test_a_setting_that_the_model_cannot_compute_is_refused_before_the_weights(run):
+def test_a_setting_that_the_model_cannot_compute_is_refused_before_weights_load(run: Run) -> None:
     notebook = run("kaggle_tpu", ("num_frames = None", "num_frames = 10"))
     assert "num_frames must be 8k+1 and at most 9 for cogi2v-tiny" in notebook.metadata["error"]
     assert "the weights are in" not in printed(notebook)
 
 
+# Stand-ins for the modules of the platforms, with the same signatures.
+UPLOAD = """
+def upload_file(path):
+    open(path, "wb").write(open({picture!r}, "rb").read())
+"""
+USER_DATA = """
+def get(key):
+    return "the token of " + key
+"""
+SECRETS = """
+class UserSecretsClient:
+    def get_secret(self, key):
+        return "the token of " + key
+"""
 PLATFORMS = {
-    "colab_tpu": {
-        "google/colab/files.py": "def upload_file(path): open(path, 'wb').write(open({picture!r}, 'rb').read())",
-        "google/colab/userdata.py": "def get(key): return 'the token of ' + key",
-    },
-    "kaggle_tpu": {
-        "kaggle_secrets.py": "class UserSecretsClient:\n    def get_secret(self, key): return 'the token of ' + key"
-    },
+    "colab_tpu": {"google/colab/files.py": UPLOAD, "google/colab/userdata.py": USER_DATA},
+    "kaggle_tpu": {"kaggle_secrets.py": SECRETS},
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_platform_gives_the_users_picture_and_token(name, run, tmp_path, monkeypatch):
-    """With stand-ins for the platform's modules, of the same signatures."""
+def test_a_platform_gives_the_users_picture_and_token(
+    name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from PIL import Image
 
     picture = str(tmp_path / "red.png")
@@ -175,12 +170,9 @@ def test_a_platform_gives_the_users_picture_and_token(name, run, tmp_path, monke
         "colab_tpu": ('picture = \\"example\\"', 'picture = \\"upload\\"'),
         "kaggle_tpu": ("picture = None", f'picture = \\"{picture}\\"'),
     }
-    notebook = run(
-        name,
-        chosen[name],
-        ("num_inference_steps = None", "num_inference_steps = 2"),
-        ("models = cog", "print(os.environ['HF_TOKEN'])\\nmodels = cog"),
-    )
+    steps = "num_inference_steps = None", "num_inference_steps = 2"
+    token = "models = cog", "print(os.environ['HF_TOKEN'])\\nmodels = cog"
+    notebook = run(name, chosen[name], steps, token)
     assert "error" not in notebook.metadata
     assert "the token of HF_TOKEN\n" in printed(notebook)
     (video,) = (tmp_path / "home" / "cogi2v").glob("*.mp4")
