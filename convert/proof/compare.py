@@ -1,12 +1,12 @@
-"""How far two videos are apart: PSNR and SSIM of the whole and of every frame, as lines for a
-person, as a curve and as JSON."""
+"""The distance of two videos: PSNR and SSIM of the whole and of every frame, as a table, as a curve
+and as JSON."""
 
 import json
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -14,13 +14,14 @@ from jaxtyping import Float64, UInt8
 from cogi2v_jax.disk import beside, check_target
 from cogi2v_jax.media.videos import read_frames
 
-TOP = 255  # the range of a byte
-# SSIM's Gaussian of sigma 1.5, cut off at 3.5 sigma: Wang et al. 2004, "Image quality assessment".
+TOP = 255  # the largest value of a byte
+# SSIM's Gaussian window: sigma 1.5, truncated at 3.5 sigma (Wang et al. 2004, "Image quality
+# assessment").
 WINDOW = 11
 
 
 class Score(NamedTuple):
-    """One measure of two videos; more is nearer."""
+    """One measure of two videos; higher is closer."""
 
     video: float
     frames: Float64[np.ndarray, " f"]
@@ -32,21 +33,19 @@ class Score(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    psnr: (
-        # DB; inf where every byte is equal. The video's is that of its mean squared error, so that
-        # one equal frame won't make it inf.
-        Score
-    )
+    # In dB; inf if every byte is equal. The video's is computed from its mean squared error, so
+    # that one equal frame does not make it inf.
+    psnr: Score
     ssim: Score  # at most 1; the video's is the mean over frames
 
 
 def compare(
     a: UInt8[np.ndarray, "f h w 3"],
-    b: UInt8[np.ndarray, "_ _ _ 3"],  # of a's shape: refused here, with both shapes
+    b: UInt8[np.ndarray, "_ _ _ 3"],  # of a's shape, which is checked here
     progress: Callable[[str, int, int], None] = lambda part, done, total: None,
 ) -> Comparison:
-    """Scores from one pair of frames at a time. ValueError for videos of different shapes and for
-    frames below SSIM's window."""
+    """PSNR and SSIM, computed for one pair of frames at a time. Raises ValueError for videos of
+    different shapes and for frames smaller than SSIM's window."""
     from skimage.metrics import mean_squared_error, structural_similarity
 
     if a.shape != b.shape:
@@ -54,23 +53,15 @@ def compare(
             f"videos must have equally many frames of one size: got {_shape(a)} and {_shape(b)}"
         )
     if min(a.shape[1:3]) < WINDOW:
-        raise ValueError(
-            f"videos must be at least {WINDOW}x{WINDOW}, the window of SSIM: got {a.shape[1]}x{a.shape[2]}"
-        )
+        rule = f"videos must be at least {WINDOW}x{WINDOW}, the window of SSIM"
+        raise ValueError(f"{rule}: got {a.shape[1]}x{a.shape[2]}")
     errors, ssim = np.empty(len(a)), np.empty(len(a))
-    wang = {
-        "gaussian_weights": True,
-        "sigma": 1.5,
-        "use_sample_covariance": False,
-        "data_range": TOP,
-        "channel_axis": -1,
-    }
+    wang: Any = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     for index, (one, other) in enumerate(zip(a, b, strict=True)):
         errors[index] = mean_squared_error(one, other)
-        ssim[index] = structural_similarity(one, other, **wang)
+        ssim[index] = structural_similarity(one, other, data_range=TOP, channel_axis=-1, **wang)
         progress("frames", index + 1, len(a))
-    # Not skimage's peak_signal_noise_ratio, which takes pixels alone: the video's error is known
-    # without all its pixels at once.
+    # skimage's peak_signal_noise_ratio needs all pixels of the video at once; its error does not.
     with np.errstate(divide="ignore"):
         psnr = 10 * np.log10(TOP**2 / np.array([errors.mean(), *errors]))
     return Comparison(Score(float(psnr[0]), psnr[1:]), Score(float(ssim.mean()), ssim))
@@ -83,15 +74,14 @@ def report(
     record: Path | None,
     progress: Callable[[str, int, int], None],
 ) -> list[str]:
-    """The lines for two video files, with the curve and the JSON written where they are asked for.
+    """The lines of the table for two video files. Writes the curve to `curve` and the JSON to
+    `record` if they are given.
 
-    Raises ValueError or OSError, before a file is read where a library is missing or a target can't
-    be written, as `read_frames` and `compare` do otherwise; nothing is written then.
+    Raises ValueError or OSError and then writes nothing. Missing libraries and unwritable targets
+    are found before a video is read.
     """
-    for module, library in (
-        ("skimage", "scikit-image"),
-        *([("matplotlib", "matplotlib")] if curve else []),
-    ):
+    libraries = {"skimage": "scikit-image"} | ({"matplotlib": "matplotlib"} if curve else {})
+    for module, library in libraries.items():
         if not find_spec(module):
             raise ValueError(f"compare must have {library}: pip install 'cogi2v-jax[compare]'")
     for what, target, suffix in (("curve", curve, ".png"), ("json", record, ".json")):
@@ -104,52 +94,36 @@ def report(
             draw(part, comparison)
     if record:
         with beside(record) as part:
-            part.write_text(
-                json.dumps(_plain(frames, comparison), allow_nan=False, indent=2) + "\n"
-            )
+            figures = _plain(frames, comparison)
+            part.write_text(json.dumps(figures, allow_nan=False, indent=2) + "\n")
     lines = [f"{'':7} {'video':>8} {'worst':>8} {'frame':>6}"]
-    for name, score, form in (
-        ("PSNR dB", comparison.psnr, ".2f"),
-        ("SSIM", comparison.ssim, ".4f"),
-    ):
-        lines.append(
-            f"{name:7} {score.video:8{form}} {score.frames[score.worst]:8{form}} {score.worst:6}"
-        )
-    return [
-        *lines,
-        f"{_shape(frames)}, counted from 0; the video's PSNR is that of its mean squared error, its SSIM the mean over frames",
-    ]
+    named = (("PSNR dB", comparison.psnr, ".2f"), ("SSIM", comparison.ssim, ".4f"))
+    for name, score, form in named:
+        worst = score.frames[score.worst]
+        lines.append(f"{name:7} {score.video:8{form}} {worst:8{form}} {score.worst:6}")
+    note = "the video's PSNR is that of its mean squared error, its SSIM the mean over frames"
+    return [*lines, f"{_shape(frames)}, counted from 0; {note}"]
 
 
 def draw(path: Path, comparison: Comparison) -> None:
     """PSNR and SSIM over the frame number as a PNG, whatever the path's suffix."""
-    # No pyplot: it would choose a window system and keep the figure.
+    # Not pyplot, which would choose a window system and keep the figure.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, sharex=True)
-    for axes, score, name, form in (
-        (top, comparison.psnr, "PSNR, dB", ".2f"),
-        (bottom, comparison.ssim, "SSIM", ".4f"),
-    ):
-        # Dots too, for a frame alone or between two that are equal.
+    psnr, ssim = comparison
+    for axes, score, name, form in ((top, psnr, "PSNR, dB", ".2f"), (bottom, ssim, "SSIM", ".4f")):
+        # With dots, to show a single frame and one between two equal frames.
         axes.plot(score.frames, ".-", label="frame")
         equal = np.flatnonzero(np.isinf(score.frames))
-        if len(equal):  # no height of the axis is theirs, so they stand on its edge
-            axes.plot(
-                equal,
-                np.ones(len(equal)),
-                "^",
-                color="C2",
-                transform=axes.get_xaxis_transform(),
-                clip_on=False,
-                label="equal: inf",
-            )
+        if len(equal):  # infinity has no height on the axis: mark it at the upper edge
+            edge: Any = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": "C2"}
+            axes.plot(equal, np.ones(len(equal)), "^", label="equal: inf", **edge)
         if math.isfinite(score.video):
-            axes.axhline(
-                score.video, color="C1", linestyle="--", label=f"video: {score.video:{form}}"
-            )
+            line: Any = {"color": "C1", "linestyle": "--", "label": f"video: {score.video:{form}}"}
+            axes.axhline(score.video, **line)
         if len(equal) == len(score.frames):
             axes.set_yticks([])
         axes.set_ylabel(name)
@@ -166,8 +140,8 @@ def _shape(frames: UInt8[np.ndarray, "f h w 3"]) -> str:
 
 
 def _plain(frames: UInt8[np.ndarray, "f h w 3"], comparison: Comparison) -> dict:
-    """What JSON can hold: it knows no infinity, so that is the string "inf", which float() takes.
-    Null would read as not measured."""
+    """All figures as JSON values. JSON has no infinity: it becomes the string "inf", which float()
+    takes; null would read as not measured."""
 
     def number(value: float) -> float | str:
         return float(value) if math.isfinite(value) else "inf"

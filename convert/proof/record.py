@@ -1,4 +1,4 @@
-"""Runs the PyTorch reference (diffusers' pipeline, untouched) and keeps what it computes at every
+"""Runs the PyTorch reference (diffusers' unmodified pipeline) and records what it computes at every
 stage."""
 
 import inspect
@@ -28,7 +28,7 @@ from cogi2v_jax.weights.checkpoint import MANIFEST
 from ..sources.gather import Source
 from . import trace
 
-MODULES = (  # where the reference draws noise
+NOISE_MODULES = (  # where the reference draws noise
     "diffusers.models.autoencoders.vae",
     "diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video",
     "diffusers.schedulers.scheduling_dpm_cogvideox",
@@ -45,24 +45,24 @@ def record(
     vae_tiling: bool = False,
     keep_steps: Sequence[int] | None = None,
 ) -> str:
-    """Writes the trace of one request, with the predictions of all steps or of `keep_steps`. What
-    is left out is CUDA where there is any, and bfloat16 there, float32 on a CPU. Returns what was
-    done, in one line. Raises ValueError or FileNotFoundError, in one line, before the slow work."""
+    """Writes the trace of one request, with the predictions of all steps or of `keep_steps`. By
+    default it runs on CUDA in bfloat16 if there is CUDA, else on the CPU in float32. Returns one
+    line about the trace. Raises ValueError or FileNotFoundError, before the slow work."""
     if (source / MANIFEST).is_file():
         raise ValueError(
-            f"SRC must be a diffusers folder: got {source}, a converted one; cogi2v-convert to-torch makes one of it"
+            f"SRC must be a diffusers folder: got {source}, a converted one; "
+            "cogi2v-convert to-torch makes one of it"
         )
     config = Source(source).config
     request = request.resolve(config)
     (video,) = request.videos
-    check_target(
-        "trace", target, (Path(video.image),) if isinstance(video.image, str | PathLike) else ()
-    )
+    read = (Path(video.image),) if isinstance(video.image, str | PathLike) else ()
+    check_target("trace", target, read)
     tokens(config, source, [video.negative_prompt, video.prompt])
     _check_table(config, request)
     picture = read_image(video.image)
     count = request.num_inference_steps
-    # Some counts it can't compute.
+    # Raises ValueError for a number of steps that the scheduler cannot compute.
     tableau(
         config.scheduler, request.scheduler, count, request.guidance_scale, request.use_dynamic_cfg
     )
@@ -87,29 +87,27 @@ def record(
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     try:
-        with warnings.catch_warnings():
-            # Of the dtype's name, which not all versions call alike.
-            warnings.simplefilter("ignore", FutureWarning)
+        # Newer versions call torch_dtype dtype, and warn.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             pipe = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(
                 source, torch_dtype=getattr(torch, dtype)
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{source} must be a whole diffusers folder: {first_line(error)}"
-        ) from None
-    pipe.to(getattr(torch, dtype))  # some versions leave a part as it was stored
+        why = first_line(error)
+        raise ValueError(f"{source} must be a whole diffusers folder: {why}") from None
+    pipe.to(getattr(torch, dtype))  # some versions leave a part in its stored dtype
     schedulers = {"dpm": diffusers.CogVideoXDPMScheduler, "ddim": diffusers.CogVideoXDDIMScheduler}
     pipe.scheduler = schedulers[request.scheduler].from_config(
         pipe.scheduler.config, timestep_spacing="trailing"
     )
     if device == "cuda":
-        # A part at a time: a 5B checkpoint needs no more than its largest.
+        # One part at a time on the GPU: a 5B checkpoint needs the memory of its largest part.
         pipe.enable_model_cpu_offload()
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     if vae_tiling:
         pipe.vae.enable_tiling()
     recorder = Recorder(pipe, kept)
-    with recorder.watching(), torch.no_grad():
+    with recorder.recording(), torch.no_grad():
         frames = pipe(
             image=picture,
             prompt=video.prompt,
@@ -125,29 +123,18 @@ def record(
             output_type="pt",
         ).frames
     tensors = recorder.tensors(torch.from_numpy(np.array(picture)), frames)
-    settings = {
-        "prompt": video.prompt,
-        "negative_prompt": video.negative_prompt,
-        "seed": video.seed,
-    }
+    settings = {name: getattr(video, name) for name in ("prompt", "negative_prompt", "seed")}
     settings |= {setting: getattr(request, setting) for setting in SETTINGS}
-    made = {
-        "checkpoint": config.title,
-        "dtype": dtype,
-        "vae_tiling": vae_tiling,
-        "kept_steps": kept,
-    }
-    made |= {
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else platform.processor() or platform.machine()
-    }
+    made = {"checkpoint": config.title, "dtype": dtype, "vae_tiling": vae_tiling}
+    made |= {"kept_steps": kept, "device": platform.processor() or platform.machine()}
+    if device == "cuda":
+        made["device"] = torch.cuda.get_device_name()
     made |= {package: version(package) for package in ("torch", "diffusers", "transformers")}
     with beside(target) as part:
         part.touch()
         mode = part.stat().st_mode
         save_file(tensors, part, trace.head(settings, made))
-        part.chmod(mode)  # save_file's are for their owner alone
+        part.chmod(mode)  # save_file makes it readable by its owner only
     return f"{target}: {len(tensors)} tensors of {count} steps in {dtype} on {made['device']}"
 
 
@@ -164,26 +151,26 @@ def _reference() -> tuple[Any, Any, Any]:
 
 
 def _check_table(config: CheckpointConfig, request: Resolved) -> None:
-    """The reference silently takes another table where frames are not the learned one's: no
-    conversion of it could be verified."""
+    """Refuses a number of frames that the learned position table is not for. The reference then
+    silently uses another table, so that the trace could not verify a conversion."""
     network = config.transformer
     frames = config.vae.decoded_frames(network.table_grid[0])
     if network.use_learned_positional_embeddings and request.num_frames != frames:
-        why = "at any other count the reference leaves its learned position table"
         raise ValueError(
-            f"num_frames must be {frames} for a trace of {config.title} ({why}): got {request.num_frames}"
+            f"num_frames must be {frames} for a trace of {config.title} (at any other count the "
+            f"reference leaves its learned position table): got {request.num_frames}"
         )
 
 
 class Recorder:
-    """Listens to a pipeline: its networks' inputs and results, its scheduler's steps and every draw
-    of noise. What it stands in for keeps its signature: the pipeline asks for that before it hands
-    the generator on."""
+    """Records a pipeline's network inputs and outputs, scheduler steps and noise draws. Its
+    wrappers keep the signatures of what they wrap, because the pipeline inspects these before it
+    passes the generator."""
 
-    def __init__(self, pipe: Any, kept: Sequence[int]):
-        self._pipe, self._kept = pipe, kept
+    def __init__(self, pipe: Any, keep_steps: Sequence[int]):
+        self._pipe, self._keep_steps = pipe, keep_steps
         self._draws: list[Any] = []
-        # Ids and embeddings: the prompt's, then the negative one's.
+        # Ids and embeddings: of the prompt, then of the negative prompt.
         self._prompts: list[tuple[Any, Any]] = []
         self._predictions: Any = None
         self._guidance: list[float] = []
@@ -191,52 +178,41 @@ class Recorder:
         self._tensors: dict[str, Any] = {}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-        pipe, sample = self._pipe, DiagonalGaussianDistribution.sample
+        pipe = self._pipe
+        wrapped = [
+            *((import_module(name), "randn_tensor", self._drawing) for name in NOISE_MODULES),
+            (DiagonalGaussianDistribution, "sample", self._sampling),
+            (pipe.vae, "encode", self._encoding),
+            (pipe.scheduler, "step", self._stepping),
+        ]
         with ExitStack() as stack:
-            for module in MODULES:
-                stack.enter_context(
-                    mock.patch(
-                        f"{module}.randn_tensor", self._drawing(import_module(module).randn_tensor)
-                    )
-                )
-            stack.enter_context(
-                mock.patch.object(DiagonalGaussianDistribution, "sample", self._sampling(sample))
-            )
-            stack.enter_context(
-                mock.patch.object(pipe.vae, "encode", self._encoding(pipe.vae.encode))
-            )
-            stack.enter_context(
-                mock.patch.object(pipe.scheduler, "step", self._stepping(pipe.scheduler.step))
-            )
-            for network, hook in (
-                (pipe.text_encoder, self._encoded),
-                (pipe.transformer, self._predicted),
-            ):
+            for owner, name, wrapper in wrapped:
+                stack.enter_context(mock.patch.object(owner, name, wrapper(getattr(owner, name))))
+            hooks = (pipe.text_encoder, self._encoded), (pipe.transformer, self._predicted)
+            for network, hook in hooks:
                 stack.callback(network.register_forward_hook(hook, with_kwargs=True).remove)
             yield
 
     def tensors(self, picture: Any, video: Any) -> dict[str, Any]:
-        """Everything kept, by the names of `trace.LAYOUTS`."""
+        """All tensors of the trace, by the names in `trace.LAYOUTS`."""
         import torch
 
-        prompts = self._prompts[::-1]  # the network is given the negative one first
-        posterior_noise, initial = (
-            self._tensors.pop("draw.posterior"),
-            self._tensors.pop("draw.initial"),
-        )
+        prompts = self._prompts[::-1]  # the network gets the negative one first
+        posterior_noise = self._tensors.pop("draw.posterior")
+        initial = self._tensors.pop("draw.initial")
         return {
             "picture": picture,
-            "ids": _kept(torch.cat([ids for ids, _ in prompts])),
-            "text": _kept(torch.cat([text for _, text in prompts])),
+            "ids": _copy(torch.cat([ids for ids, _ in prompts])),
+            "text": _copy(torch.cat([text for _, text in prompts])),
             "posterior_noise": posterior_noise,
             "initial": initial,
             "timesteps": torch.tensor(self._timesteps),
             "guidance": torch.tensor(self._guidance, dtype=torch.float32),
             **self._tensors,
-            "video": _kept(video),
+            "video": _copy(video),
         }
 
     def _drawing(self, draw: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,10 +227,8 @@ class Recorder:
         @wraps(sample)
         def sampled(distribution: Any, *args: Any, **kwargs: Any) -> Any:
             drawn = sample(distribution, *args, **kwargs)
-            self._tensors["moments"], self._tensors["posterior"] = (
-                _kept(distribution.parameters),
-                _kept(drawn),
-            )
+            self._tensors["moments"] = _copy(distribution.parameters)
+            self._tensors["posterior"] = _copy(drawn)
             return drawn
 
         return sampled
@@ -262,7 +236,7 @@ class Recorder:
     def _encoding(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(encode)
         def encoded(pixels: Any, *args: Any, **kwargs: Any) -> Any:
-            self._tensors["pixels"] = _kept(pixels[:, :, 0])
+            self._tensors["pixels"] = _copy(pixels[:, :, 0])
             return encode(pixels, *args, **kwargs)
 
         return encoded
@@ -274,7 +248,7 @@ class Recorder:
         self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         given, channels = kwargs["hidden_states"], output[0].shape[2]
-        self._tensors.setdefault("image", _kept(given[-1:, :, channels:]))
+        self._tensors.setdefault("image", _copy(given[-1:, :, channels:]))
         self._predictions = output[0].split(1)
 
     def _stepping(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -284,7 +258,7 @@ class Recorder:
         def stepped(*args: Any, **kwargs: Any) -> Any:
             if not self._timesteps:
                 for name, draw in zip(("draw.posterior", "draw.initial"), self._draws, strict=True):
-                    self._tensors[name] = _kept(draw)
+                    self._tensors[name] = _copy(draw)
             self._draws.clear()
             result, given = step(*args, **kwargs), signature.bind(*args, **kwargs).arguments
             index = len(self._timesteps)
@@ -293,23 +267,18 @@ class Recorder:
             kept = {"latents": result[0].to(given["sample"].dtype)}
             if self._draws:
                 kept["noise"] = self._draws[-1]
-            if index in self._kept:
-                kept |= dict(
-                    zip(
-                        ("unconditional", "conditional")[-len(self._predictions) :],
-                        self._predictions,
-                        strict=True,
-                    )
-                )
+            if index in self._keep_steps:
+                names = ("unconditional", "conditional")[-len(self._predictions) :]
+                kept |= dict(zip(names, self._predictions, strict=True))
                 kept["guided"] = given["model_output"]
                 if given.get("old_pred_original_sample") is not None:
                     kept["x0_prev"] = given["old_pred_original_sample"]
-            self._tensors |= {f"{name}.{index}": _kept(tensor) for name, tensor in kept.items()}
+            self._tensors |= {f"{name}.{index}": _copy(tensor) for name, tensor in kept.items()}
             return result
 
         return stepped
 
 
-def _kept(tensor: Any) -> Any:
-    """A copy that nothing later changes, in a file's layout."""
+def _copy(tensor: Any) -> Any:
+    """A contiguous copy on the host, which later changes do not affect."""
     return tensor.detach().cpu().clone().contiguous()

@@ -1,12 +1,12 @@
 """A trace: what the reference computed at every stage of one request, in a safetensors file.
-Tensors keep the reference's layouts in the file, and are ours when read."""
+Tensors have the reference's layouts in the file, and ours after reading."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401 (tells numpy of bfloat16)
+import ml_dtypes  # noqa: F401 (registers bfloat16 with numpy)
 import numpy as np
 from einops import EinopsError, rearrange
 from safetensors import SafetensorError, safe_open
@@ -15,13 +15,13 @@ from cogi2v_jax.request import SETTINGS
 
 FORMAT = 1
 
-# Every tensor with its layout there and here.
+# Every tensor with its layout in the file and in ours.
 LAYOUTS = {
     "picture": "h w c -> h w c",  # uint8, before any resampling
     "ids": "pairs p -> pairs p",  # negative prompt first, where guided
     "text": "pairs p d -> pairs p d",
     "pixels": "b c h w -> b 1 h w c",
-    # Mean and log variance of the image's latents, one after the other.
+    # Mean and log-variance of the image's latents, concatenated.
     "moments": "b c 1 h w -> b 1 h w c",
     "posterior_noise": "b c 1 h w -> b 1 h w c",
     "posterior": "b c 1 h w -> b 1 h w c",  # drawn from the moments
@@ -30,17 +30,17 @@ LAYOUTS = {
     "timesteps": "i -> i",
     "guidance": "i -> i",
     "video": "b f c h w -> b f h w c",  # in [0, 1]
-    # Of every step, with its number behind the name: "latents.7".
-    "noise": "b t c h w -> b t h w c",  # the draw that the step uses; dpm alone has any
+    # One for every step, numbered: "latents.7".
+    "noise": "b t c h w -> b t h w c",  # the draw that the step uses; dpm only
     "latents": "b t c h w -> b t h w c",  # after the step
-    # Of chosen steps.
-    "x0_prev": "b t c h w -> b t h w c",  # dpm alone
+    # One for every chosen step.
+    "x0_prev": "b t c h w -> b t h w c",  # dpm only
     "unconditional": "b t c h w -> b t h w c",  # where guided
     "conditional": "b t c h w -> b t h w c",
     "guided": "b t c h w -> b t h w c",
 }
-OF_STEPS = ("noise", "latents", "x0_prev", "unconditional", "conditional", "guided")
-# What a trace says of its making.
+PER_STEP = ("noise", "latents", "x0_prev", "unconditional", "conditional", "guided")
+# The metadata of a trace about how it was made.
 MADE = {
     "checkpoint": str,
     "dtype": str,
@@ -69,16 +69,15 @@ class Trace(NamedTuple):
         return _numbered(name, step) in self.names
 
     def read(self, name: str, step: int | None = None) -> Any:
-        """A tensor in our layout: float32, or integers as they are. Raises ValueError where it
-        can't be read."""
+        """A tensor in our layout, as float32 or as its integer dtype. Raises ValueError if it
+        cannot be read."""
         full = _numbered(name, step)
         try:
             with safe_open(self.path, framework="numpy") as file:
                 value = np.ascontiguousarray(rearrange(file.get_tensor(full), LAYOUTS[name]))
         except (SafetensorError, OSError, EinopsError) as error:
-            raise ValueError(
-                f"{self.path} must hold {full}: {str(error).splitlines()[0]}"
-            ) from None
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{self.path} must hold {full}: {why}") from None
         return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
 
 
@@ -87,7 +86,8 @@ def _numbered(name: str, step: int | None) -> str:
 
 
 def open_trace(path: Path) -> Trace:
-    """Raises FileNotFoundError or ValueError, in one line, for what is no whole trace."""
+    """Opens and checks a trace. Raises FileNotFoundError or ValueError, with one line, if it is
+    missing or incomplete."""
     if not path.is_file():
         raise FileNotFoundError(f"trace must be an existing file: got {path}")
     try:
@@ -100,21 +100,20 @@ def open_trace(path: Path) -> Trace:
         found = Trace(path, frozenset(shapes), dict(head["settings"]), dict(head["made"]))
         faults = _faults(found, shapes, kinds)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"trace must be a whole file of cogi2v-convert record: {path} is not ({error})"
-        ) from None
+        rule = "trace must be a whole file of cogi2v-convert record"
+        raise ValueError(f"{rule}: {path} is not ({error})") from None
     if faults:
         more = f"; and {len(faults) - 1} more like it" if len(faults) > 1 else ""
-        raise ValueError(
-            f"trace must be as cogi2v-convert record makes it: {path} has {faults[0]}{more}"
-        )
+        rule = "trace must be as cogi2v-convert record makes it"
+        raise ValueError(f"{rule}: {path} has {faults[0]}{more}")
     return found
 
 
 def _faults(
     trace: Trace, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]
 ) -> list[str]:
-    """What a trace lacks that its request has, and what is not of its kind."""
+    """What the trace of such a request should hold and lacks, and what has a wrong type or
+    shape."""
     settings, made = trace.settings, trace.made
     asked = {"prompt", "negative_prompt", "seed", *SETTINGS}
     faults = [f"no {name} in its settings" for name in sorted(asked - settings.keys())]
@@ -125,40 +124,31 @@ def _faults(
         for name, kind in MADE.items()
         if name in made and not isinstance(made[name], kind)
     ]
-    numbers = ("num_inference_steps", "guidance_scale", "seed")
-    faults += [
-        f"{name} {settings[name]!r}"
-        for name in numbers
-        if not isinstance(settings.get(name, 0), int | float)
-    ]
+    for name in ("num_inference_steps", "guidance_scale", "seed"):
+        if not isinstance(settings.get(name, 0), int | float):
+            faults.append(f"{name} {settings[name]!r}")
     if faults:
         return faults
     pair = ("unconditional", "conditional") if settings["guidance_scale"] > 1 else ("conditional",)
     noisy = settings["scheduler"] == "dpm"
-    needed = {name for name in LAYOUTS if name not in OF_STEPS}
-    needed |= {
-        f"{name}.{step}"
-        for step in range(trace.steps)
-        for name in ("latents", *(("noise",) if noisy else ()))
-    }
+    needed = {name for name in LAYOUTS if name not in PER_STEP}
+    every = ("latents", "noise") if noisy else ("latents",)
+    needed |= {f"{name}.{step}" for step in range(trace.steps) for name in every}
     needed |= {f"{name}.{step}" for step in made["kept_steps"] for name in ("guided", *pair)}
     needed |= {f"x0_prev.{step}" for step in made["kept_steps"] if noisy and step}
     faults += [f"no {name}" for name in sorted(needed - shapes.keys())]
     for name in sorted(needed & shapes.keys()):
-        whole = name in ("ids", "timesteps", "picture")
-        if whole != kinds[name].startswith(("I", "U")):
+        integer, shape = name in ("ids", "timesteps", "picture"), list(shapes[name])
+        if integer != kinds[name].startswith(("I", "U")):
             faults.append(f"{name} of type {kinds[name]}")
-        if len(shapes[name]) != len(
-            LAYOUTS[name.partition(".")[0]].partition(" -> ")[0].replace(" 1 ", " _ ").split()
-        ):
-            faults.append(f"{name} of shape {list(shapes[name])}")
+        if len(shape) != len(LAYOUTS[name.partition(".")[0]].partition(" -> ")[0].split()):
+            faults.append(f"{name} of shape {shape}")
         elif "." in name and shapes[name] != shapes.get("initial"):
-            faults.append(
-                f"{name} of shape {list(shapes[name])} where initial has {list(shapes.get('initial', ()))}"
-            )
+            initial = list(shapes.get("initial", ()))
+            faults.append(f"{name} of shape {shape} where initial has {initial}")
     return faults
 
 
 def head(settings: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, str]:
-    """A trace's metadata, as safetensors takes it."""
+    """A trace's metadata in the form that safetensors takes."""
     return {"trace": json.dumps({"format": FORMAT, "settings": settings, "made": made})}

@@ -1,5 +1,4 @@
-"""Two videos side by side: what is measured, what is said, drawn and recorded, and what is refused
-before any of it."""
+"""The comparison of two videos: its figures, what is printed, drawn and recorded, and refusals."""
 
 import json
 import math
@@ -18,15 +17,15 @@ from cogi2v_jax.media.videos import read_frames, write_video
 
 
 def clip(count=4, height=24, width=36) -> np.ndarray:
-    """Away from 0 and 255, so that an offset is one everywhere."""
+    """Values far enough from 0 and 255 that an offset is the same everywhere."""
     return np.stack(
         [picture(height, width) // 2 + np.uint8(40 + 4 * index) for index in range(count)]
     )
 
 
 def wang(a, b) -> float:
-    """SSIM of two frames by the letter of Wang et al. 2004: an 11x11 Gaussian window wherever it
-    fits whole."""
+    """SSIM of two frames exactly as in Wang et al. 2004: an 11x11 Gaussian window at every place
+    where all of it is inside."""
     tap = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
     window = np.outer(tap, tap) / tap.sum() ** 2
     x, y = (
@@ -72,14 +71,14 @@ def videos(tmp_path):
 
 
 @pytest.mark.parametrize("offset", [1, 5, 51])
-def test_a_constant_offset_has_the_psnr_that_it_must(offset):
+def test_a_constant_offset_has_its_psnr(offset):
     psnr, _ = compare.compare(clip(), clip() + np.uint8(offset))
     np.testing.assert_allclose(
         [psnr.video, *psnr.frames], 20 * math.log10(255 / offset), rtol=1e-12
     )
 
 
-def test_a_videos_psnr_is_that_of_the_error_of_all_its_pixels(rng):
+def test_a_videos_psnr_is_computed_from_the_error_of_all_its_pixels(rng):
     a = clip()
     # The first frame is equal.
     b = (a + rng.integers(0, 5, a.shape) * np.arange(4)[:, None, None, None]).astype(np.uint8)
@@ -93,10 +92,10 @@ def test_a_videos_psnr_is_that_of_the_error_of_all_its_pixels(rng):
     )
 
 
-@pytest.mark.parametrize("harm", [shifted, blurred])
-def test_ssim_of_a_harmed_frame_is_below_one_and_what_the_paper_defines(harm, rng):
+@pytest.mark.parametrize("change", [shifted, blurred])
+def test_ssim_of_a_changed_frame_is_below_one_and_as_the_paper_defines(change, rng):
     a = rng.integers(0, 256, (3, 24, 36, 3), np.uint8)
-    b = np.stack([a[0], harm(a[1]), harm(a[2])])
+    b = np.stack([a[0], change(a[1]), change(a[2])])
     _, ssim = compare.compare(a, b)
     assert ssim.frames[0] == 1
     assert max(ssim.frames[1:]) < 0.9
@@ -107,7 +106,7 @@ def test_ssim_of_a_harmed_frame_is_below_one_and_what_the_paper_defines(harm, rn
 
 
 @pytest.mark.parametrize("worst", [0, 2, 3])
-def test_the_worst_frame_is_found_and_the_first_of_equals_is_named(worst):
+def test_the_worst_frame_is_found_and_of_equal_ones_the_first(worst):
     a, b = clip(), clip() + np.uint8(3)
     b[worst] += 4
     assert compare.compare(a, b).psnr.worst == worst
@@ -117,13 +116,13 @@ def test_the_worst_frame_is_found_and_the_first_of_equals_is_named(worst):
     assert compare.compare(a, b).ssim.worst == worst
 
 
-def test_each_frame_is_told_of(rng):
-    told = []
-    compare.compare(clip(3), clip(3), lambda *step: told.append(step))
-    assert told == [("frames", 1, 3), ("frames", 2, 3), ("frames", 3, 3)]
+def test_progress_reports_each_frame(rng):
+    reported = []
+    compare.compare(clip(3), clip(3), lambda *step: reported.append(step))
+    assert reported == [("frames", 1, 3), ("frames", 2, 3), ("frames", 3, 3)]
 
 
-# what is said, recorded and drawn
+# what is printed, recorded and drawn
 
 
 def test_a_table_names_the_worst_frame_by_each_measure(videos, capsys):
@@ -131,13 +130,8 @@ def test_a_table_names_the_worst_frame_by_each_measure(videos, capsys):
     head, psnr, ssim, note = capsys.readouterr().out.splitlines()
     assert head.split() == ["video", "worst", "frame"]
     (want_psnr, want_ssim) = compare.compare(*map(read_frames, videos))
-    assert psnr.split() == [
-        "PSNR",
-        "dB",
-        f"{want_psnr.video:.2f}",
-        f"{min(want_psnr.frames):.2f}",
-        str(want_psnr.worst),
-    ]
+    figures = f"{want_psnr.video:.2f} {min(want_psnr.frames):.2f} {want_psnr.worst}"
+    assert psnr.split() == ["PSNR", "dB", *figures.split()]
     assert ssim.split() == ["SSIM", f"{want_ssim.video:.4f}", f"{min(want_ssim.frames):.4f}", "3"]
     assert note.startswith("4 frames of 24x36, counted from 0; ")
 
@@ -146,20 +140,13 @@ def test_equal_videos_have_psnr_inf_and_ssim_1_in_print_and_in_json(videos, tmp_
     a, _ = videos
     assert main(["compare", str(a), str(a), "--json", str(tmp_path / "all.json")]) == 0
     _, psnr, ssim, _ = capsys.readouterr().out.splitlines()
-    assert (psnr.split(), ssim.split()) == (
-        ["PSNR", "dB", "inf", "inf", "0"],
-        ["SSIM", "1.0000", "1.0000", "0"],
-    )
-    record = json.loads(
-        (tmp_path / "all.json").read_text(),
-        parse_constant=lambda name: pytest.fail(f"{name} is no JSON"),
-    )
-    assert record["psnr"] == {
-        "video": "inf",
-        "worst": {"frame": 0, "value": "inf"},
-        "frames": ["inf"] * 4,
-    }
-    assert record["ssim"] == {"video": 1, "worst": {"frame": 0, "value": 1}, "frames": [1] * 4}
+    assert psnr.split() == ["PSNR", "dB", "inf", "inf", "0"]
+    assert ssim.split() == ["SSIM", "1.0000", "1.0000", "0"]
+    text = (tmp_path / "all.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    for name, value in (("psnr", "inf"), ("ssim", 1)):
+        worst = {"frame": 0, "value": value}
+        assert record[name] == {"video": value, "worst": worst, "frames": [value] * 4}
 
 
 def test_json_holds_every_figure(videos, tmp_path):
@@ -173,10 +160,10 @@ def test_json_holds_every_figure(videos, tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("harm", ["no frame", "the last frame"])
-def test_the_curve_is_a_picture_with_a_line_and_a_mark_for_equal_frames(count, harm, tmp_path):
+@pytest.mark.parametrize("changed", ["no frame", "the last frame"])
+def test_the_curve_is_a_picture_with_a_line_and_a_mark_for_equal_frames(count, changed, tmp_path):
     a, b = clip(count), clip(count)
-    if harm == "the last frame":
+    if changed == "the last frame":
         b[-1] += 9
     compare.draw(tmp_path / "part", compare.compare(a, b))
     with Image.open(tmp_path / "part") as image:
@@ -186,24 +173,13 @@ def test_the_curve_is_a_picture_with_a_line_and_a_mark_for_equal_frames(count, h
     blue, green = (
         (abs(pixels - colour).max(-1) < 12).sum() for colour in ((31, 119, 180), (44, 160, 44))
     )
-    assert blue > 100  # points; the mark of one equal frame is some 70
+    assert blue > 100  # points; the mark of one equal frame has about 70
     assert (green > 20) == bool(np.isinf(compare.compare(a, b).psnr.frames).any())
 
 
-def test_the_curve_and_the_json_appear_under_their_names_alone(videos, tmp_path):
-    assert (
-        main(
-            [
-                "compare",
-                *map(str, videos),
-                "--curve",
-                str(tmp_path / "c.png"),
-                "--json",
-                str(tmp_path / "c.json"),
-            ]
-        )
-        == 0
-    )
+def test_the_curve_and_the_json_leave_no_other_file(videos, tmp_path):
+    targets = ["--curve", tmp_path / "c.png", "--json", tmp_path / "c.json"]
+    assert main(["compare", *map(str, [*videos, *targets])]) == 0
     assert left(tmp_path) == {"a", "b", "c.png", "c.json"}
     with Image.open(tmp_path / "c.png") as image:
         image.load()
@@ -223,23 +199,13 @@ def test_video_files_of_every_kind_are_read(kind, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("other", [clip(3), clip(4, 24, 40), clip(4, 26, 36)])
-def test_videos_of_other_shapes_are_refused_with_both_and_nothing_is_written(
+def test_videos_of_different_shapes_are_refused_with_both_and_nothing_is_written(
     other, videos, tmp_path, capsys
 ):
     write_video(tmp_path / "other", other, 8, {})
     before = left(tmp_path)
-    line = one_line(
-        capsys,
-        [
-            "compare",
-            videos[0],
-            tmp_path / "other",
-            "--curve",
-            tmp_path / "c.png",
-            "--json",
-            tmp_path / "c.json",
-        ],
-    )
+    targets = ["--curve", tmp_path / "c.png", "--json", tmp_path / "c.json"]
+    line = one_line(capsys, ["compare", videos[0], tmp_path / "other", *targets])
     count, height, width, _ = other.shape
     want = "videos must have equally many frames of one size: got 4 frames of 24x36 and"
     assert line.endswith(f"{want} {count} frames of {height}x{width}")
@@ -247,7 +213,7 @@ def test_videos_of_other_shapes_are_refused_with_both_and_nothing_is_written(
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 36), (24, 10)])
-def test_frames_below_the_window_of_ssim_are_refused_and_those_of_its_size_are_not(
+def test_frames_smaller_than_the_window_of_ssim_are_refused_and_those_of_its_size_are_not(
     height, width, tmp_path, capsys
 ):
     write_video(tmp_path / "small", clip(2, height, width), 8, {})
@@ -294,14 +260,14 @@ def test_a_target_that_cannot_be_written_is_refused_before_a_video_is_read(
     assert line.startswith(f"cogi2v-convert: {rule}: got ")
 
 
-def test_a_curve_does_not_replace_the_picture_that_it_is_of(videos, tmp_path, capsys):
+def test_a_curve_does_not_replace_its_input(videos, tmp_path, capsys):
     picture_file = shutil.copy(videos[0] / "00000.png", tmp_path / "one.png")
     line = one_line(capsys, ["compare", picture_file, picture_file, "--curve", picture_file])
     assert "curve must be outside of what is read" in line
 
 
 @pytest.mark.parametrize("module", ["skimage", "matplotlib"])
-def test_a_missing_library_is_named_with_its_remedy_where_it_is_needed(
+def test_a_missing_library_is_named_with_the_command_that_installs_it(
     module, videos, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(compare, "find_spec", lambda name: None if name == module else name)
@@ -314,7 +280,7 @@ def test_a_missing_library_is_named_with_its_remedy_where_it_is_needed(
 @pytest.mark.parametrize(
     ("stage", "option", "name"), [("draw", "--curve", "c.png"), ("_plain", "--json", "c.json")]
 )
-def test_a_failure_while_writing_leaves_what_stood_there(
+def test_a_failure_while_writing_leaves_the_old_file(
     stage, option, name, videos, tmp_path, capsys, monkeypatch
 ):
     def fail(path, *_):
