@@ -1,4 +1,4 @@
-"""Random streams: what they depend on, and what they don't."""
+"""Random streams: what they depend on, and that torch's are torch's."""
 
 import itertools
 
@@ -32,43 +32,36 @@ def noise(*seeds: int, stream: int = INITIAL, step: int | None = None) -> np.nda
 def test_a_videos_noise_depends_on_its_own_seed_alone() -> None:
     batch = noise(7, 2**64 - 1, 7, 0)
     assert batch.shape == (4, *SHAPE)
-    np.testing.assert_array_equal(
-        batch, np.concatenate([noise(7), noise(2**64 - 1), noise(7), noise(0)])
-    )
+    alone = [noise(7), noise(2**64 - 1), noise(7), noise(0)]
+    np.testing.assert_array_equal(batch, np.concatenate(alone))
 
 
 def test_seeds_streams_and_steps_all_differ() -> None:
     seeds = [0, 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
-    draws = [
-        [
-            noise(seed),
-            noise(seed, stream=POSTERIOR),
-            *(noise(seed, stream=STEPS, step=step) for step in range(3)),
-        ]
-        for seed in seeds
-    ]
+    draws = []
+    for seed in seeds:
+        draws += [noise(seed), noise(seed, stream=POSTERIOR)]
+        draws += [noise(seed, stream=STEPS, step=step) for step in range(3)]
     for one, other in itertools.combinations(np.reshape(draws, (30, -1)), 2):
-        assert abs(np.corrcoef(one, other)[0, 1]) < 0.5  # chance makes 0.3 of 120 values
+        # By chance the correlation of 120 values reaches 0.3.
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.5
 
 
 @pytest.mark.parametrize("seed", [0, 42, 2**32 - 1])
 def test_a_small_seed_is_jaxs_own_key(seed: int) -> None:
     key = jax.random.key(seed, impl="threefry2x32")
-    initial, fifth = (
-        jax.random.fold_in(key, INITIAL),
-        jax.random.fold_in(jax.random.fold_in(key, STEPS), 5),
-    )
+    initial = jax.random.fold_in(key, INITIAL)
     np.testing.assert_array_equal(noise(seed)[0], jax.random.normal(initial, SHAPE))
-    np.testing.assert_array_equal(
-        noise(seed, stream=STEPS, step=5)[0], jax.random.normal(fifth, SHAPE)
-    )
+    fifth = jax.random.fold_in(jax.random.fold_in(key, STEPS), 5)
+    ours = noise(seed, stream=STEPS, step=5)
+    np.testing.assert_array_equal(ours[0], jax.random.normal(fifth, SHAPE))
 
 
 def test_noise_is_standard_normal_in_float32() -> None:
     values = np.asarray(jitted(seed_keys([11]), INITIAL, (100_000,)))
     assert values.dtype == np.float32
     moments = [np.mean(values**power) for power in (1, 2, 3, 4)]
-    # Three standard errors of the fourth.
+    # The tolerance is three standard errors of the fourth moment.
     np.testing.assert_allclose(moments, [0, 1, 0, 3], atol=0.1)
 
 
@@ -80,26 +73,25 @@ def randn(generator: torch.Generator, dtype: type, *shape: int) -> torch.Tensor:
 def test_torchs_uniform_numbers_are_exact(seed: int) -> None:
     generator, stream = torch.Generator().manual_seed(seed), TorchStream(seed, jnp.float32)
     for size in (1000, 3, 1, 50):
-        np.testing.assert_array_equal(
-            stream._uniform(size), torch.rand(size, generator=generator).numpy()
-        )
+        theirs = torch.rand(size, generator=generator).numpy()
+        np.testing.assert_array_equal(stream._uniform(size), theirs)
 
 
 @pytest.mark.parametrize("dtype", THEIRS)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_torchs_normal_numbers_are_drawn_for_even_ragged_and_tiny_sizes_in_turn(
+def test_torchs_normal_numbers_are_drawn_for_sizes_of_every_kind_one_after_another(
     seed: int, dtype: type
 ) -> None:
     generator, stream = torch.Generator().manual_seed(seed), TorchStream(seed, dtype)
     for size in (1, 16, 17, 1, 3, 31, 15, 160, 2, 1003, 5, 100_000, 7, 70_001, 20):
-        # Without AVX2 torch rounds angles in float64, which is up to 2.4e-6 away; and then a
-        # bfloat16 may fall the other way.
+        # Without AVX2 torch rounds angles in float64, a difference of up to 2.4e-6, and a bfloat16
+        # may then be rounded the other way.
         close = {"atol": 3e-6, "rtol": 0 if dtype == jnp.float32 else 2**-7}
         np.testing.assert_allclose(stream.normal((size,)), randn(generator, dtype, size), **close)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_torchs_tiny_sizes_are_exact(seed: int) -> None:
+def test_torchs_normal_numbers_of_fewer_than_16_are_exact(seed: int) -> None:
     generator, stream = torch.Generator().manual_seed(seed), TorchStream(seed, jnp.float32)
     for size in (1, 15, 2, 7):
         np.testing.assert_array_equal(stream.normal((size,)), randn(generator, jnp.float32, size))
@@ -107,16 +99,13 @@ def test_torchs_tiny_sizes_are_exact(seed: int) -> None:
 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-    reason="torch rounds otherwise on other CPUs",
+    reason="torch rounds differently on other CPUs",
 )
-def test_torchs_bfloat16_numbers_are_the_same_but_for_one_in_a_hundred_thousand() -> None:
+def test_at_most_one_in_a_hundred_thousand_of_torchs_bfloat16_numbers_differs() -> None:
     size, differing = 2**20, 0
     for seed in SEEDS[:4]:
-        ours, theirs = (
-            (TorchStream(seed, dtype).normal((size,)) for dtype in THEIRS),
-            torch.Generator().manual_seed(seed),
-        )
-        single, half = ours
+        single, half = (TorchStream(seed, dtype).normal((size,)) for dtype in THEIRS)
+        theirs = torch.Generator().manual_seed(seed)
         np.testing.assert_allclose(single, randn(theirs, jnp.float32, size), atol=1e-6, rtol=0)
         differing += np.sum(half != randn(theirs.manual_seed(seed), jnp.bfloat16, size).numpy())
     assert differing <= 4 * size * 1e-5
@@ -124,7 +113,7 @@ def test_torchs_bfloat16_numbers_are_the_same_but_for_one_in_a_hundred_thousand(
 
 @pytest.mark.parametrize("dtype", THEIRS)
 @pytest.mark.parametrize("size", [3, 16, 160, 1003])
-def test_what_is_skipped_of_torchs_stream_is_what_would_have_been_drawn(
+def test_skipping_numbers_of_torchs_stream_skips_what_drawing_would_use(
     size: int, dtype: type
 ) -> None:
     skipping, drawing = TorchStream(7, dtype), TorchStream(7, dtype)
@@ -136,7 +125,7 @@ def test_what_is_skipped_of_torchs_stream_is_what_would_have_been_drawn(
 
 @pytest.mark.parametrize("dtype", THEIRS)
 @pytest.mark.parametrize("shape", [(3, 4, 6, 16), (2, 3, 3, 5), (1, 1, 3, 4)], ids=str)
-def test_torchs_arrays_come_in_the_references_order_and_in_our_layout(
+def test_torchs_arrays_are_drawn_in_the_references_order_and_have_our_layout(
     shape: tuple[int, int, int, int], dtype: type
 ) -> None:
     seeds, (t, h, w, c) = [5, 2**32 + 6], shape
@@ -144,14 +133,10 @@ def test_torchs_arrays_come_in_the_references_order_and_in_our_layout(
     close = {"atol": 3e-6, "rtol": 0 if dtype == jnp.float32 else 2**-7}
     for number, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        np.testing.assert_allclose(
-            posterior[number],
-            twins.channels_last(randn(generator, dtype, 1, c, 1, h, w))[0],
-            **close,
-        )
+        first = twins.channels_last(randn(generator, dtype, 1, c, 1, h, w))[0]
+        np.testing.assert_allclose(posterior[number], first, **close)
         drawn = [twins.frames_last(randn(generator, dtype, 1, t, c, h, w))[0] for _ in range(6)]
         np.testing.assert_allclose(initial[number], drawn[0], **close)
-        np.testing.assert_allclose(
-            steps[:, number], [drawn[1], drawn[3], 0 * drawn[0], drawn[5]], **close
-        )
+        used = [drawn[1], drawn[3], 0 * drawn[0], drawn[5]]
+        np.testing.assert_allclose(steps[:, number], used, **close)
     assert draw_as_torch(seeds, dtype, shape, np.array([0, 0]))[2] is None

@@ -1,7 +1,8 @@
-"""Schedules against diffusers' two CogVideoX schedulers, step count by step count."""
+"""Schedules against diffusers' two CogVideoX schedulers, for many step counts."""
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +14,15 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from tolerances import TOLERANCE, assert_close
 
 from cogi2v_jax.config import SchedulerConfig
-from cogi2v_jax.sampling.schedule import (
-    SAMPLERS,
-    alphas_cumprod,
-    draws,
-    step,
-    tableau,
-    trailing_timesteps,
-)
+from cogi2v_jax.sampling import schedule
+from cogi2v_jax.sampling.schedule import SAMPLERS, Coefficients, draws, step, tableau
 
 REFERENCES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+INEXACT = {"rescale_betas_zero_snr": False, "set_alpha_to_one": False}
 SETTINGS = {
     "5b": twins.SCHEDULER,
     "2b": {**twins.SCHEDULER, "snr_shift_scale": 3.0},
-    "neither end exact": {
-        **twins.SCHEDULER,
-        "rescale_betas_zero_snr": False,
-        "set_alpha_to_one": False,
-    },
+    "neither end exact": {**twins.SCHEDULER, **INEXACT},
 }
 SHAPE = (1, 2, 3, 4, 5)
 
@@ -40,12 +32,13 @@ def config(name: str = "5b") -> SchedulerConfig:
 
 
 def theirs(scheduler: str, settings: str, steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the reference starts, the noise each of its steps really uses (of two draws the
-    second), and where each step leads."""
+    """(initial x, the noise that each step uses (the second of two draws), x after each step) of
+    the reference."""
     reference = REFERENCES[scheduler](**SETTINGS[settings])
     reference.set_timesteps(steps)
     start = x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     x0, before, noise, path = None, None, [], []
+    # Two equal streams: one for the reference, one to know what it draws.
     drawing, knowing = torch.Generator().manual_seed(2), torch.Generator().manual_seed(2)
     for t in reference.timesteps:
         v = torch.sin(x + t / 100)
@@ -64,7 +57,7 @@ def theirs(scheduler: str, settings: str, steps: int) -> tuple[np.ndarray, np.nd
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("scheduler", SAMPLERS)
-def test_every_step_of_a_trajectory_leads_where_the_reference_leads(
+def test_every_step_of_a_trajectory_gives_what_the_references_step_gives(
     scheduler: str, settings: str, steps: int
 ) -> None:
     start, noise, path = theirs(scheduler, settings, steps)
@@ -82,7 +75,7 @@ def test_every_step_of_a_trajectory_leads_where_the_reference_leads(
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
 @pytest.mark.parametrize("scheduler", SAMPLERS)
-def test_noise_is_drawn_as_often_as_the_reference_draws_it(
+def test_draws_counts_how_often_the_reference_draws_noise(
     scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[int] = []
@@ -101,7 +94,7 @@ def test_noise_is_drawn_as_often_as_the_reference_draws_it(
     assert draws(config(), scheduler, steps).tolist() == counts
 
 
-LEVELS = {  # alphas_cumprod at a timestep: 5b, 2b
+LEVELS = {  # alphas_cumprod at a timestep, of (5b, 2b)
     0: (0.99915, 0.9974543276430069),
     1: (0.9982334461401823, 0.9948006264269799),
     19: (0.9810104569288466, 0.9465729792377547),
@@ -114,8 +107,10 @@ LEVELS = {  # alphas_cumprod at a timestep: 5b, 2b
 }
 
 
-def test_noise_levels_of_training_are_the_known_ones() -> None:
-    ours = np.stack([alphas_cumprod(config(name))[list(LEVELS)] for name in ("5b", "2b")], axis=1)
+def test_noise_levels_of_training_have_the_known_values() -> None:
+    ours = np.stack(
+        [schedule.alphas_cumprod(config(name))[list(LEVELS)] for name in ("5b", "2b")], axis=1
+    )
     np.testing.assert_allclose(ours, list(LEVELS.values()), rtol=1e-12)
 
 
@@ -127,7 +122,7 @@ def test_noise_levels_of_training_are_the_known_ones() -> None:
         (48, 0.4728116943631907, -0.5271370823711186, 1.8062950225557235, 0.10053114580849667),
     ],
 )
-def test_dpm_coefficients_are_the_known_ones(
+def test_dpm_coefficients_have_the_known_values(
     index: int, x: float, m2: float, m3: float, noise: float
 ) -> None:
     rows = tableau(config(), "dpm", 50, 6.0, False)
@@ -136,14 +131,15 @@ def test_dpm_coefficients_are_the_known_ones(
 
 
 DYNAMIC = """
-2.291487 2.543503 6.974352 6.420358 2.788098 4.271942 1.037598 4.1704 1.617975 6.983127 1.004789 2.871981 6.976805 1.633099 4.329747
-2.436601 6.377304 6.00684 3.447874 3.198098 1.654759 6.610011 1.194746 4.29534 6.985373 1.521266 1.761637 1.057938 4.127507 1.482273
-2.002566 5.947659 4.143219 6.53055 6.139848 6.999941 6.168399 1.11992 2.097506 6.685006 6.999215 2.343218 6.212752 1.25053 6.999645
-6.864372 1.063552 1.000001 1.000004 1.123398
+2.291487 2.543503 6.974352 6.420358 2.788098 4.271942 1.037598 4.1704 1.617975 6.983127
+1.004789 2.871981 6.976805 1.633099 4.329747 2.436601 6.377304 6.00684 3.447874 3.198098
+1.654759 6.610011 1.194746 4.29534 6.985373 1.521266 1.761637 1.057938 4.127507 1.482273
+2.002566 5.947659 4.143219 6.53055 6.139848 6.999941 6.168399 1.11992 2.097506 6.685006
+6.999215 2.343218 6.212752 1.25053 6.999645 6.864372 1.063552 1.000001 1.000004 1.123398
 """
 
 
-def test_dynamic_guidance_is_the_known_list() -> None:
+def test_dynamic_guidance_has_the_known_values() -> None:
     ours = tableau(config(), "dpm", 50, 6.0, True).guidance
     np.testing.assert_allclose(ours, [float(value) for value in DYNAMIC.split()], atol=1e-6, rtol=0)
 
@@ -153,19 +149,16 @@ def test_dynamic_guidance_is_the_formula_in_float64_and_constant_guidance_the_sc
     steps: int, scale: float
 ) -> None:
     rows = tableau(config(), "ddim", steps, scale, True)
-    expected = [
-        1 + scale * ((1 - math.cos(math.pi * ((steps - t) / steps) ** 5.0)) / 2)
-        for t in rows.timestep.tolist()
-    ]
+    phases = [math.pi * ((steps - t) / steps) ** 5.0 for t in rows.timestep.tolist()]
+    expected = [1 + scale * ((1 - math.cos(phase)) / 2) for phase in phases]
     np.testing.assert_array_equal(rows.guidance, np.float32(expected))
-    np.testing.assert_array_equal(
-        tableau(config(), "ddim", steps, scale, False).guidance, np.full(steps, scale, np.float32)
-    )
+    constant = tableau(config(), "ddim", steps, scale, False).guidance
+    np.testing.assert_array_equal(constant, np.full(steps, scale, np.float32))
 
 
-def accepts(steps: int) -> bool:
+def is_accepted(steps: int) -> bool:
     try:
-        return len(trailing_timesteps(config(), steps)) == steps
+        return len(schedule.trailing_timesteps(config(), steps)) == steps
     except ValueError:
         return False
 
@@ -174,47 +167,84 @@ def named_in(error: Exception) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", str(error).split("nearest is")[1])]
 
 
-def test_all_step_counts_walk_as_the_reference_but_62_which_are_refused_naming_valid_neighbours() -> (
-    None
-):
+def test_all_step_counts_but_62_have_the_references_timesteps_and_these_are_refused() -> None:
     reference, refused = CogVideoXDDIMScheduler(**twins.SCHEDULER), []
     for steps in range(1, 1001):
         reference.set_timesteps(steps)
         if len(reference.timesteps) == steps:
-            np.testing.assert_array_equal(trailing_timesteps(config(), steps), reference.timesteps)
+            np.testing.assert_array_equal(
+                schedule.trailing_timesteps(config(), steps), reference.timesteps
+            )
             continue
         refused.append(steps)
-        with pytest.raises(
-            ValueError, match=f"num_inference_steps must be .*: got {steps}; nearest is"
-        ) as caught:
-            trailing_timesteps(config(), steps)
+        line = f"num_inference_steps must be .*: got {steps}; nearest is"
+        with pytest.raises(ValueError, match=line) as caught:
+            schedule.trailing_timesteps(config(), steps)
         below, above = named_in(caught.value)
         assert below < steps < above
-        assert [count for count in range(below, above + 1) if accepts(count)] == [below, above]
+        assert [count for count in range(below, above + 1) if is_accepted(count)] == [below, above]
     assert len(refused) == 62
     assert refused[:5] == [61, 103, 121, 122, 201]
 
 
 @pytest.mark.parametrize(("steps", "nearest"), [(-3, 1), (0, 1), (1001, 1000), (5000, 1000)])
-def test_step_counts_out_of_range_are_refused_naming_the_range_and_its_end(
+def test_step_counts_out_of_range_are_refused_with_the_range_and_its_nearest_end(
     steps: int, nearest: int
 ) -> None:
-    with pytest.raises(
-        ValueError,
-        match=f"num_inference_steps must be from 1 to 1000: got {steps}; nearest is {nearest}$",
-    ):
-        trailing_timesteps(config(), steps)
+    line = f"num_inference_steps must be from 1 to 1000: got {steps}; nearest is {nearest}$"
+    with pytest.raises(ValueError, match=line):
+        schedule.trailing_timesteps(config(), steps)
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS)
-def test_every_table_is_finite_and_32_bits_wide(scheduler: str) -> None:
-    for steps in filter(accepts, range(1, 1001)):
+def test_every_tableau_is_finite_and_32_bits_wide(scheduler: str) -> None:
+    for steps in filter(is_accepted, range(1, 1001)):
         rows = tableau(config(), scheduler, steps, 6.0, False)
         assert {column.shape for column in rows} == {(steps,)}
         assert [column.dtype for column in rows] == [np.int32] + 7 * [np.float32]
         assert np.isfinite(rows[1:]).all(), steps
 
 
-def test_an_unknown_scheduler_is_refused_naming_the_known() -> None:
+@pytest.mark.parametrize("column", ["x", "x0", "x0_prev"])
+@pytest.mark.parametrize("scheduler", SAMPLERS)
+def test_a_column_that_is_off_by_a_billionth_breaks_the_identity_of_the_signal(
+    scheduler: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = SAMPLERS[scheduler]
+
+    def wrong(*given: Any) -> Coefficients:
+        right = sampler(*given)
+        return right._replace(**{column: getattr(right, column) + 1e-9})
+
+    monkeypatch.setitem(SAMPLERS, scheduler, wrong)
+    with pytest.raises(AssertionError, match="signal of a tableau must be that of its levels"):
+        tableau(config(), scheduler, 50, 6.0, True)
+
+
+@pytest.mark.parametrize("scheduler", SAMPLERS)
+def test_noise_that_is_off_by_a_billionth_breaks_the_identity_of_the_variance(
+    scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise of two kinds: what x keeps (the signal is restored in x0), and what is added."""
+    sampler = SAMPLERS[scheduler]
+
+    def keeps(settings: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
+        right, alpha = (
+            sampler(settings, timesteps),
+            np.sqrt(schedule.levels(settings, timesteps)[0]),
+        )
+        return right._replace(x=right.x + 1e-9, x0=right.x0 - 1e-9 * alpha)
+
+    def adds(*given: Any) -> Coefficients:
+        right = sampler(*given)
+        return right._replace(noise=np.sqrt(right.noise**2 + 1e-9))
+
+    for wrong in (keeps, adds):
+        monkeypatch.setitem(SAMPLERS, scheduler, wrong)
+        with pytest.raises(AssertionError, match="variance of a tableau must be that of its level"):
+            tableau(config(), scheduler, 50, 6.0, True)
+
+
+def test_an_unknown_scheduler_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="scheduler must be one of ddim, dpm: got 'euler'"):
         tableau(config(), "euler", 50, 6.0, False)
