@@ -1,4 +1,4 @@
-"""Whole folders there and back, bit for bit, or not at all."""
+"""Converts whole folders to ours and back, bit for bit, or makes nothing."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def source(saved, tmp_path):
     return Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
 
 
-# there and back
+# to ours and back
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,7 +125,7 @@ def test_shards_of_any_name_get_the_index_that_diffusers_looks_for(source, pipel
     assert left(back / "vae") == left(source / "vae")
 
 
-def test_variants_beside_the_weights_are_left_alone(source, tmp_path):
+def test_variants_beside_the_weights_are_ignored(source, tmp_path):
     for part in PARTS:
         shutil.copyfile(weights(source, part), source / part / f"{FILES[part]}.fp16.safetensors")
     recorded = json.loads((to_flax(source, tmp_path / "flax") / MANIFEST).read_text())["tensors"]
@@ -148,7 +148,7 @@ def test_a_dtype_casts_every_weight_as_torch_does(dtype, kind, source, tmp_path)
 
 
 def test_no_unit_holds_more_than_one_layer(converted):
-    """What makes 20 GB convert in the memory of one layer."""
+    """So that 20 GB are converted in the memory of one layer."""
     for layer in range(3):
         unit = read_unit(converted, "transformer", layer)
         assert unit["blocks.attn.q.kernel"].shape == (96, 96)
@@ -190,7 +190,7 @@ def test_a_conversion_that_fails_leaves_nothing(error, unit, source, tmp_path, m
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_way_back_that_fails_leaves_nothing(error, converted, tmp_path, monkeypatch):
+def test_a_conversion_to_torch_that_fails_leaves_nothing(error, converted, tmp_path, monkeypatch):
     write = conversion.write_safetensors
 
     def fail(path, tensors, read):
@@ -203,7 +203,7 @@ def test_a_way_back_that_fails_leaves_nothing(error, converted, tmp_path, monkey
     assert left(tmp_path) == set()
 
 
-def test_the_name_appears_only_when_all_is_written(source, tmp_path, monkeypatch):
+def test_the_destination_appears_only_when_all_is_written(source, tmp_path, monkeypatch):
     seen = []
     write_unit = layers.write_unit
 
@@ -218,7 +218,7 @@ def test_the_name_appears_only_when_all_is_written(source, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("error", "code"), [(OSError("disk full"), 1), (KeyboardInterrupt(), 130)])
-def test_the_command_says_in_one_line_what_stopped_it(
+def test_the_command_prints_in_one_line_why_it_stopped(
     error, code, source, tmp_path, monkeypatch, capsys
 ):
     def fail(*_):
@@ -243,7 +243,7 @@ def test_a_destination_that_exists_is_refused_and_untouched(
     line = one_line(
         capsys, [command, saved["1.0"] if command == "to-flax" else converted, destination]
     )
-    assert "must not exist yet: found it" in line  # before an hour of work, not after
+    assert "must not exist yet: found it" in line  # an hour of work earlier than by the rename
     assert file.read_text() == "mine"
     assert left(tmp_path) == {"there"}
     assert left(destination) == {"mine.txt"} if kind == "folder" else True
@@ -257,7 +257,7 @@ def test_an_empty_destination_is_filled(converted, tmp_path):
 # the command
 
 
-def test_the_command_converts_there_and_back_and_says_where(saved, tmp_path, capsys):
+def test_the_command_converts_both_ways_and_prints_the_folder(saved, tmp_path, capsys):
     assert main(["to-flax", str(saved["1.5"]), str(tmp_path / "flax")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'flax'}\n"
     assert main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "back")]) == 0

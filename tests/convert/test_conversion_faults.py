@@ -1,17 +1,24 @@
-"""Every way in which a folder can be at fault, in one line; and what `inspect` says of any."""
+"""Faulty folders, each refused in one line."""
 
 import json
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import twins
-from cogi2v_convert.__main__ import main
 from cogi2v_convert.conversion import to_flax, to_torch
-from folders import ALIAS, KINDS, PARTS, SHARED, left, one_line, raw, rewrite, weights
+from folders import (
+    ALIAS,
+    SHARED,
+    left,
+    one_line,
+    other_width,
+    rewrite,
+    several,
+    weights,
+)
 from safetensors.torch import load_file
 
 from cogi2v_jax.weights.checkpoint import MANIFEST
@@ -35,7 +42,7 @@ def flax(converted, tmp_path):
     return Path(shutil.copytree(converted, tmp_path / "flax"))
 
 
-# sources at fault
+# faulty sources
 
 
 def edit(part, change):
@@ -121,25 +128,6 @@ def recast(dtype):
     )
 
 
-def several(folder):
-    rewrite(
-        folder,
-        "transformer",
-        lambda tensors: tensors.update({"extra": tensors.pop("proj_out.bias")}),
-    )
-    rewrite(
-        folder,
-        "vae",
-        lambda tensors: tensors.update({"encoder.conv_out.conv.bias": torch.zeros(3)}),
-    )
-    rewrite(folder, "text_encoder", lambda tensors: tensors.pop("encoder.final_layer_norm.weight"))
-
-
-def other_width(folder):
-    twins.vae(block_out_channels=(8, 8, 8, 8)).save_pretrained(folder / "other")
-    (folder / "other" / weights(folder, "vae").name).replace(weights(folder, "vae"))
-
-
 def text_to_video(folder):
     path = folder / "transformer" / "config.json"
     path.write_text(path.read_text().replace('"in_channels": 8', '"in_channels": 4'))
@@ -199,7 +187,8 @@ FAULTS = {
     ),
     "missing layer": (
         edit("text_encoder", no_last_layer),
-        r"text_encoder: encoder.block.2.layer.0.layer_norm.weight is missing; .*block.2.layer.1.DenseReluDense.wo.weight is missing$",
+        r"text_encoder: encoder.block.2.layer.0.layer_norm.weight is missing; "
+        r".*block.2.layer.1.DenseReluDense.wo.weight is missing$",
     ),
     "extra tensor": (
         edit("transformer", lambda tensors: tensors.update(new=torch.zeros(3))),
@@ -212,7 +201,8 @@ FAULTS = {
     "several at once": (
         several,
         r"transformer: extra has no rule; transformer: proj_out.bias is missing; "
-        r"vae: encoder.conv_out.conv.bias must have the shape \[8\]: got \[3\]; text_encoder: encoder.final_layer_norm.weight is missing$",
+        r"vae: encoder.conv_out.conv.bias must have the shape \[8\]: got \[3\]; text_encoder: "
+        r"encoder.final_layer_norm.weight is missing$",
     ),
     "embedding twice, unlike": (
         edit("text_encoder", lambda tensors: tensors.update({ALIAS: tensors[SHARED] + 1})),
@@ -264,7 +254,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_source_at_fault_is_refused_in_one_line_and_nothing_is_made(
+def test_a_faulty_source_is_refused_in_one_line_and_nothing_is_made(
     fault, source, tmp_path, capsys
 ):
     change, expected = FAULTS[fault]
@@ -275,7 +265,7 @@ def test_a_source_at_fault_is_refused_in_one_line_and_nothing_is_made(
     assert left(tmp_path) == {"source"}
 
 
-def test_the_errors_of_the_library_are_python_s_own(source, tmp_path):
+def test_the_library_raises_builtin_exceptions(source, tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"SRC must be a folder, a file, a hub id or one of .*: found no"
     ):
@@ -303,7 +293,7 @@ def test_what_is_no_checkpoint_at_all_is_refused_in_one_line(command, kind, tmp_
     assert not (tmp_path / "out").exists()
 
 
-# converted folders at fault
+# faulty converted folders
 
 
 def forge(change):
@@ -368,7 +358,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 @pytest.mark.parametrize("command", ["to-torch", "inspect"])
-def test_a_converted_folder_at_fault_is_refused_in_one_line(command, fault, flax, tmp_path, capsys):
+def test_a_faulty_converted_folder_is_refused_in_one_line(command, fault, flax, tmp_path, capsys):
     change, expected = BROKEN[fault]
     change(flax)
     assert expected in one_line(
@@ -382,87 +372,3 @@ def test_a_recorded_dtype_that_the_weights_do_not_have_is_refused(flax, tmp_path
     line = one_line(capsys, ["to-torch", flax, tmp_path / "back"])
     assert "encoder.conv_in.conv.bias must be float16, as checkpoint.json says: got float32" in line
     assert left(tmp_path) == {"flax"}
-
-
-# inspect
-
-
-def inspect(capsys, *arguments) -> tuple[int, str, str]:
-    code = main(["inspect", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-@pytest.mark.parametrize("family", twins.FAMILIES)
-def test_inspect_tells_what_a_source_is_and_that_all_of_it_fits(family, saved, capsys):
-    code, out, err = inspect(capsys, saved[family])
-    assert (code, err) == (0, "")
-    assert {"1.0": "(cogvideox-i2v)", "1.5": "(cogvideox1.5-i2v)"}[family] in out.splitlines()[0]
-    for part in PARTS:
-        tensors = raw(saved[family], part)
-        count = sum(int(np.prod(shape)) for _, _, shape, _ in tensors.values())
-        # Diffusers saves the position table so.
-        dtypes = "float32, float64" if (family, part) == ("1.0", "transformer") else "float32"
-        assert (
-            f"{part}: {count:,} parameters, {len(tensors)} of {len(tensors)} tensors matched, {dtypes}\n"
-            in out
-        )
-    assert ("learned table of 87 rows" in out) == (family == "1.0")
-    assert ("ofs" in out) == (family == "1.5")
-    assert "!" not in out
-
-
-@pytest.mark.parametrize("kind", ["mixed", "embedding by its other name", "embedding twice"])
-def test_inspect_says_of_a_converted_folder_what_it_says_of_its_source(
-    kind, source, tmp_path, capsys
-):
-    KINDS[kind](source)
-    to_flax(source, tmp_path / "flax")
-    code, theirs, _ = inspect(capsys, source, "--keys")
-    assert code == 0
-    assert len(theirs.splitlines()) > 100
-    code, ours, _ = inspect(capsys, tmp_path / "flax", "--keys")
-    assert code == 0
-    assert ours.splitlines()[1:] == theirs.splitlines()[1:]
-    assert "converted folder" in ours.splitlines()[0]
-    assert "diffusers folder" in theirs.splitlines()[0]
-
-
-def test_inspect_lists_every_fault_and_fails(source, capsys):
-    several(source)
-    code, out, err = inspect(capsys, source)
-    assert (code, err) == (1, "")
-    assert [line.strip() for line in out.splitlines() if "!" in line] == [
-        "! extra has no rule",
-        "! proj_out.bias is missing",
-        "! encoder.conv_out.conv.bias must have the shape [8]: got [3]",
-        "! encoder.final_layer_norm.weight is missing",
-    ]
-    total = len(raw(source, "transformer"))
-    assert f" {total - 1} of {total} tensors matched" in out
-
-
-def test_inspect_names_all_faults_where_a_conversion_shows_a_screenful(source, capsys):
-    other_width(source)
-    code, out, _ = inspect(capsys, source)
-    assert code == 1
-    assert sum("must have the shape" in line for line in out.splitlines()) > 20
-    total = len(raw(source, "vae"))
-    matched = int(out.split("vae: ")[1].split("parameters, ")[1].split(" of ")[0])
-    assert matched == total - sum(
-        "!" in line and "is missing" not in line for line in out.splitlines()
-    )
-
-
-def test_inspect_lists_each_tensor_with_its_place_if_asked(saved, capsys):
-    _, out, _ = inspect(capsys, saved["1.0"], "--keys")
-    assert (
-        "  transformer_blocks.2.attn1.to_q.weight -> blocks.attn.q.kernel (n k r) i -> i (n r k)\n"
-        in out
-    )
-    assert "  shared.weight -> embedding\n" in out
-    assert sum(" -> " in line for line in out.splitlines()) == sum(
-        len(raw(saved["1.0"], part)) for part in PARTS
-    )
-    _, short, _ = inspect(capsys, saved["1.0"])
-    assert not any(line.startswith("  transformer_blocks") for line in short.splitlines())

@@ -1,5 +1,4 @@
-"""LoRA files that are refused, each in one line that says why; whose they are; and the table of
-what one changes."""
+"""LoRA files that are refused, each in one line, and the model that they are for."""
 
 import json
 import math
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import twins
-from cogi2v_convert import __main__ as convert
 from cogi2v_convert.lora_match import MODELS, match
 from cogi2v_convert.sources.lora_file import LoraFile, open_lora
 
@@ -90,7 +88,7 @@ FAULTS = {
         changed(lambda t: t.update({f"{Q}.lora_B.weight": torch.zeros(96, RANK + 1)})),
         rf"{Q}.lora_B.weight must have the shape \[96, 4\]: got \[96, 5\]$",
     ),
-    "turned round": (
+    "transposed": (
         changed(lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(96, RANK)})),
         rf"{Q}.lora_A.weight must have the shape \[rank, 96\]: got \[96, 4\]; and 1 more$",
     ),
@@ -110,7 +108,8 @@ FAULTS = {
         changed(
             lambda t: t.update({Q.replace(".1.", ".3.") + ".lora_A.weight": torch.zeros(RANK, 96)})
         ),
-        r"blocks.3.attn1.to_q.lora_A.weight must be of a weight that this network has: it has none of this name$",
+        r"blocks.3.attn1.to_q.lora_A.weight must be of a weight that this network has: it has "
+        r"none of this name$",
     ),
     "another rank stated": (
         stating(r=8, lora_alpha=4),
@@ -143,14 +142,16 @@ FAULTS = {
             folder / "a.safetensors",
             {"transformer_blocks.0.attn1.to_q.weight": torch.zeros(96, 96)},
         ),
-        r"none of its 1 tensors changes a weight of it: transformer_blocks.0.attn1.to_q.weight is not a LoRA's tensor$",
+        r"none of its 1 tensors changes a weight of it: transformer_blocks.0.attn1.to_q.weight is "
+        r"not a LoRA's tensor$",
     ),
     "another family's": (
         lambda folder, made: loras.save(
             folder / "a.safetensors",
             {"transformer.blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 96)},
         ),
-        r"none of its 1 tensors changes a weight of it: transformer.blocks.0.self_attn.q.lora_A.weight is of no linear weight of this",
+        r"none of its 1 tensors changes a weight of it: "
+        r"transformer.blocks.0.self_attn.q.lora_A.weight is of no linear weight of this",
     ),
     "numbers for first and last weights": (
         changed(
@@ -197,18 +198,19 @@ def test_a_fault_is_one_line_before_anything_slow(
     file = write(tmp_path, pairs)
     monkeypatch.setattr(loading, "locate", lambda name, say: tmp_path)
     monkeypatch.setattr(loading, "read_config", lambda folder: config)
-    monkeypatch.setattr(loading, "_convert", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(loading, "_convert", lambda *_: pytest.fail("the model was converted"))
     with pytest.raises(ValueError, match=expected) as caught:
         loading.load("a model", "float32", loras=[file])
     assert "\n" not in str(caught.value)
 
 
 class Thing:
-    """What no safe loader makes."""
+    """A class that no safe loader makes."""
 
 
 UNSAFE = {
-    "pickle": "a.pt must hold tensors and nothing that runs: got a pickle that asks for tests.convert.test_lora_match.Thing",
+    "pickle": "a.pt must hold tensors and nothing that runs: got a pickle that asks for "
+    "tests.convert.test_lora_match.Thing",
     "list": "a.pt must hold tensors by name, or under module, state_dict, model: found none",
     "garbage": "a.pt must be a whole safetensors file: ",
     "empty": "a.pt must be a whole safetensors file: ",
@@ -236,7 +238,10 @@ def test_without_torch_a_pickled_file_is_one_line(
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(
         ValueError,
-        match=r"a.bin must be safetensors where torch is missing: got a torch file; pip install torch",
+        match=(
+            r"a.bin must be safetensors where torch is missing: got a torch file; pip install "
+            r"torch"
+        ),
     ):
         open_lora(tmp_path / "a.bin")
 
@@ -248,13 +253,13 @@ def test_half_a_safetensors_file_is_one_line(attention: loras.Pairs, tmp_path: P
         open_lora(path)
 
 
-# whose it is
+# the model that it is for
 
 
 def file_of(
     shapes: dict[str, tuple[int, ...]], base: str = "", settings: dict[str, Any] | None = None
 ) -> LoraFile:
-    """A file of these shapes, at any size; zeros, of which none takes memory."""
+    """A file of these shapes, which takes no memory at any size."""
 
     def read(name: str) -> np.ndarray:
         return np.broadcast_to(np.float32(0.5), shapes[name])
@@ -263,8 +268,8 @@ def file_of(
 
 
 def official(model: str, rank: int = 128, patch: bool = True) -> dict[str, tuple[int, ...]]:
-    """What trainers make for a published model: its attention, and its first and last weight if
-    asked for."""
+    """The shapes that trainers make for a published model: its attention and, with `patch`, its
+    first and last weight."""
     width, layers, inputs, outputs, _ = MODELS[model]
     stems = [
         f"transformer.transformer_blocks.{layer}.attn1.{name}"
@@ -314,20 +319,22 @@ def test_another_published_models_lora_is_refused_by_its_name(name: str, model: 
     found = match(file_of(official(model)), named(name))
     with pytest.raises(
         ValueError,
-        match=rf"^lora a.safetensors must fit {name}: its shapes are those of {model}; transformer.* must ",
+        match=(
+            rf"^lora a.safetensors must fit {name}: its shapes are those of {model}; "
+            r"transformer.* must "
+        ),
     ) as caught:
         found.checked()
     assert "\n" not in str(caught.value)
 
 
-def test_the_small_one_is_told_by_its_attention_alone() -> None:
+def test_the_small_model_is_recognised_by_its_attention_alone() -> None:
     found = match(file_of(official("CogVideoX-2B", patch=False)), named("cogvideox-5b-i2v"))
     assert found.general == ["its shapes are those of CogVideoX-2B"]
 
 
-def test_flat_patches_are_another_generations_however_many_numbers_they_have() -> None:
-    """As those of CogVideoX1.5-5B, of which [128, 128] has all that the convolution of
-    CogVideoX-5B-I2V takes."""
+def test_flat_patches_are_of_the_other_generation_whatever_their_size() -> None:
+    """Patches of CogVideoX1.5-5B have as many inputs, 128, as those of CogVideoX-5B-I2V."""
     shapes = {
         name: shape for name, shape in official("CogVideoX1.5-5B").items() if "proj_out" not in name
     }
@@ -337,7 +344,7 @@ def test_flat_patches_are_another_generations_however_many_numbers_they_have() -
 
 
 @pytest.mark.parametrize(("family", "other"), [("1.0", "1.5"), ("1.5", "1.0")], indirect=["family"])
-def test_another_generations_lora_is_refused_whatever_its_size(
+def test_a_lora_of_the_other_generation_is_refused_whatever_its_size(
     family: str, other: str, config: CheckpointConfig, tmp_path: Path
 ) -> None:
     made = loras.pairs(twins.transformer(**twins.FAMILIES[other]), EVERY)
@@ -345,7 +352,10 @@ def test_another_generations_lora_is_refused_whatever_its_size(
     assert found.general == [f"it was made for CogVideoX {other}, and this is CogVideoX {family}"]
     with pytest.raises(
         ValueError,
-        match=r"^lora a.safetensors must fit this cogvideox.*-i2v checkpoint: it was made for CogVideoX ",
+        match=(
+            r"^lora a.safetensors must fit this cogvideox.*-i2v checkpoint: it was made for "
+            r"CogVideoX "
+        ),
     ):
         found.checked()
 
@@ -360,7 +370,7 @@ BASES = [
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("where", ["header", "adapter_config.json", "card"])
-def test_what_a_lora_says_of_its_base_is_believed(
+def test_the_base_that_a_lora_states_decides(
     base: str,
     where: str,
     attention: loras.Pairs,
@@ -386,61 +396,6 @@ def test_what_a_lora_says_of_its_base_is_believed(
         assert found.line().endswith(f", weight 1, made for {base}")
     else:
         assert found.faults == [
-            f"it says that it was made for {base}, of CogVideoX {its}, and this is CogVideoX {family}"
+            f"it says that it was made for {base}, of CogVideoX {its}, and this is CogVideoX "
+            f"{family}"
         ]
-
-
-# the commands
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    config = named("cogi2v-tiny").transformer
-    shapes = {"A": (RANK, config.width), "B": (config.width, RANK)}
-    stems = [
-        f"transformer.transformer_blocks.{layer}.attn1.to_q" for layer in range(config.num_layers)
-    ]
-    tensors = {
-        f"{stem}.lora_{side}.weight": torch.full(shape, 0.01)
-        for stem in stems
-        for side, shape in shapes.items()
-    }
-    return loras.save(
-        tmp_path / "tiny.safetensors", tensors | {"text_encoder.x.lora_A.weight": torch.zeros(1)}
-    )
-
-
-def test_inspect_prints_the_table(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    count = 2 * named("cogi2v-tiny").transformer.num_layers
-    line = f"lora tiny.safetensors: {count} of {count + 1} tensors matched, rank 4, alpha 4 (not stated: as the rank), weight 1 (cogi2v-tiny)"
-    unmatched = "  ! text_encoder.x.lora_A.weight is of a text encoder, which stays as it is"
-    assert convert.main(["inspect", str(tiny), "--model", "cogi2v-tiny"]) == 0
-    assert capsys.readouterr().out.splitlines() == [line, unmatched]
-    assert convert.main(["inspect", str(tiny), "--model", str(twins.TINY), "--keys"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == [line, unmatched]
-    assert (
-        "  transformer.transformer_blocks.1.attn1.to_q.lora_B.weight -> blocks.attn.q.kernel[1]"
-        in lines
-    )
-    assert len(lines) == 2 + count
-
-
-def test_inspect_says_why_one_would_be_refused(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    assert convert.main(["inspect", str(tiny), "--model", "THUDM/CogVideoX-5b-I2V"]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("0 of 11 tensors matched, weight 1 (cogvideox-5b-i2v)")
-    assert (
-        "  ! transformer.transformer_blocks.0.attn1.to_q.lora_A.weight must have the shape [rank, 3072]: got [4, 160]"
-        in lines
-    )
-
-
-def test_inspect_asks_for_the_model(tiny: Path, capsys: pytest.CaptureFixture) -> None:
-    assert convert.main(["inspect", str(tiny)]) == 1
-    assert (
-        "got a LoRA, which is no network but a change of one: inspect it with --model NAME"
-        in capsys.readouterr().err
-    )
-    assert convert.main(["inspect", str(tiny), "--model", "gone"]) == 1
-    assert "model must be a folder or one of cogi2v-tiny, " in capsys.readouterr().err

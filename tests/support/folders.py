@@ -1,10 +1,11 @@
-"""Diffusers folders as tests change and compare them, byte by byte."""
+"""Changes and compares diffusers folders, byte by byte."""
 
 import json
 import struct
 from pathlib import Path
 
 import torch
+import twins
 from cogi2v_convert.__main__ import main
 from safetensors.torch import load_file, save_file
 
@@ -35,8 +36,8 @@ def rewrite(folder: Path, part: str, change) -> None:
 
 
 def raw(folder: Path, part: str) -> dict[str, tuple]:
-    """Name to (file, dtype, shape, bytes) of every tensor, read by hand: no library's idea of NaN
-    or of bfloat16 comes between."""
+    """(file, dtype, shape, bytes) of every tensor by name, read without a library, which might
+    change NaN or bfloat16."""
     found = {}
     for path in sorted((folder / part).glob("*.safetensors")):
         data = path.read_bytes()
@@ -67,7 +68,30 @@ def left(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# kinds of weights, each a change of a folder
+# changes after which a folder does not fit
+
+
+def several(folder: Path) -> None:
+    """Four misfits, in all parts."""
+
+    def rename(tensors: dict) -> None:
+        tensors["extra"] = tensors.pop("proj_out.bias")
+
+    def reshape(tensors: dict) -> None:
+        tensors["encoder.conv_out.conv.bias"] = torch.zeros(3)
+
+    rewrite(folder, "transformer", rename)
+    rewrite(folder, "vae", reshape)
+    rewrite(folder, "text_encoder", lambda tensors: tensors.pop("encoder.final_layer_norm.weight"))
+
+
+def other_width(folder: Path) -> None:
+    """A VAE of another width."""
+    twins.vae(block_out_channels=(8, 8, 8, 8)).save_pretrained(folder / "other")
+    (folder / "other" / weights(folder, "vae").name).replace(weights(folder, "vae"))
+
+
+# Kinds of weights, each a function that changes a folder.
 
 
 def keep(folder):
@@ -89,7 +113,7 @@ def to_dtype(dtype):
 
 
 def mix_dtypes(folder):
-    """Every layer and every kind of tensor of a layer its own dtype."""
+    """Different dtypes within each layer."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for part in PARTS:
 
@@ -101,7 +125,7 @@ def mix_dtypes(folder):
 
 
 def double_table(folder):
-    """As trainers save it: the position table in float64, with digits that float32 doesn't hold."""
+    """As trainers save it: the position table in float64, with digits that float32 loses."""
 
     def change(tensors):
         table = tensors["patch_embed.pos_embedding"]
@@ -114,8 +138,7 @@ def double_table(folder):
 
 
 def random_bits(folder):
-    """Any bit pattern of a number: the largest, subnormals; and whole tensors of -0.0 and of
-    0.0."""
+    """Random bit patterns of finite numbers, and whole tensors of -0.0 and of 0.0."""
     generator = torch.Generator().manual_seed(0)
 
     def change(tensors):

@@ -1,5 +1,5 @@
-"""Weights as others keep them, made of diffusers' own tensors: SAT's names and fused tensors,
-ComfyUI's prefixes and float8."""
+"""Diffusers' tensors in the formats of other programs: SAT's names and fused tensors, ComfyUI's
+prefixes and float8."""
 
 import json
 import re
@@ -13,7 +13,7 @@ SAT_PREFIX = "model.diffusion_model."
 
 
 def sat_transformer(theirs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A diffusers transformer as SAT's, with what SAT saves beside it."""
+    """A diffusers transformer in SAT's format, with the unused tensors that SAT saves too."""
     theirs, made = dict(theirs), {}
     layers = 1 + max(
         int(match[1]) for name in theirs if (match := re.match(r"transformer_blocks\.(\d+)", name))
@@ -130,11 +130,11 @@ def save_prefixed(
 def to_float8(
     tensors: dict[str, torch.Tensor], kind: torch.dtype, scaled: str | None, rows: bool = False
 ) -> tuple[dict, dict]:
-    """Matrices as float8, with scales under `scaled` ({} is the module's name); and what they are
-    worth: their product in bfloat16."""
-    file, worth = {}, {}
+    """Matrices as float8, with scales under `scaled` ({} is the module's name); and their values:
+    the products in bfloat16."""
+    file, values = {}, {}
     for name, tensor in tensors.items():
-        file[name] = worth[name] = tensor
+        file[name] = values[name] = tensor
         if tensor.ndim != 2 or not name.endswith(".weight"):
             continue
         scale = torch.ones(())
@@ -146,8 +146,8 @@ def to_float8(
             )
             file[scaled.format(name.removesuffix(".weight"))] = scale.float()
         file[name] = (tensor / scale).to(kind)
-        worth[name] = (file[name].float() * scale.float()).bfloat16()
-    return file, worth
+        values[name] = (file[name].float() * scale.float()).bfloat16()
+    return file, values
 
 
 FLOAT8 = {
@@ -161,9 +161,10 @@ FLOAT8 = {
 
 
 def save_float8(saved, file: Path, kind: str) -> dict[str, torch.Tensor]:
-    """A file as ComfyUI's, with all that stands beside the weights; and what those are worth."""
+    """A file in ComfyUI's format, with all that it has beside the weights; and the weights'
+    values."""
     fp8, scaled, rows = FLOAT8[kind]
-    tensors, worth = to_float8(load_file(weights(saved["1.5"], "transformer")), fp8, scaled, rows)
+    tensors, values = to_float8(load_file(weights(saved["1.5"], "transformer")), fp8, scaled, rows)
     note = json.dumps(
         {"format": str(fp8).removeprefix("torch."), "full_precision_matrix_mult": True}
     )
@@ -177,4 +178,4 @@ def save_float8(saved, file: Path, kind: str) -> dict[str, torch.Tensor]:
         {f"model.diffusion_model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
         file,
     )
-    return worth
+    return values

@@ -1,5 +1,4 @@
-"""Where weights may come from, and that each gives the very leaves that the diffusers folder
-gives."""
+"""Every kind of source gives the same leaves as the diffusers folder."""
 
 import json
 import shutil
@@ -22,7 +21,7 @@ from cogi2v_jax.weights.checkpoint import read_unit
 
 @pytest.fixture(scope="module")
 def expected(saved, base, tmp_path_factory):
-    """The leaves of both by the direct way."""
+    """The leaves of both folders, converted as they are."""
     folders = {
         (which, family): folder
         for which, all in (("saved", saved), ("base", base))
@@ -46,7 +45,7 @@ def leaves(folder: Path) -> dict[str, np.ndarray]:
 
 
 def assert_same(folder: Path, expected: dict[str, np.ndarray]) -> None:
-    """Bit for bit, and of the same dtypes."""
+    """The same bits and dtypes."""
     found = leaves(folder)
     assert found.keys() == expected.keys()
     differ = [
@@ -90,14 +89,14 @@ def convert(tmp_path: Path, *sources, options=()) -> Path:
 
 @pytest.mark.parametrize("parts", [("transformer",), ("vae",), ("transformer", "vae")])
 @pytest.mark.parametrize("family", twins.FAMILIES)
-def test_a_sat_folder_is_the_diffusers_one_it_was_made_into(
+def test_a_sat_folder_gives_the_leaves_of_the_same_diffusers_folder(
     family, parts, saved, base, expected, tmp_path
 ):
     sat = strange.save_sat(saved[family], tmp_path / "sat", *parts)
     assert_same(convert(tmp_path, base[family], sat), merged(expected, family, *parts))
 
 
-def test_a_sat_file_is_known_by_its_names_whatever_it_is_called(saved, base, expected, tmp_path):
+def test_a_sat_file_is_recognised_by_the_names_in_it(saved, base, expected, tmp_path):
     sat = strange.save_sat(saved["1.5"], tmp_path / "sat", "transformer", "vae")
     transformer = (sat / "transformer/1/mp_rank_00_model_states.pt").rename(
         tmp_path / "vae.safetensors"
@@ -109,7 +108,7 @@ def test_a_sat_file_is_known_by_its_names_whatever_it_is_called(saved, base, exp
     )
 
 
-def test_fused_tensors_are_cut_in_safetensors_too(saved, base, tmp_path):
+def test_fused_tensors_are_split_in_safetensors_too(saved, base, tmp_path):
     tensors = load_file(weights(saved["1.0"], "transformer"))
     save_file(strange.sat_transformer(tensors), tmp_path / "sat.safetensors")
     assert_reads(gather([base["1.0"], tmp_path / "sat.safetensors"]), "transformer", tensors)
@@ -124,7 +123,7 @@ def test_what_came_from_sat_goes_back_to_diffusers(saved, base, tmp_path):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_half_precision_of_a_torch_file_is_kept_and_its_old_format_read(old, saved, base, tmp_path):
+def test_a_torch_file_of_either_format_keeps_half_precision(old, saved, base, tmp_path):
     tensors = {
         name: tensor.bfloat16() for name, tensor in load_file(weights(saved["1.5"], "vae")).items()
     }
@@ -165,7 +164,7 @@ def test_one_file_may_hold_every_part(saved, base, expected, tmp_path):
     assert_same(convert(tmp_path, base["1.5"], file), expected["saved", "1.5"])
 
 
-def test_a_base_of_settings_alone_does_where_files_bring_every_weight(
+def test_a_folder_without_weights_is_enough_where_files_replace_them_all(
     saved, base, expected, tmp_path
 ):
     settings = Path(
@@ -261,7 +260,7 @@ def test_a_folder_with_some_parts_replaces_those(saved, base, expected, tmp_path
     )
 
 
-def test_the_last_of_several_wins(saved, base, expected, tmp_path):
+def test_the_last_of_several_sources_of_a_part_counts(saved, base, expected, tmp_path):
     files = [
         strange.save_prefixed(which["1.0"], tmp_path / f"{name}.safetensors", {"vae": ""})
         for name, which in (("a", base), ("b", saved))

@@ -1,4 +1,4 @@
-"""Sources that are refused, each in one line, and what `inspect` says of any."""
+"""Sources that are refused, each in one line, and what `inspect` prints."""
 
 import argparse
 import re
@@ -20,7 +20,7 @@ from cogi2v_jax.loading import load
 
 
 class Runs:
-    """A pickle that would make a file."""
+    """Unpickled, it would make a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -120,7 +120,8 @@ def beside(tensors):
 REFUSED = {
     "code": (
         runs,
-        r"x\.pt must hold tensors and nothing that runs: got a pickle that asks for getattr, and loading it could run anything",
+        r"x\.pt must hold tensors and nothing that runs: got a pickle that asks for getattr, and "
+        r"loading it could run anything",
     ),
     "code in the old format": (runs_in_the_old_format, r"must hold tensors and nothing that runs"),
     "arguments": (
@@ -135,7 +136,8 @@ REFUSED = {
     "GGUF": (is_gguf, r"must be safetensors or a torch file: got GGUF"),
     "scales of blocks": (
         one_file(in_blocks),
-        r"proj_out.weight must have one scale, or one an output row: got proj_out.weight_scale \[16, 3\]",
+        r"proj_out.weight must have one scale, or one an output row: got proj_out.weight_scale "
+        r"\[16, 3\]",
     ),
     "another quantisation": (
         noted(b'{"format": "nvfp4"}'),
@@ -161,7 +163,8 @@ REFUSED = {
     ),
     "something else": (
         lambda tmp_path, saved: save_file({"conv.weight": torch.zeros(1)}, tmp_path / "x.pt"),
-        r"must hold a transformer, a VAE or a T5 encoder of this family: got 1 tensors, the first conv.weight",
+        r"must hold a transformer, a VAE or a T5 encoder of this family: got 1 tensors, the first "
+        r"conv.weight",
     ),
     "a LoRA": (
         lambda tmp_path, saved: save_file(
@@ -172,7 +175,8 @@ REFUSED = {
     ),
     "the other family": (
         of("transformer", "1.5"),
-        r"the weights must be of the configuration's family cogvideox-i2v: got cogvideox1.5-i2v; give a folder of .*has no rule",
+        r"the weights must be of the configuration's family cogvideox-i2v: got cogvideox1.5-i2v; "
+        r"give a folder of .*has no rule",
     ),
     "text to video": (
         of("transformer", in_channels=4),
@@ -192,7 +196,8 @@ REFUSED = {
     ),
     "AniSora": (
         of("transformer", use_learned_positional_embeddings=False),
-        r"must have the configuration's positions: got no learned table \(AniSora-5B has none\); in a copy of the folder set .* to false",
+        r"must have the configuration's positions: got no learned table \(AniSora-5B has none\); "
+        r"in a copy of the folder set .* to false",
     ),
     "ConsisID": (
         one_file(
@@ -200,7 +205,8 @@ REFUSED = {
                 {"perceiver_cross_attention.0.to_q.weight": torch.zeros(3, 3)}
             )
         ),
-        r"image-to-video from a prompt and a first image alone: got ConsisID, which takes a face beside the image$",
+        r"image-to-video from a prompt and a first image alone: got ConsisID, which takes a face "
+        r"beside the image$",
     ),
     "Tora": (
         one_file(
@@ -215,7 +221,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_a_file_that_can_not_be_is_refused_in_one_line_and_nothing_is_made(
+def test_a_file_that_does_not_fit_is_refused_in_one_line_and_nothing_is_made(
     fault, saved, tmp_path, capsys
 ):
     make, expected = REFUSED[fault]
@@ -243,7 +249,8 @@ FOLDERS = {
     ),
     "two steps": (
         two_steps,
-        r"must hold one transformer: got .*/0/mp_rank_00_model_states.pt and .*/1/mp_rank_00_model_states.pt",
+        r"must hold one transformer: got .*/0/mp_rank_00_model_states.pt and "
+        r".*/1/mp_rank_00_model_states.pt",
     ),
     "photos": (lambda folder, saved: folder.mkdir(), r"must be a diffusers or converted folder"),
     "a whole one": (
@@ -271,18 +278,24 @@ def test_a_folder_that_can_not_replace_a_part_is_refused_in_one_line(
 def test_a_file_alone_is_refused_with_what_is_missing_and_how_to_give_it(saved, tmp_path, capsys):
     file = strange.save_prefixed(saved["1.0"], tmp_path / "t.safetensors", {"transformer": ""})
     line = one_line(capsys, ["to-flax", file, tmp_path / "flax"])
-    missing = "for the configuration and for vae, text_encoder, scheduler, tokenizer: got transformer alone"
+    missing = (
+        "for the configuration and for vae, text_encoder, scheduler, tokenizer: got "
+        "transformer alone"
+    )
     assert (
         f"SRC must begin with a diffusers folder, {missing}; for example CogVideoX-5b-I2V {file}"
         in line
     )
 
 
-def test_a_file_is_not_what_sample_takes_and_the_line_says_what_to_do(saved, tmp_path):
+def test_sample_refuses_a_file_and_says_what_to_do(saved, tmp_path):
     file = strange.save_prefixed(saved["1.0"], tmp_path / "t.safetensors", {"transformer": ""})
     with pytest.raises(
         ValueError,
-        match=r"model must be a folder, .*: got the file .*; cogi2v-convert to-flax FOLDER t.safetensors DST replaces a part",
+        match=(
+            r"model must be a folder, .*: got the file .*; cogi2v-convert to-flax FOLDER "
+            r"t.safetensors DST replaces a part"
+        ),
     ):
         load(file, say=lambda line: None)
 
@@ -326,7 +339,7 @@ sys.exit(main(sys.argv[1:]))
         ]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert done.returncode == code, done.stderr
-        assert done.stderr.count("\n") == code  # nothing is said beside a fault
+        assert done.stderr.count("\n") == code  # no warning beside the error
     assert (
         "x.pt must be safetensors where torch is missing: got a torch file; pip install torch"
         in done.stderr
@@ -352,7 +365,7 @@ def test_inspect_says_where_each_part_comes_from(saved, base, tmp_path, capsys):
     assert lines["transformer"].endswith("tensors matched, float32, float64")
 
 
-def test_inspect_tells_what_a_file_alone_is(saved, tmp_path, capsys):
+def test_inspect_describes_a_single_file(saved, tmp_path, capsys):
     tensors, _ = strange.to_float8(
         load_file(weights(saved["1.5"], "transformer")), torch.float8_e4m3fn, "{}.scale_weight"
     )
@@ -377,7 +390,7 @@ def test_inspect_fails_where_a_file_does_not_fit(saved, tmp_path, capsys):
 
 
 def test_anisora_s_architecture_is_weights_of_its_own(tmp_path, saved, capsys):
-    """The first generation with rotary positions alone, made for another size."""
+    """The first generation with rotary positions alone, trained for another size."""
     source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
     settings = {
         "sample_height": 10,

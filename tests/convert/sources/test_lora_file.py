@@ -1,4 +1,4 @@
-"""LoRA files: every format to the same change, and what each fault is answered with."""
+"""LoRA files: every format gives the same change, and unused tensors are listed."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def config(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> CheckpointCon
 
 @pytest.fixture(scope="module")
 def made(pipe: Any) -> loras.Pairs:
-    """For every linear weight that there is, of values that bfloat16 holds."""
+    """For every linear weight, with values that bfloat16 represents."""
     pairs = loras.pairs(pipe.transformer, FINETRAINERS, RANK)
     return {name: (a.bfloat16().float(), b.bfloat16().float()) for name, (a, b) in pairs.items()}
 
@@ -53,7 +53,7 @@ def attention(made: loras.Pairs) -> loras.Pairs:
 
 
 def assert_same(lora: Lora, made: loras.Pairs, scale: float, config: CheckpointConfig) -> None:
-    """A rule takes the reference's whole delta to the product of our factors."""
+    """`to_flax` of the reference's whole change equals the product of our factors."""
     homes = expand(table(config.transformer), config.transformer.num_layers)
     assert len(lora.factors) == len(made)
     for name, (a, b) in made.items():
@@ -105,14 +105,15 @@ def test_without_an_alpha_it_is_the_rank_of_each_weight(
     assert_same(found.checked(), narrow | wide, 1.0, config)
     assert (
         found.line()
-        == "lora a.safetensors: 12 of 12 tensors matched, rank 2 to 70, alpha 2 to 70 (not stated: as the rank), weight 1"
+        == "lora a.safetensors: 12 of 12 tensors matched, rank 2 to 70, alpha 2 to 70 (not "
+        "stated: as the rank), weight 1"
     )
 
 
-def test_a_rank_as_large_as_the_weight_is_as_good_as_any(
+def test_a_rank_as_large_as_the_weight_works(
     pipe: Any, config: CheckpointConfig, tmp_path: Path
 ) -> None:
-    """As DimensionX's files, whose rank is 256 on attention and mlp."""
+    """DimensionX's files have rank 256 on attention and MLP."""
     made = loras.pairs(pipe.transformer, (*loras.ATTENTION, "net.0.proj", "net.2"), 96)
     found = match(open_lora(loras.diffusers(tmp_path, made, 96)), config)
     assert_same(found.checked(), made, 0.5, config)
@@ -121,7 +122,7 @@ def test_a_rank_as_large_as_the_weight_is_as_good_as_any(
     )
 
 
-def test_a_modules_own_alpha_comes_before_the_files_and_the_files_before_its_neighbours(
+def test_the_alpha_of_a_module_overrides_the_header_and_the_header_the_file_beside(
     attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 400.0}))
@@ -140,7 +141,7 @@ def test_a_modules_own_alpha_comes_before_the_files_and_the_files_before_its_nei
     assert_same(match(open_lora(file), config).checked(), attention, 100.0, config)
 
 
-def test_a_folder_means_its_weights_else_its_only_file(
+def test_in_a_folder_the_default_name_or_the_only_file_is_opened(
     attention: loras.Pairs, tmp_path: Path
 ) -> None:
     loras.save(tmp_path / "other.safetensors", loras.peft(attention))
@@ -155,7 +156,7 @@ def test_a_folder_means_its_weights_else_its_only_file(
         open_lora(tmp_path)
 
 
-def test_a_weight_stands_behind_a_colon_and_a_name_may_have_one(
+def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -194,23 +195,28 @@ def test_a_weight_stands_behind_a_colon_and_a_name_may_have_one(
             weighted([missing])
 
 
+OF_TEXT = "is of a text encoder, which stays as it is"
+OF_NONE = "is of no linear weight of this network"
+DORA, BIAS = "is a DoRA's magnitude, which isn't read: ", "is a change of a bias, which isn't read"
+ADAPTER = "is of another kind of adapter than a LoRA"
+NO_LORA = "is not a LoRA's tensor"
 UNMATCHED = {
-    "text_encoder.text_model.layers.0.q_proj.lora_A.weight": "is of a text encoder, which stays as it is",
-    "lora_te1_text_model_0_q.lora_down.weight": "is of a text encoder, which stays as it is",
-    "transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector": "is a DoRA's magnitude, which isn't read: ",
-    "transformer.transformer_blocks.0.attn1.to_q.dora_scale": "is a DoRA's magnitude, which isn't read: ",
-    "transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": "is a change of a bias, which isn't read",
-    "transformer.transformer_blocks.0.attn1.to_q.lora_B.default.bias": "is a change of a bias, which isn't read",
-    "transformer.transformer_blocks.0.attn1.to_q.lokr_w1": "is of another kind of adapter than a LoRA",
-    "transformer.transformer_blocks.0.attn1.norm_q.lora_A.weight": "is of no linear weight of this network",
-    "transformer.transformer_blocks.0.attn2.to_q.lora_A.weight": "is of no linear weight of this network",
-    "transformer.layers.0.attention.query_key_value.matrix_A.3": "is of no linear weight of this network",
-    "transformer.layers.0.attention.query_key_value.original.weight": "is not a LoRA's tensor",
-    "transformer_blocks.0.attn1.to_q.weight": "is not a LoRA's tensor",
+    "text_encoder.text_model.layers.0.q_proj.lora_A.weight": OF_TEXT,
+    "lora_te1_text_model_0_q.lora_down.weight": OF_TEXT,
+    "transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector": DORA,
+    "transformer.transformer_blocks.0.attn1.to_q.dora_scale": DORA,
+    "transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": BIAS,
+    "transformer.transformer_blocks.0.attn1.to_q.lora_B.default.bias": BIAS,
+    "transformer.transformer_blocks.0.attn1.to_q.lokr_w1": ADAPTER,
+    "transformer.transformer_blocks.0.attn1.norm_q.lora_A.weight": OF_NONE,
+    "transformer.transformer_blocks.0.attn2.to_q.lora_A.weight": OF_NONE,
+    "transformer.layers.0.attention.query_key_value.matrix_A.3": OF_NONE,
+    "transformer.layers.0.attention.query_key_value.original.weight": NO_LORA,
+    "transformer_blocks.0.attn1.to_q.weight": NO_LORA,
 }
 
 
-def test_what_has_no_place_is_listed_with_its_reason(
+def test_unused_tensors_are_listed_with_their_reasons(
     attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path
 ) -> None:
     more = {name: torch.zeros(2, 2) for name in UNMATCHED}
@@ -225,7 +231,7 @@ def test_what_has_no_place_is_listed_with_its_reason(
     assert found.unmatched(3)[2] == "  ! and 10 more"
 
 
-def test_what_has_no_place_is_a_screenful_at_most(
+def test_at_most_twenty_unused_tensors_are_listed(
     attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path
 ) -> None:
     more = {f"text_encoder.{number}.lora_A.weight": torch.zeros(2, 2) for number in range(500)}

@@ -1,5 +1,4 @@
-"""The weight tables: read in both directions, and complete at full size, without a single
-weight."""
+"""The weight tables, read in both directions, and complete at full size (shapes alone)."""
 
 import dataclasses
 from collections import Counter
@@ -28,7 +27,7 @@ from cogi2v_jax.config import TransformerConfig, named
 from cogi2v_jax.weights.pieces import NETWORKS, abstract, is_stacked, layer_count, leaf_names
 
 FULL_SIZE = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
-# Tensors and numbers in the released files.
+# Counts of tensors and parameters in the released files.
 PUBLISHED = {
     ("cogvideox-5b-i2v", "transformer"): (1025, 5_625_087_552),
     ("cogvideox1.5-5b-i2v", "transformer"): (1028, 5_571_594_880),
@@ -59,12 +58,12 @@ def test_row_major_order_changes_no_bit(axes, dtype, on_cpu, monkeypatch, rng):
         monkeypatch.setattr(rules, "_cpu", lambda: None)
     # Of numbers, infinities and all kinds of NaN.
     bits = rng.integers(0, 256, (5, 33, 40, jnp.dtype(dtype).itemsize), np.uint8)
-    turned = bits.view(dtype)[..., 0].transpose(axes)
-    made = contiguous(turned)
+    permuted = bits.view(dtype)[..., 0].transpose(axes)
+    made = contiguous(permuted)
     assert (made.flags.c_contiguous, made.dtype, made.tobytes()) == (
         True,
-        turned.dtype,
-        turned.tobytes(),
+        permuted.dtype,
+        permuted.tobytes(),
     )
 
 
@@ -116,7 +115,7 @@ def test_a_causal_convolution_has_time_first_and_outputs_last():
     assert kernel.to_flax(tensor)[2, 1, 0, 3, 4] == tensor[4, 3, 2, 1, 0]
 
 
-def test_query_rows_change_from_interleaved_pairs_to_halves_of_a_head():
+def test_rotary_pairs_change_from_adjacent_channels_to_halves_of_a_head():
     table = TABLES["transformer"](TransformerConfig(num_attention_heads=2, attention_head_dim=16))
     width = 32
     rows = np.arange(width, dtype=np.float32)
@@ -141,7 +140,7 @@ def test_query_rows_change_from_interleaved_pairs_to_halves_of_a_head():
 # a table
 
 
-def test_expanding_gives_every_layer_its_names_and_what_is_not_layered_one():
+def test_expanding_gives_a_target_for_each_layer_or_one_without_layers():
     one, each = Rule("first.weight", "first"), Rule("blocks.{}.weight", "blocks.weight")
     assert expand((one, each), 3) == {
         "first.weight": Target(one, None),
@@ -187,7 +186,7 @@ def test_refusing_collects_the_faults_in_one_line():
         refuse("folder", ["a is missing", "b has no rule"])
 
 
-def test_refusing_shows_as_many_faults_as_a_screen_takes():
+def test_refusing_shows_at_most_twenty_faults():
     with pytest.raises(ValueError, match=r"f19; and 5 more$") as caught:
         refuse("folder", (f"f{number}" for number in range(25)))
     assert "f20" not in str(caught.value)
@@ -252,7 +251,7 @@ def test_every_leaf_of_ours_is_filled_once_a_layer(name, part, leaves):
 
 
 @pytest.mark.parametrize(("name", "part"), PUBLISHED)
-def test_both_sides_count_the_published_numbers(name, part, state_dicts, leaves):
+def test_tensors_and_parameters_are_as_many_as_published(name, part, state_dicts, leaves):
     tensors, parameters = PUBLISHED[name, part]
     assert len(targets(named(name), part)) == tensors
     assert (
@@ -272,7 +271,7 @@ def test_both_sides_count_the_published_numbers(name, part, state_dicts, leaves)
         ({"use_learned_positional_embeddings": True}, set()),
         ({}, {"patch_embed.pos_embedding"}),
         ({"patch_bias": False}, {"patch_embed.pos_embedding", "patch_embed.proj.bias"}),
-        # There the linear layer has its bias all the same.
+        # The linear layer of 1.5 has a bias in any case.
         ({"patch_size_t": 2, "patch_bias": False}, {"patch_embed.pos_embedding"}),
     ],
 )
