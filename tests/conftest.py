@@ -1,5 +1,5 @@
-"""One world for all tests: eight CPU devices, full float32 products, no network, a cache of their
-own, and warnings as errors."""
+"""What all tests run with: eight CPU devices, full float32 products, no network, a cache folder of
+their own, and warnings as errors."""
 
 import os
 import tempfile
@@ -11,8 +11,8 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Each worker caches for itself: what one test converted or compiled must not decide what another
-# one sees.
+# A cache for each worker: what one test converted or compiled must not change what another one
+# sees.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cogi2v-tests-")
 
 import jax
@@ -24,14 +24,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
-    # Raised inside other libraries while they are imported or used; nothing of ours can answer
-    # them.
+    # Raised inside other libraries while they are imported or used; we can't avoid them.
     libraries = "(torch|diffusers|transformers|huggingface_hub|orbax|flax|sentencepiece).*"
     config.addinivalue_line("filterwarnings", f"ignore::DeprecationWarning:{libraries}")
     config.addinivalue_line("filterwarnings", "ignore:builtin type [sS]wig:DeprecationWarning")
-    config.addinivalue_line(
-        "filterwarnings", "ignore::FutureWarning:(torch|diffusers|transformers).*"
-    )
+    future = "ignore::FutureWarning:(torch|diffusers|transformers).*"
+    config.addinivalue_line("filterwarnings", future)
 
 
 @pytest.fixture
@@ -39,8 +37,8 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-# Random twins of the reference, of both families. (Imported where they are asked for: torch takes
-# seconds.)
+# Small random models of the reference, of both families. (Imported inside fixtures: importing torch
+# takes seconds.)
 
 
 @pytest.fixture(scope="module", params=["1.0", "1.5"])
@@ -50,7 +48,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def pipe(family: str) -> Any:
-    """A whole reference pipeline."""
+    """A reference pipeline."""
     import twins
 
     pipe = twins.pipeline(family)
@@ -60,7 +58,7 @@ def pipe(family: str) -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One diffusers folder a family; to be copied, not changed."""
+    """A diffusers folder of each family; to be copied, not changed."""
     import twins
 
     return {
@@ -71,8 +69,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Another checkpoint of each family, whose weights differ everywhere: what is not replaced
-    shows."""
+    """Another checkpoint of each family, all of its weights different: a test sees what was not
+    replaced."""
     import twins
 
     return {

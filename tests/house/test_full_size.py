@@ -1,4 +1,4 @@
-"""The released checkpoints at full size, without their weights: every phase is traced with shapes
+"""The released checkpoints at full size, without their weights: every stage is traced from shapes
 alone."""
 
 from functools import partial
@@ -21,7 +21,7 @@ HALF = jnp.dtype(jnp.bfloat16)
 
 
 def traced(call: Call) -> object:
-    """Shapes and dtypes of a program's results."""
+    """The shapes and dtypes of a program's results."""
     results = jax.eval_shape(partial(call.stage.program.function, **call.static), *call.args)
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), results)
 
@@ -35,18 +35,14 @@ def target(name: str, mesh: str) -> RequestTarget:
 
 @pytest.mark.parametrize("mesh", ["cpu", "v5e-8"])
 @pytest.mark.parametrize("name", NATIVE)
-def test_every_stage_of_a_released_checkpoint_has_its_published_shapes(
-    name: str, mesh: str
-) -> None:
+def test_every_stage_of_a_released_checkpoint_has_published_shapes(name: str, mesh: str) -> None:
     latents, video, tokens = NATIVE[name]
-    place = target(name, mesh)
-    assert (*place.shape[:4],) == latents
-    assert place.layout.tokens == tokens
-    assert place.layout.padded % sizes_of(mesh).context == 0
-    results = {
-        stage: [traced(call) for call in place.calls(stage)]
-        for stage in ("text", "image", "denoise", "decode")
-    }
+    made_for = target(name, mesh)
+    assert (*made_for.shape[:4],) == latents
+    assert made_for.layout.tokens == tokens
+    assert made_for.layout.padded % sizes_of(mesh).context == 0
+    stages = ("text", "image", "denoise", "decode")
+    results = {stage: [traced(call) for call in made_for.calls(stage)] for stage in stages}
     assert results["text"] == [((2, 226, 4096), "bfloat16")]
     moments, image = results["image"]
     assert moments == ((1, 1, *latents[1:3], 32), "bfloat16")
@@ -68,7 +64,7 @@ def test_every_axis_divides_on_every_named_mesh(name: str, mesh: str) -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_a_split_sequence_is_padded_to_a_multiple_of_its_parts_and_no_more(name: str) -> None:
     for ways in (1, 2, 4, 8):
-        place = target(name, f"context={ways}")
-        assert place.layout.padded == -(-NATIVE[name][2] // ways) * ways
-        where = place.positions()
-        assert where.cos.shape[0] == where.is_text.shape[0] == place.layout.padded
+        made_for = target(name, f"context={ways}")
+        assert made_for.layout.padded == -(-NATIVE[name][2] // ways) * ways
+        where = made_for.positions()
+        assert where.cos.shape[0] == where.is_text.shape[0] == made_for.layout.padded

@@ -1,5 +1,5 @@
-"""Float32 that must be float32, read in what compilers are handed and in what the TPU's makes of
-it. There, left alone, a float32 product is one bfloat16 pass."""
+"""Float32 arithmetic must stay float32: checked in the programs that compilers get, and in what the
+TPU's compiler makes of them. By default a float32 product on a TPU is one bfloat16 pass."""
 
 import re
 
@@ -16,53 +16,48 @@ from lowering import (
 )
 
 
-@pytest.mark.parametrize("phase", STAGES)
-def test_every_product_of_a_float32_network_states_full_precision(phase: str) -> None:
-    products = list(operations(handed_over(phase, "float32"), PRODUCTS))
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_product_of_a_float32_network_states_full_precision(stage: str) -> None:
+    products = list(operations(handed_over(stage, "float32"), PRODUCTS))
     assert len(products) >= 5
-    assert [
-        line
-        for kind, _, line in products
-        if kind != "f32" or len(re.findall(r"\bHIGHEST\b", line)) != 2
-    ] == []
+    for kind, _, line in products:
+        assert kind == "f32", line
+        assert len(re.findall(r"\bHIGHEST\b", line)) == 2, line
 
 
-@pytest.mark.parametrize("phase", STAGES)
-def test_every_product_of_a_float32_network_has_full_precision_on_a_tpu(phase: str) -> None:
-    products = list(operations(compiled(phase, "float32", "v5e"), PRODUCTS))
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_product_of_a_float32_network_has_full_precision_on_a_tpu(stage: str) -> None:
+    products = list(operations(compiled(stage, "float32", "v5e"), PRODUCTS))
     assert len(products) >= 5
-    assert [
-        line
-        for kind, _, line in products
-        if kind != "f32" or "operand_precision={highest,highest}" not in line
-    ] == []
+    for kind, _, line in products:
+        assert kind == "f32", line
+        assert "operand_precision={highest,highest}" in line
 
 
-@pytest.mark.parametrize("phase", STAGES)
-def test_every_product_of_a_bfloat16_network_sums_in_float32(phase: str) -> None:
-    products = list(operations(handed_over(phase, "bfloat16"), PRODUCTS))
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_product_of_a_bfloat16_network_sums_in_float32(stage: str) -> None:
+    products = list(operations(handed_over(stage, "bfloat16"), PRODUCTS))
     assert len(products) >= 5
-    assert [line for kind, _, line in products if kind != "f32" or line.count("bf16>") != 2] == []
+    for kind, _, line in products:
+        assert kind == "f32", line
+        assert line.count("bf16>") == 2, line
 
 
-@pytest.mark.parametrize("phase", STAGES)
-def test_arithmetic_of_a_bfloat16_network_is_float32(phase: str) -> None:
-    """Norms' statistics, gates, rotations, softmax, guidance and the schedule; all but sums of a
-    stream with what a layer adds to it. (In its own program a TPU's compiler widens all arithmetic:
-    there, what was asked for can't be seen.)"""
-    found = list(operations(handed_over(phase, "bfloat16"), ROUNDING))
+@pytest.mark.parametrize("stage", STAGES)
+def test_arithmetic_of_a_bfloat16_network_is_float32(stage: str) -> None:
+    """Statistics of norms, gates, rotations, softmax, guidance and the schedule: everything but the
+    additions to a residual stream. (Read in the program that compilers get: a TPU's compiler widens
+    all arithmetic in its own, so that one can't show what was asked for.)"""
+    found = list(operations(handed_over(stage, "bfloat16"), ROUNDING))
     assert len(found) >= 10
     assert [line for kind, operation, line in found if kind == "bf16" and operation != "add"] == []
 
 
 def carries(text: str) -> list[list[str]]:
-    """What each loop of a TPU's program carries, as shapes. The compiler makes float32 bfloat16
-    where it thinks that nobody can tell."""
-    return [
-        re.findall(r"\w+\[[\d,]*\]", line.partition(" while(")[0])
-        for line in text.splitlines()
-        if " while(" in line
-    ]
+    """The shapes that each loop of a TPU's program carries. The compiler replaces float32 by
+    bfloat16 where it finds that this changes no result."""
+    loops = [line.partition(" while(")[0] for line in text.splitlines() if " while(" in line]
+    return [re.findall(r"\w+\[[\d,]*\]", loop) for loop in loops]
 
 
 def test_the_residual_stream_of_t5_is_float32_from_layer_to_layer_on_a_tpu() -> None:
@@ -73,6 +68,6 @@ def test_the_residual_stream_of_t5_is_float32_from_layer_to_layer_on_a_tpu() -> 
 
 
 def test_latents_are_float32_from_step_to_step_on_a_tpu() -> None:
-    """x and x0; what the network is given of the image is not."""
+    """x and x0 are. What the network gets of the image is not."""
     loops = carries(compiled("denoise", "bfloat16", "v5e"))
     assert [loop.count("f32[1,3,8,8,16]") for loop in loops if f"f32[{STEPS}]" in loop] == [2]

@@ -1,5 +1,5 @@
-"""What NVIDIA devices are given instead of what others are: read in the program that is lowered for
-them, and run here."""
+"""The forms of products and convolutions for NVIDIA devices: read in programs that are lowered for
+them, and run on this machine."""
 
 from typing import Any
 
@@ -18,38 +18,40 @@ from cogi2v_jax.models import layers
 from cogi2v_jax.models.attention import BACKENDS
 
 
-def products(phase: str, dtype: str, names: str = lowering.PRODUCTS) -> list[tuple[str, str]]:
-    return [
-        (kind, line) for kind, _, line in lowering.operations(handed_to_nvidia(phase, dtype), names)
-    ]
+def products(stage: str, dtype: str, names: str = lowering.PRODUCTS) -> list[tuple[str, str]]:
+    """(element type of the result, line) of every product in a stage's program."""
+    found = lowering.operations(handed_to_nvidia(stage, dtype), names)
+    return [(kind, line) for kind, _, line in found]
 
 
-def test_products_with_weights_are_handed_over_in_bfloat16() -> None:
-    """Float32 sums would go to memory and back before the bias is added."""
-    attention = 2  # whose logits and weighted values are float32
-    for phase, least in (("text", 7), ("denoise", 8)):
-        kinds = [kind for kind, _ in products(phase, "bfloat16")]
+def test_products_with_weights_are_bfloat16() -> None:
+    """Float32 sums would be written to memory and read again before the bias is added."""
+    attention = 2  # logits and weighted values are float32
+    for stage, least in (("text", 7), ("denoise", 8)):
+        kinds = [kind for kind, _ in products(stage, "bfloat16")]
         assert kinds.count("f32") == attention
         assert kinds.count("bf16") >= least
 
 
-def test_convolutions_are_two_dimensional_and_channels_last_in_bfloat16() -> None:
+def test_convolutions_are_two_dimensional_channels_last_and_bfloat16() -> None:
     found = products("decode", "bfloat16", "convolution")
     assert len(found) >= 5
     assert {kind for kind, _ in found} == {"bf16"}
     assert all("[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line for _, line in found)
 
 
-@pytest.mark.parametrize("phase", ["text", "denoise", "decode"])
-def test_every_product_of_a_float32_network_states_full_precision(phase: str) -> None:
-    found = products(phase, "float32")
+@pytest.mark.parametrize("stage", ["text", "denoise", "decode"])
+def test_every_product_of_a_float32_network_states_full_precision(stage: str) -> None:
+    found = products(stage, "float32")
     assert len(found) >= 5
-    assert [line for kind, line in found if kind != "f32" or line.count("HIGHEST") != 2] == []
+    for kind, line in found:
+        assert kind == "f32", line
+        assert line.count("HIGHEST") == 2, line
 
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes what NVIDIA devices are given."""
+    """Takes the form for NVIDIA devices on this machine."""
     monkeypatch.setattr(layers.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
 
 
@@ -66,11 +68,10 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
 def test_a_network_is_the_references(name: str, dtype: str) -> None:
     make, shape = NETWORKS[name]
     generator = torch.Generator().manual_seed(3)
-    given = (
-        torch.randn(shape, generator=generator)
-        if len(shape) > 2
-        else torch.randint(2, 39, shape, generator=generator)
-    )
+    if name == "T5":
+        given = torch.randint(2, 39, shape, generator=generator)
+    else:
+        given = torch.randn(shape, generator=generator)
     ours, truth, theirs = [], [], []
     for seed in range(1 if dtype == "float32" else 4):
         module = make(seed)
@@ -83,9 +84,10 @@ def test_a_network_is_the_references(name: str, dtype: str) -> None:
     if dtype == "float32":
         assert_close(ours[0], truth[0], TOLERANCE["module"])
         return
-    assert relative_error(np.stack(ours), np.stack(truth)) <= TOLERANCE[
-        "bfloat16"
-    ] * relative_error(np.stack(theirs), np.stack(truth))
+    error_ours, error_theirs = (
+        relative_error(np.stack(results), np.stack(truth)) for results in (ours, theirs)
+    )
+    assert error_ours <= TOLERANCE["bfloat16"] * error_theirs
 
 
 def reference(name: str, module: Any, given: torch.Tensor) -> np.ndarray:
@@ -101,18 +103,14 @@ def mine(name: str, network: Any, given: torch.Tensor, dtype: jnp.dtype) -> Any:
     if name == "T5":
         return jax.jit(lambda network, ids: network(ids))(network, given.numpy().astype(np.int32))
     method = "decode" if name == "VAE decode" else "moments"
-    return jax.jit(lambda network, video: getattr(network, method)(video))(
-        network, jnp.asarray(twins.channels_last(given), dtype)
-    )
+    run = jax.jit(lambda network, video: getattr(network, method)(video))
+    return run(network, jnp.asarray(twins.channels_last(given), dtype))
 
 
-def test_a_sequence_is_evened_out_for_the_products_of_every_part() -> None:
+def test_a_sequence_is_padded_so_that_products_of_each_part_have_a_multiple_of_8_rows() -> None:
+    sizes = ((17776, 1), (45106, 1), (45106, 8))
     for name in ("cudnn", "tokamax"):
-        rows = [
-            BACKENDS[name].padded(tokens, parts)
-            for tokens, parts in ((17776, 1), (45106, 1), (45106, 8))
-        ]
-        assert rows == [17776, 45112, 45120]
+        assert [BACKENDS[name].padded(*size) for size in sizes] == [17776, 45112, 45120]
     assert BACKENDS["xla"].padded(45106, 1) == 45106
 
 

@@ -1,4 +1,4 @@
-"""Position tables against diffusers', on the training grid and on others."""
+"""Position tables against those of diffusers, on the training grid and on others."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,16 +22,13 @@ FIXED = dataclasses.replace(
 
 
 def theirs(config: TransformerConfig, latents: tuple[int, int, int]) -> list[np.ndarray]:
-    """The reference's cosines and sines, one column a channel."""
+    """The reference's cosines and sines, with a column for each channel."""
     frames, height, width = latents
-    pipeline = SimpleNamespace(
-        vae_scale_factor_spatial=8, transformer=SimpleNamespace(config=config)
-    )
+    network = SimpleNamespace(config=config)
+    pipeline = SimpleNamespace(vae_scale_factor_spatial=8, transformer=network)
     prepare = CogVideoXImageToVideoPipeline._prepare_rotary_positional_embeddings
-    return [
-        table.numpy()
-        for table in prepare(pipeline, height * 8, width * 8, frames, torch.device("cpu"))
-    ]
+    tables = prepare(pipeline, height * 8, width * 8, frames, torch.device("cpu"))
+    return [table.numpy() for table in tables]
 
 
 @pytest.mark.parametrize(
@@ -46,13 +43,12 @@ def theirs(config: TransformerConfig, latents: tuple[int, int, int]) -> list[np.
         pytest.param(SLICED, (2, 170, 96), id="1.5 portrait"),
     ],
 )
-def test_a_video_token_is_turned_as_in_the_reference_and_a_text_token_not_at_all(
+def test_a_video_token_is_rotated_as_in_the_reference_and_a_text_token_is_not(
     config: TransformerConfig, latents: tuple[int, int, int]
 ) -> None:
     ours, text = positions(config, latents), config.max_text_seq_length
-    for table, reference, still in zip(
-        (ours.cos, ours.sin), theirs(config, latents), (1, 0), strict=True
-    ):
+    tables = zip((ours.cos, ours.sin), theirs(config, latents), (1, 0), strict=True)
+    for table, reference, still in tables:
         # Positions reach 85, where the last bit of an angle is 8e-6.
         np.testing.assert_allclose(np.repeat(table[text:], 2, axis=1), reference, atol=1e-5, rtol=0)
         np.testing.assert_array_equal(table[:text], np.full((text, 32), still))
@@ -61,27 +57,23 @@ def test_a_video_token_is_turned_as_in_the_reference_and_a_text_token_not_at_all
     assert ours.table is None
 
 
-def test_the_turn_of_one_token_is_the_known_one() -> None:
-    ours, token = (
-        positions(FITTED, (13, 60, 90)),
-        FITTED.max_text_seq_length + (7 * 30 + 11) * 45 + 29,
-    )
+def test_the_rotation_of_one_token_has_the_known_values() -> None:
+    ours = positions(FITTED, (13, 60, 90))
+    token = FITTED.max_text_seq_length + (7 * 30 + 11) * 45 + 29
     channels = np.array([0, 2, 15, 16, 40, 63])
     cos = [0.7539023, -0.5994375, 0.9999976, 0.0044257, -0.7480575, 0.9999805]
     np.testing.assert_allclose(ours.cos[token, channels // 2], cos, atol=1e-6)
-    np.testing.assert_allclose(
-        ours.sin[token, [0, 8, 20]], [0.6569866, -0.9999902, -0.6636339], atol=1e-6
-    )
+    sin = [0.6569866, -0.9999902, -0.6636339]
+    np.testing.assert_allclose(ours.sin[token, [0, 8, 20]], sin, atol=1e-6)
 
 
 @pytest.mark.parametrize("latents", [(13, 60, 90), (3, 10, 6), (2, 6, 10)])
 def test_the_fixed_table_is_the_references(latents: tuple[int, int, int]) -> None:
     frames, height, width = latents
     ours = positions(FIXED, latents)
+    length = FIXED.max_text_seq_length
     embed = CogVideoXPatchEmbed(
-        embed_dim=FIXED.width,
-        max_text_seq_length=FIXED.max_text_seq_length,
-        use_positional_embeddings=False,
+        embed_dim=FIXED.width, max_text_seq_length=length, use_positional_embeddings=False
     )
     reference = embed._get_positional_embeddings(height, width, 4 * (frames - 1) + 1)[0]
     np.testing.assert_allclose(ours.table, reference, atol=1e-6, rtol=0)
@@ -89,13 +81,9 @@ def test_the_fixed_table_is_the_references(latents: tuple[int, int, int]) -> Non
     np.testing.assert_array_equal(ours.sin, np.zeros((len(reference), 32)))
 
 
-def test_a_learned_table_leaves_no_fixed_one() -> None:
-    assert (
-        positions(
-            dataclasses.replace(FIXED, use_learned_positional_embeddings=True), (2, 6, 10)
-        ).table
-        is None
-    )
+def test_a_network_with_a_learned_table_has_no_fixed_one() -> None:
+    learned = dataclasses.replace(FIXED, use_learned_positional_embeddings=True)
+    assert positions(learned, (2, 6, 10)).table is None
 
 
 @pytest.mark.parametrize(
@@ -105,29 +93,17 @@ def test_a_sinusoid_is_the_references(values: np.ndarray, width: int) -> None:
     reference = get_timestep_embedding(
         torch.tensor(values), width, flip_sin_to_cos=True, downscale_freq_shift=0
     )
-    # Frequencies may differ in their last bit, 6e-8 of them, and an angle is up to 999 radians.
+    # Frequencies may differ in their last bit, by 6e-8, and angles reach 999 radians.
     np.testing.assert_allclose(sinusoid(values, width), reference, atol=1e-4, rtol=0)
 
 
+KNOWN = {0: 0.99965, 1: 0.959839, 100: -0.254167, 1535: 0.994954, 1536: -0.026461, 3071: 0.100332}
+KNOWN_OFS = {0: -0.416147, 1: -0.350895, 256: 0.909297}
+
+
 @pytest.mark.parametrize(
-    ("value", "width", "known"),
-    [
-        (
-            999,
-            3072,
-            {
-                0: 0.99965,
-                1: 0.959839,
-                100: -0.254167,
-                1535: 0.994954,
-                1536: -0.026461,
-                3071: 0.100332,
-            },
-        ),
-        (2, 512, {0: -0.416147, 1: -0.350895, 256: 0.909297}),
-    ],
+    ("value", "width", "known"), [(999, 3072, KNOWN), (2, 512, KNOWN_OFS)], ids=["time", "ofs"]
 )
 def test_a_sinusoid_has_the_known_values(value: int, width: int, known: dict[int, float]) -> None:
-    np.testing.assert_allclose(
-        sinusoid(np.array([value]), width)[0, list(known)], list(known.values()), atol=1e-4, rtol=0
-    )
+    ours = sinusoid(np.array([value]), width)[0, list(known)]
+    np.testing.assert_allclose(ours, list(known.values()), atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Parity with CogVideoXTransformer3DModel, and what must hold for any transformer of ours."""
+"""Parity with CogVideoXTransformer3DModel, and invariants of our transformer."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ TIMESTEP = 999
 
 
 def reference(module: torch.nn.Module, video: torch.Tensor, text: torch.Tensor) -> np.ndarray:
-    """The reference's prediction, with the positions its pipeline would give it."""
+    """The reference's prediction, with the positions that its pipeline makes."""
     t, _, h, w = video.shape[1:]
     pipe = type("Pipe", (), {"vae_scale_factor_spatial": 8, "transformer": module})()
     rotary = None
@@ -30,9 +30,8 @@ def reference(module: torch.nn.Module, video: torch.Tensor, text: torch.Tensor) 
     ofs = torch.full((1,), OFS, dtype=video.dtype) if module.config.ofs_embed_dim else None
     timestep = torch.full((len(video),), TIMESTEP)
     with torch.no_grad():
-        return twins.frames_last(
-            module(video, text, timestep, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
-        )
+        v = module(video, text, timestep, ofs=ofs, image_rotary_emb=rotary, return_dict=False)[0]
+    return twins.frames_last(v)
 
 
 def ours(
@@ -61,13 +60,14 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
     t, h, w = latents
     video = torch.randn(2, t, module.config.in_channels, h, w, generator=generator)
-    return video, torch.randn(
-        2, module.config.max_text_seq_length, module.config.text_embed_dim, generator=generator
-    )
+    text = module.config.max_text_seq_length, module.config.text_embed_dim
+    return video, torch.randn(2, *text, generator=generator)
 
 
 LEARNED = twins.FAMILIES["1.0"]
 ROTARY = {"sample_height": 6, "sample_width": 10, "sample_frames": 17}
+FIXED = {**ROTARY, "use_rotary_positional_embeddings": False}
+WIDE_HEADS = {**ROTARY, "attention_head_dim": 64, "num_attention_heads": 2}
 TIMED = twins.FAMILIES["1.5"]
 
 
@@ -79,19 +79,11 @@ TIMED = twins.FAMILIES["1.5"]
         pytest.param(ROTARY, (3, 10, 6), id="1.0 in portrait"),
         pytest.param(ROTARY, (2, 8, 18), id="1.0 wider than its base grid"),
         pytest.param({**ROTARY, "patch_bias": False}, (1, 6, 10), id="1.0 without a patch bias"),
-        pytest.param(
-            {**ROTARY, "use_rotary_positional_embeddings": False},
-            (4, 10, 6),
-            id="neither rotary nor learned",
-        ),
+        pytest.param(FIXED, (4, 10, 6), id="neither rotary nor learned"),
         pytest.param(TIMED, (4, 6, 10), id="1.5"),
         pytest.param(TIMED, (2, 14, 4), id="1.5 in portrait"),
         pytest.param({**TIMED, "ofs_embed_dim": None}, (4, 4, 6), id="1.5 without ofs"),
-        pytest.param(
-            {**ROTARY, "attention_head_dim": 64, "num_attention_heads": 2},
-            (2, 6, 10),
-            id="heads of 64",
-        ),
+        pytest.param(WIDE_HEADS, (2, 6, 10), id="heads of 64"),
     ],
 )
 def test_the_prediction_is_the_references(
@@ -102,22 +94,20 @@ def test_the_prediction_is_the_references(
     assert_close(ours(module, video, text), reference(module, video, text), TOLERANCE["module"])
 
 
-def test_fewer_frames_than_the_learned_table_take_its_first_rows() -> None:
+def test_fewer_frames_than_the_learned_table_use_its_first_rows() -> None:
     module = twins.transformer(**LEARNED)
     video, text = inputs(module, (3, 6, 10))
-    # The reference would silently drop the learned table here; its network with a shorter one says
+    # The reference silently drops the learned table here. Its network with a shorter table gives
     # what the slice must give.
     shorter = twins.transformer(**{**LEARNED, "sample_frames": 9})
     rows = module.config.max_text_seq_length + 3 * 3 * 5
-    state = module.state_dict()
-    shorter.load_state_dict(
-        {**state, "patch_embed.pos_embedding": state["patch_embed.pos_embedding"][:, :rows]}
-    )
+    state, table = module.state_dict(), "patch_embed.pos_embedding"
+    shorter.load_state_dict({**state, table: state[table][:, :rows]})
     assert_close(ours(module, video, text), reference(shorter, video, text), TOLERANCE["module"])
 
 
 @pytest.mark.parametrize("family", ["1.0", "1.5"])
-def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(family: str) -> None:
+def test_bfloat16_is_no_further_from_the_truth_than_the_references_bfloat16(family: str) -> None:
     error_ours, error_theirs = [], []
     for seed in range(8):
         half = twins.transformer(seed, **twins.FAMILIES[family]).to(torch.bfloat16)
@@ -126,19 +116,16 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(family: st
         latents = (5, 6, 10) if family == "1.0" else (4, 6, 10)
         video, text = (x.bfloat16().float() for x in inputs(module, latents, seed))
         truth = reference(module, video, text)
-        error_theirs.append(
-            relative_error(reference(half, video.bfloat16(), text.bfloat16()), truth)
-        )
-        error_ours.append(
-            relative_error(np.float32(ours(module, video, text, jnp.bfloat16)), truth)
-        )
-    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(
-        np.mean(np.square(error_theirs))
-    )
-    assert min(error_theirs) > 1e-4  # the comparison is with a rounded run indeed
+        theirs = reference(half, video.bfloat16(), text.bfloat16())
+        error_theirs.append(relative_error(theirs, truth))
+        mine = np.float32(ours(module, video, text, jnp.bfloat16))
+        error_ours.append(relative_error(mine, truth))
+    rms_ours, rms_theirs = (np.sqrt(np.mean(np.square(e))) for e in (error_ours, error_theirs))
+    assert rms_ours <= TOLERANCE["bfloat16"] * rms_theirs
+    assert min(error_theirs) > 1e-4  # the reference's run was rounded
 
 
-def test_modulation_of_many_steps_is_that_of_each() -> None:
+def test_modulation_of_many_steps_is_that_of_each_step_alone() -> None:
     network, config = twins.twin("transformer", twins.transformer(**TIMED))
     time = jnp.asarray(sinusoid(np.array([999, 500, 19]), config.width))
     ofs = jnp.asarray(sinusoid(np.array([OFS]), config.ofs_embed_dim))

@@ -1,4 +1,5 @@
-"""The stages' programs as compilers are handed them, in small, and the operations in their text."""
+"""The programs of the stages at a small size, as compilers get them, and the operations in their
+text."""
 
 import dataclasses
 import re
@@ -20,21 +21,20 @@ from cogi2v_jax.sampling.programs import RequestTarget
 STEPS = 4
 PRODUCTS = "dot_general dot convolution"
 STAGES = ("text", "image", "modulation", "denoise", "decode")
-# Arithmetic that rounds. Moving, comparing and converting doesn't.
-ROUNDING = "add subtract multiply divide power sqrt rsqrt cbrt exponential exponential_minus_one log log_plus_one logistic tanh sine cosine reduce"
+# Arithmetic that rounds. Moving, comparing and converting does not.
+ROUNDING = (
+    "add subtract multiply divide power sqrt rsqrt cbrt exponential exponential_minus_one log "
+    "log_plus_one logistic tanh sine cosine reduce"
+)
 
 
 @cache
 def checkpoint() -> config.CheckpointConfig:
-    """The embedded model with a VAE as small as they come: each of its convolutions takes a TPU's
-    compiler a while."""
+    """The embedded model with the smallest possible VAE: a TPU's compiler takes long for each
+    convolution."""
     tiny = config.named("cogi2v-tiny")
-    return dataclasses.replace(
-        tiny,
-        vae=dataclasses.replace(
-            tiny.vae, block_out_channels=(4, 4, 4, 8), layers_per_block=1, norm_num_groups=2
-        ),
-    )
+    small = {"block_out_channels": (4, 4, 4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+    return dataclasses.replace(tiny, vae=dataclasses.replace(tiny.vae, **small))
 
 
 def target(devices: list[Any], dtype: str, **settings: Any) -> RequestTarget:
@@ -44,21 +44,21 @@ def target(devices: list[Any], dtype: str, **settings: Any) -> RequestTarget:
 
 
 def lowered(stage: str, dtype: str, tpu: str | None = None) -> jax.stages.Lowered:
-    """One stage of the pipeline in small. Products that state no precision get the default one,
+    """A stage of the pipeline at a small size. Products that state no precision get jax's default,
     whatever the tests run with."""
     devices = jax.devices()[:1] if tpu is None else list(chip(tpu).devices.flat)
     settings = {"num_inference_steps": STEPS, "scheduler": "dpm", "use_dynamic_cfg": True}
-    place = target(devices, dtype, **settings)
+    small = target(devices, dtype, **settings)
     match stage:
         case "image":
-            call = place.call(stages.encode_image, np.zeros((1, 1, 16, 16, 3), np.float32))
+            call = small.call(stages.encode_image, np.zeros((1, 1, 16, 16, 3), np.float32))
         case "decode":
             latents = np.zeros((1, 1, 2, 2, 16), np.float32)
-            call = place.call(stages.decode, latents, np.float32(0.7), strips=1)
+            call = small.call(stages.decode, latents, np.float32(0.7), strips=1)
         case "text":
-            (call,) = place.calls("text")
+            (call,) = small.calls("text")
         case _:
-            call = place.calls("denoise")[0 if stage == "modulation" else -1]
+            call = small.calls("denoise")[0 if stage == "modulation" else -1]
     with jax.default_matmul_precision("default"):
         return call.lower()
 
@@ -70,14 +70,16 @@ def compiled(stage: str, dtype: str, tpu: str) -> str:
 
 
 def handed_over(stage: str, dtype: str) -> str:
+    """The StableHLO of a stage, as compilers get it."""
     return lowered(stage, dtype).as_text()
 
 
 def operations(text: str, names: str) -> Iterator[tuple[str, str, str]]:
-    """(element type of the result, operation, line), of StableHLO or HLO, for these operations."""
-    words = names.replace(" ", "|")
-    stable = re.compile(rf"= \"?stablehlo\.({words})\b.*tensor<(?:\d+x)*(\w+)>(?: loc\(.*\))?$")
-    optimised = re.compile(rf"= (\w+)\[[^=]*? ({words.replace('_', '-')})\(")
+    """(element type of the result, operation, line) of every one of these operations in StableHLO
+    or HLO."""
+    either = names.replace(" ", "|")
+    stable = re.compile(rf"= \"?stablehlo\.({either})\b.*tensor<(?:\d+x)*(\w+)>(?: loc\(.*\))?$")
+    optimised = re.compile(rf"= (\w+)\[[^=]*? ({either.replace('_', '-')})\(")
     for line in text.splitlines():
         if found := stable.search(line):
             yield found[2], found[1], line.strip()
@@ -86,9 +88,10 @@ def operations(text: str, names: str) -> Iterator[tuple[str, str, str]]:
 
 
 def handed_to_nvidia(stage: str, dtype: str) -> str:
-    """A stage's StableHLO as it goes to a CUDA device, none of which is needed."""
+    """The StableHLO of a stage for a CUDA device. Needs no such device."""
     calls = target(jax.devices()[:1], dtype, num_inference_steps=2).calls(stage)
-    _, args, static = call = calls[-1 if stage == "denoise" else 0]
+    call = calls[-1 if stage == "denoise" else 0]
+    function = partial(call.stage.program.function, **call.static)
     with jax.default_matmul_precision("default"):
-        traced = jax.jit(partial(call.stage.program.function, **static)).trace(*args)
+        traced = jax.jit(function).trace(*call.args)
         return traced.lower(lowering_platforms=("cuda",)).as_text()

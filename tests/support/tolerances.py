@@ -1,14 +1,14 @@
-"""How far a result may be from the reference, and why not less."""
+"""How far a result may be from the reference, and why."""
 
 import numpy as np
 
-# Relative errors allowed against the reference, and why they are not smaller.
+# Relative errors that are allowed, and why they are not smaller.
 TOLERANCE = {
-    # Float32 sums in another order; the widest is 7e-6, of timestep sinusoids whose frequencies
-    # differ in the last bit.
+    # Float32 sums in another order. The largest is 7e-6: frequencies of the timesteps' sinusoids
+    # differ in their last bit.
     "module": 1e-5,
     "trajectory": 1e-5,  # 50 float32 steps of one schedule
-    "latents": 1e-4,  # the whole pipeline: modules' errors carried through every step
+    "latents": 1e-4,  # the whole pipeline: errors of modules, carried through every step
     "bfloat16": 1.1,  # times the reference's own bfloat16 error
 }
 
@@ -21,7 +21,7 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
-    """Says how far off and where, if it fails."""
+    """Asserts `relative_error`; a failure says how large it is, and where."""
     error = relative_error(ours, theirs)
     difference = np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64))
     worst = tuple(int(i) for i in np.unravel_index(np.argmax(difference), difference.shape))
