@@ -1,9 +1,10 @@
-"""The released networks with random weights, the same ones for both frameworks: torch draws them
-where it computes, and ours are laid out from its memory by the convert tables. Nothing goes through
-the host, where 22 GB of numbers would take minutes."""
+"""The released networks with random weights, equal for both frameworks: torch draws them on its
+device, and ours are converted from that memory by the convert tables. Nothing goes through the
+host, where 22 GB of numbers would take minutes."""
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 import dataclasses
+import math
 import zlib
 from typing import Any
 
@@ -24,11 +25,10 @@ BLOCKS = {
     "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4,
 }
-# What a released checkpoint is cut down to, and the request that goes with it.
+# The settings that differ from a released checkpoint, and the request for that size.
 Size = dict[str, dict[str, Any]]
 FULL: Size = {"transformer": {}, "vae": {}, "text_encoder": {}, "request": {}}
-# Everything as wide as it is, but few layers and a small picture: what a machine without a GPU can
-# hold.
+# Full width, but few layers and a small picture, for machines without a GPU.
 WIDE: Size = {
     "transformer": {"num_layers": 2, "sample_height": 12, "sample_width": 18, "sample_frames": 17},
     "vae": {},
@@ -36,12 +36,8 @@ WIDE: Size = {
     "request": {"height": 96, "width": 144, "num_frames": 17},
 }
 SMALL: Size = {
-    "transformer": {
-        **WIDE["transformer"],
-        "num_attention_heads": 2,
-        "time_embed_dim": 64,
-        "text_embed_dim": 64,
-    },
+    "transformer": WIDE["transformer"]
+    | {"num_attention_heads": 2, "time_embed_dim": 64, "text_embed_dim": 64},
     "vae": {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1},
     "text_encoder": {"num_layers": 2, "d_model": 64, "d_ff": 128, "num_heads": 4, "d_kv": 16},
     "request": WIDE["request"],
@@ -50,28 +46,25 @@ SIZES = {"full": FULL, "wide": WIDE, "small": SMALL}
 
 
 def cut(name: str, size: str) -> tuple[CheckpointConfig, dict[str, Any]]:
-    """A released checkpoint's configuration at one of SIZES, and what to ask of it."""
+    """A released checkpoint's configuration at one of SIZES, and the request's settings."""
     whole = config.named(name)
-    less = SIZES[size]
     parts: dict[str, Any] = {
         part: dataclasses.replace(getattr(whole, part), **changed)
-        for part, changed in less.items()
+        for part, changed in SIZES[size].items()
         if part in NETWORKS
     }
-    if whole.transformer.ofs_embed_dim:  # it is added to the time's embedding
-        parts["transformer"] = dataclasses.replace(
-            parts["transformer"], ofs_embed_dim=parts["transformer"].time_embed_dim
-        )
-    return dataclasses.replace(whole, **parts, name=name if size == "full" else None), less[
-        "request"
-    ]
+    if whole.transformer.ofs_embed_dim:  # it is added to the time embedding
+        width = parts["transformer"].time_embed_dim
+        parts["transformer"] = dataclasses.replace(parts["transformer"], ofs_embed_dim=width)
+    parts["name"] = name if size == "full" else None
+    return dataclasses.replace(whole, **parts), SIZES[size]["request"]
 
 
 def reference(
     part: str, config: CheckpointConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> torch.nn.Module:
-    """The reference's network with seeded weights, which are bfloat16 values whatever the dtype:
-    both dtypes compute with the same ones."""
+    """The reference's network with seeded weights. They are bfloat16 values in every dtype, so that
+    all dtypes compute with the same weights."""
     own = dataclasses.asdict(getattr(config, part))
     with torch.device("meta"):
         if part == "transformer":
@@ -94,26 +87,21 @@ def reference(
 
 
 def _scale(name: str, shape: tuple[int, ...], config: CheckpointConfig) -> tuple[float, float]:
-    """(mean, standard deviation) with which activations stay about one through a trained network's
-    depth: sums of as many inputs as there are, norms near the identity, T5's unscaled logits kept
-    small by its queries."""
+    """(mean, standard deviation) that keep activations near one at any depth: kernels are scaled by
+    their number of inputs, norms are near the identity, and T5's queries keep its unscaled logits
+    small."""
     if len(shape) == 1:
         return (1.0 if name.endswith("weight") else 0.0), 0.1
     if name.endswith(("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")):
         return 0.0, 1.0
     if name.endswith("pos_embedding"):
         return 0.0, 0.3
-    inputs = 1
-    for count in shape[1:]:
-        inputs *= count
-    return 0.0, (
-        inputs * (config.text_encoder.d_kv if name.endswith("SelfAttention.q.weight") else 1)
-    ) ** -0.5
+    scale = config.text_encoder.d_kv if name.endswith("SelfAttention.q.weight") else 1
+    return 0.0, (math.prod(shape[1:]) * scale) ** -0.5
 
 
 def ours(name: str, module: torch.nn.Module, target: Target) -> nnx.Module:
-    """One of checkpoint.PIECES with a reference network's weights, on the device that they are
-    on."""
+    """One of pieces.PIECES with the weights of a reference network, on the same device."""
     part, prefix = PIECES[name]
     tensors = module.state_dict()
     found: dict[str, list[Any]] = {}
@@ -127,7 +115,7 @@ def ours(name: str, module: torch.nn.Module, target: Target) -> nnx.Module:
             rule.to_flax(jax.dlpack.from_dlpack(tensors[torch_name].contiguous()))
             for rule, torch_name in found[leaf_name]
         ]
-        # A copy: torch's own may be freed.
+        # A copy, because torch's tensor may be freed.
         value = jnp.stack(layers) if is_stacked(leaf_name) else jnp.array(layers[0])
         filled.append((path, leaf.replace(value)))
     return nnx.merge(graph, nnx.from_flat_state(filled))

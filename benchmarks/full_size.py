@@ -1,17 +1,18 @@
-"""The released networks at full size, with random weights, against diffusers in one process on one
-GPU: are they the same, and how fast.
+"""The released networks at full size, with random weights, compared with diffusers in one process
+on one GPU: parity and speed.
 
-    python benchmarks/full_size.py parity  --model cogvideox-5b-i2v           # every stage, float32 and bfloat16
-    python benchmarks/full_size.py speed   --stages "denoising step"          # against eager, torch.compile, cuDNN attention
-    python benchmarks/full_size.py tune                                       # attention backends and compiler options of ours
-    python benchmarks/full_size.py profile                                    # where the time of a step goes, ours and theirs
-    python benchmarks/full_size.py path    --folder /scratch                  # to-flax, sample, record, verify by their command lines
-    python benchmarks/full_size.py readme  results/*.json                     # README's tables, from what the others wrote
+    python benchmarks/full_size.py PART [options]
 
-Every part runs alone, prints a table and writes it with `--json FILE`, and is meant to end within
-nine minutes on an H100 with 16 cores; `--stages`, `--variants` and `--dtypes` cut one down. Where
-there is no GPU, `--size wide` (full width, two layers, a small picture) and `--size small` run on
-the CPU.
+    parity   --model cogvideox-5b-i2v     every stage in float32 and bfloat16
+    speed    --stages "denoising step"    ours, eager, torch.compile, cuDNN attention
+    tune                                  our attention backends and compiler options
+    profile                               the time of a step by kernels, ours and theirs
+    path     --folder /scratch            the commands to-flax, sample, record and verify
+    readme   results/*.json               writes README's tables from the results of the others
+
+Every part runs alone, prints a table and writes it with `--json FILE`. It should take at most nine
+minutes on an H100 with 16 cores; `--stages`, `--variants` and `--dtypes` select less. Without a
+GPU, `--size wide` (full width, two layers, a small picture) and `--size small` run on the CPU.
 """
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportMissingImports=false
@@ -27,9 +28,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two frameworks share the memory
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # because torch shares the GPU's memory
 
-from vs_reference import aligned, machine  # which checks that the reference is installed
+from vs_reference import aligned, machine  # exits if the reference is not installed
 
 # isort: split
 import full_path
@@ -51,17 +52,17 @@ STAGES = {
     "denoising step": "transformer",
 }
 TIMED = ("text", "VAE decode", "denoising step")
-# Products in bfloat16 and in float32 that a device does a second at most.
+# Peak operations a second of a device in bfloat16 and in float32.
 PEAKS = {"NVIDIA H100 80GB HBM3": (989e12, 67e12), "NVIDIA H200": (989e12, 67e12)}
-# Relative errors in float32 of a stage and of the loop, and in bfloat16 our error over the
+# Limits: the relative error of a stage and of the loop in float32; in bfloat16, our error over the
 # reference's own.
 MOST, LOOP_MOST, RATIO = 1e-5, 1e-4, 1.1
 OURS = "cogi2v-jax"
 
 
 def parity(args: argparse.Namespace) -> dict[str, Any]:
-    """Every stage's result in both dtypes; a dtype's networks are gone before the next one's are
-    made."""
+    """Every stage's result in both dtypes. The networks of one dtype are freed before those of the
+    next are made."""
     results: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     for dtype in args.dtypes:
         for name, stage in _stages(args, dtype, STAGES):
@@ -70,11 +71,8 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in dict.fromkeys(stage for stage, _ in results):
         theirs, _ = results.get((name, "float32")) or results[name, "bfloat16"]
-        row = {
-            "stage": name,
-            "shape": list(theirs.shape),
-            "rms": float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64)))),
-        }
+        rms = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
+        row = {"stage": name, "shape": list(theirs.shape), "rms": rms}
         if single := results.get((name, "float32")):
             row["float32"] = _error(single[1], single[0])
         if half := results.get((name, "bfloat16")):
@@ -92,11 +90,13 @@ def _error(ours: np.ndarray, truth: np.ndarray) -> float:
 
 
 def _faults(row: dict[str, Any]) -> Iterator[str]:
-    most = LOOP_MOST if row["stage"] == "denoising step" else MOST
+    stage, most = row["stage"], LOOP_MOST if row["stage"] == "denoising step" else MOST
     if not row.get("float32", 0.0) <= most:
-        yield f"{row['stage']} must be within {most:g} of the reference in float32: got {row['float32']:.1e}"
+        rule = f"must be within {most:g} of the reference in float32"
+        yield f"{stage} {rule}: got {row['float32']:.1e}"
     if row.get("reference_bfloat16") and not row["bfloat16"] <= RATIO * row["reference_bfloat16"]:
-        yield f"{row['stage']} must be within {RATIO} x the reference's own error in bfloat16: got {row['bfloat16']:.1e}"
+        rule = f"must be within {RATIO} x the reference's own error in bfloat16"
+        yield f"{stage} {rule}: got {row['bfloat16']:.1e}"
 
 
 def parity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -105,26 +105,17 @@ def parity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     ]
     for row in rows:
         half, theirs = row.get("bfloat16"), row.get("reference_bfloat16")
-        errors = [
-            f"{error:.1e}" if error is not None else "-"
-            for error in (row.get("float32"), half, theirs)
-        ]
-        shape = "x".join(map(str, row["shape"]))
-        cells.append(
-            [
-                row["stage"],
-                shape,
-                f"{row['rms']:.2f}",
-                *errors,
-                f"{half / theirs:.2f}" if half and theirs else "-",
-            ]
-        )
+        errors = (row.get("float32"), half, theirs)
+        printed = [f"{error:.1e}" if error is not None else "-" for error in errors]
+        shape, ratio = "x".join(map(str, row["shape"])), half / theirs if half and theirs else None
+        printed.append(f"{ratio:.2f}" if ratio is not None else "-")
+        cells.append([row["stage"], shape, f"{row['rms']:.2f}", *printed])
     return cells
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Every variant of every stage in turn, round after round, so that whatever else happens meets
-    them all."""
+    """Times all variants of a stage in turn, round after round, so that other load on the machine
+    affects all of them."""
     (dtype,) = args.dtypes
     rows = []
     for name, stage in _stages(args, dtype, TIMED):
@@ -133,50 +124,33 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         operations = counter.get_total_flops()
         program = stage.ours()
         calls: dict[str, Callable[[], Any]] = {OURS: program.call}
-        facts = {
-            OURS: {
-                "peak": program.peak,
-                "error": _error(np.asarray(program.call()).astype(np.float32), truth),
-            }
-        }
+        error = _error(np.asarray(program.call()).astype(np.float32), truth)
+        facts = {OURS: {"peak": program.peak, "error": error}}
         for variant in args.variants:
             try:
                 facts[variant] = _warmed(call := stage.variant(variant), truth)
                 calls[variant] = call
-            except (
-                RuntimeError,
-                torch._dynamo.exc.TorchDynamoException,
-            ) as error:  # no such kernel here, or no room
-                rows.append(
-                    {"stage": name, "variant": variant, "refused": str(error).splitlines()[0][:100]}
-                )
+            # There is no such kernel on this device, or too little memory.
+            except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+                why = str(error).splitlines()[0][:100]
+                rows.append({"stage": name, "variant": variant, "refused": why})
         times: dict[str, list[float]] = {variant: [] for variant in calls}
         for repeat in range(args.repeats):
             for variant in list(calls) if repeat % 2 else reversed(list(calls)):
                 times[variant].append(_seconds(calls[variant]) / stage.parts)
         for variant, seconds in times.items():
-            ratio = statistics.median(
-                theirs / ours for theirs, ours in zip(seconds, times[OURS], strict=True)
-            )
+            pairs = zip(seconds, times[OURS], strict=True)
             rate = operations / stage.parts / statistics.median(seconds)
-            share = rate / peak if (peak := _peak(dtype)) else None
-            rows.append(
-                {
-                    "stage": name,
-                    "variant": variant,
-                    "seconds": seconds,
-                    "ratio": ratio,
-                    "rate": rate,
-                    "mfu": share,
-                    **facts[variant],
-                }
-            )
+            row = {"stage": name, "variant": variant, "seconds": seconds}
+            row |= {"ratio": statistics.median(theirs / ours for theirs, ours in pairs)}
+            row |= {"rate": rate, "mfu": rate / peak if (peak := _peak(dtype)) else None}
+            rows.append(row | facts[variant])
     return {"rows": rows}
 
 
 def _warmed(call: Callable[[], torch.Tensor], truth: np.ndarray) -> dict[str, Any]:
-    """Compiles, compares, and measures the memory of a second call, torch's networks and inputs
-    included."""
+    """Compiles, compares, and measures the memory of a second call, including torch's networks and
+    inputs."""
     error = _error(call().float().cpu().numpy(), truth)
     if not torch.cuda.is_available():
         return {"peak": None, "error": error}
@@ -205,43 +179,21 @@ def _peak(dtype: str) -> float | None:
 
 
 def speed_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    cells = [
-        [
-            "stage",
-            "variant",
-            "s",
-            "variant / ours",
-            "peak GiB",
-            "TFLOP/s",
-            "MFU",
-            "distance from eager",
-        ]
-    ]
+    head = "stage, variant, s, variant / ours, peak GiB, TFLOP/s, MFU, distance from eager"
+    cells = [head.split(", ")]
     for row in rows:
         if "refused" in row:
             cells.append([row["stage"], row["variant"], "not here", *["-"] * 5])
             continue
         memory = "-" if row["peak"] is None else f"{row['peak'] / 2**30:.2f}"
-        numbers = [
-            f"{statistics.median(row['seconds']):.4g}",
-            f"{row['ratio']:.2f}",
-            memory,
-            f"{row['rate'] / 1e12:.3g}",
-        ]
-        cells.append(
-            [
-                row["stage"],
-                row["variant"],
-                *numbers,
-                f"{row['mfu']:.0%}" if row["mfu"] else "-",
-                f"{row['error']:.0e}",
-            ]
-        )
+        numbers = [f"{statistics.median(row['seconds']):.4g}", f"{row['ratio']:.2f}", memory]
+        numbers += [f"{row['rate'] / 1e12:.3g}", f"{row['mfu']:.0%}" if row["mfu"] else "-"]
+        cells.append([row["stage"], row["variant"], *numbers, f"{row['error']:.0e}"])
     return cells
 
 
 def _stages(args: argparse.Namespace, dtype: str, among: Any) -> Iterator[tuple[str, Stage]]:
-    """The stages asked for, network by network."""
+    """The requested stages, network by network."""
     wanted = [name for name in (args.stages or among) if name in among]
     for network in dict.fromkeys(STAGES[name] for name in wanted):
         stages = NETWORKS[network](Case(args.model, args.size, dtype, args.steps, args.attention))
@@ -257,24 +209,17 @@ def readme(args: argparse.Namespace) -> None:
     blocks = []
     for path in args.results:
         found = json.loads(path.read_text())
-        blocks.append(
-            f"{found['title']}\n\n{aligned(found['table'], markdown=True)}\n\n{' '.join(found['machine'])}"
-        )
+        parts = (found["title"], aligned(found["table"], markdown=True), " ".join(found["machine"]))
+        blocks.append("\n\n".join(parts))
     begin, end = "<!-- benchmarks/full_size.py -->", "<!-- end -->"
     before, _, rest = README.read_text(encoding="utf-8").partition(begin)
-    README.write_text(
-        before + "\n\n".join([begin, *blocks, end]) + rest.partition(end)[2], encoding="utf-8"
-    )
+    text = before + "\n\n".join([begin, *blocks, end]) + rest.partition(end)[2]
+    README.write_text(text, encoding="utf-8")
 
 
-# What each part measures, and the table of its rows.
-PARTS: dict[
-    str,
-    tuple[
-        Callable[[argparse.Namespace], dict[str, Any]],
-        Callable[[list[dict[str, Any]]], list[list[str]]],
-    ],
-] = {
+Measure = Callable[[argparse.Namespace], dict[str, Any]]
+Tabulate = Callable[[list[dict[str, Any]]], list[list[str]]]
+PARTS: dict[str, tuple[Measure, Tabulate]] = {
     "parity": (parity, parity_table),
     "speed": (speed, speed_table),
     "tune": (full_tuning.tune, full_tuning.tune_table),
@@ -284,30 +229,22 @@ PARTS: dict[
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(
-        description="The released networks at full size against diffusers."
-    )
+    about = "The released networks at full size compared with diffusers."
+    main = argparse.ArgumentParser(description=about)
     parts = main.add_subparsers(dest="part", required=True, metavar="PART")
     for name, (function, _) in PARTS.items():
         part = parts.add_parser(name, help=(function.__doc__ or "").partition(".")[0])
         part.add_argument("--model", choices=MODELS, default=MODELS[0])
         part.add_argument("--size", choices=SIZES, default="full")
         part.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"])
-        part.add_argument(
-            "--steps",
-            type=int,
-            default=2,
-            help="of the loop, as a pair with guidance; times are for one",
-        )
-        part.add_argument("--attention", default="auto", help="backend of ours")
+        about = "of the denoising loop, each a guidance pair; times are for one"
+        part.add_argument("--steps", type=int, default=2, help=about)
+        part.add_argument("--attention", default="auto", help="our attention backend")
         part.add_argument("--stages", nargs="+", choices=STAGES)
         part.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS)[:5])
         part.add_argument("--repeats", type=int, default=5)
-        part.add_argument(
-            "--folder",
-            type=Path,
-            help="path: where its folders and files are kept, and found again",
-        )
+        about = "path: for its folders and files, which later calls find again"
+        part.add_argument("--folder", type=Path, help=about)
         part.add_argument("--json", type=Path, help="write every figure there")
     tables = parts.add_parser("readme", help="README's tables from result files")
     tables.add_argument("results", nargs="+", type=Path)
@@ -319,9 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     if args.part == "readme":
         readme(args)
         return 0
-    args.dtypes = args.dtypes or (
-        ["float32", "bfloat16"] if args.part == "parity" else ["bfloat16"]
-    )
+    both = ["float32", "bfloat16"]
+    args.dtypes = args.dtypes or (both if args.part == "parity" else both[1:])
     if args.size == "full" and jax.default_backend() != "gpu":
         sys.exit("full size must have a GPU: got none; --size wide or small will do")
     torch.set_num_threads(os.cpu_count() or 1)
@@ -334,26 +270,12 @@ def main(arguments: list[str] | None = None) -> int:
         args.folder = args.folder or Path(scratch)
         found = measure(args)
     rows = found["rows"]
-    title = f"{args.part}, {args.model}, {args.size} size, {' and '.join(args.dtypes)}, {args.steps} steps"
-    record = {
-        "title": title,
-        "machine": [*_gpu(), *machine()],
-        "table": tabulate(rows),
-        **found,
-        "seconds": time.perf_counter() - begin,
-    }
-    print(
-        "\n".join(
-            [
-                title,
-                *record["machine"],
-                "",
-                aligned(record["table"], markdown=False),
-                *found.get("faults", []),
-            ]
-        ),
-        flush=True,
-    )
+    what = f"{args.size} size, {' and '.join(args.dtypes)}, {args.steps} steps"
+    title, about = f"{args.part}, {args.model}, {what}", [*_gpu(), *machine()]
+    record = {"title": title, "machine": about, "table": tabulate(rows), **found}
+    record["seconds"] = time.perf_counter() - begin
+    table = aligned(record["table"], markdown=False)
+    print("\n".join([title, *about, "", table, *found.get("faults", [])]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if found.get("faults") else 0
@@ -362,10 +284,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _gpu() -> list[str]:
     if not torch.cuda.is_available():
         return ["no GPU:"]
-    cudnn = torch.backends.cudnn.version()
-    return [
-        f"{torch.cuda.get_device_name()}, torch's CUDA {torch.version.cuda} and cuDNN {cudnn}, {jax.devices()[0].client.platform_version};"
-    ]
+    theirs = f"CUDA {torch.version.cuda} and cuDNN {torch.backends.cudnn.version()}"
+    ours = jax.devices()[0].client.platform_version
+    return [f"{torch.cuda.get_device_name()}, torch's {theirs}, {ours};"]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The stages of a request at full size, each as two callables on one device: ours and the
-reference's, on the same weights and inputs."""
+"""The stages of a request at full size, each as two callables on one device, ours and the
+reference's, with equal weights and inputs."""
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 import warnings
@@ -27,8 +27,7 @@ from cogi2v_jax.sampling.programs import OFS, RequestTarget, mesh_for
 from cogi2v_jax.weights.pieces import memory_limit
 
 GUIDANCE = 6.0
-# How the reference can be run: through torch.compile with one of its modes, and with the attention
-# kernel that torch is held to.
+# Ways to run the reference: a mode of torch.compile and the attention kernel that torch must use.
 VARIANTS: dict[str, tuple[str | None, SDPBackend | None]] = {
     "eager": (None, None),
     "eager, cuDNN attention": (None, SDPBackend.CUDNN_ATTENTION),
@@ -36,16 +35,16 @@ VARIANTS: dict[str, tuple[str | None, SDPBackend | None]] = {
     "compile, cuDNN attention": ("default", SDPBackend.CUDNN_ATTENTION),
     "compile, flash attention": ("default", SDPBackend.FLASH_ATTENTION),
     "compile max-autotune": ("max-autotune-no-cudagraphs", None),
-    "compile max-autotune, cuDNN attention": (
-        "max-autotune-no-cudagraphs",
-        SDPBackend.CUDNN_ATTENTION,
-    ),
 }
+VARIANTS["compile max-autotune, cuDNN attention"] = (
+    VARIANTS["compile max-autotune"][0],
+    SDPBackend.CUDNN_ATTENTION,
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a checkpoint's architecture at a size, in a dtype, on the one device of
+    """One measurement: a checkpoint's architecture at a size and in a dtype, on the first device of
     both frameworks."""
 
     model: str
@@ -69,32 +68,24 @@ class Case:
     @cached_property
     def target(self) -> RequestTarget:
         config, asked = cut(self.model, self.size)
-        settings = {
-            "num_inference_steps": self.steps,
-            "guidance_scale": GUIDANCE,
-            "use_dynamic_cfg": False,
-            "scheduler": "ddim",
-        }
-        with warnings.catch_warnings(action="ignore"):  # sizes outside of the published range
+        settings: dict[str, Any] = {"num_inference_steps": self.steps, "scheduler": "ddim"}
+        settings |= {"guidance_scale": GUIDANCE, "use_dynamic_cfg": False}
+        with warnings.catch_warnings(action="ignore"):  # about sizes outside the published range
             request = Request("none.png", "none", **settings, **asked).resolve(config)
         dtype, memory = jnp.dtype(self.dtype), memory_limit()
         mesh = mesh_for(config, dtype, "data=1", 1, True, jax.devices()[:1], memory)
         return RequestTarget(config, dtype, mesh, memory, request, self.attention)
 
     def normal(self, seed: int, *shape: int) -> torch.Tensor:
-        """Float32 values that bfloat16 holds, so that every dtype starts from the same ones."""
-        return (
-            torch.randn(
-                shape, generator=torch.Generator(self.device).manual_seed(seed), device=self.device
-            )
-            .bfloat16()
-            .float()
-        )
+        """Float32 values that bfloat16 represents exactly, so that all dtypes have equal inputs."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        values = torch.randn(shape, generator=generator, device=self.device)
+        return values.bfloat16().float()
 
 
 class Program(NamedTuple):
-    """Ours, compiled: a call, and the bytes that its executables take at most, weights and
-    arguments included."""
+    """Ours, compiled: a call, and the peak bytes of its executables, including weights and
+    arguments."""
 
     call: Callable[[], Any]
     peak: int
@@ -102,8 +93,8 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One result, of the reference's and of ours. `inner` is the module of theirs that
-    torch.compile gets; `parts` is what times are divided by."""
+    """One result computed by the reference and by us. `inner` is the reference's module for
+    torch.compile; times are divided by `parts`."""
 
     inner: torch.nn.Module
     theirs: Callable[[], torch.Tensor]  # already in our layout
@@ -111,16 +102,15 @@ class Stage:
     parts: int = 1
 
     def variant(self, name: str) -> Callable[[], torch.Tensor]:
-        """The reference run in one of VARIANTS. What torch.compile makes is kept between the
-        calls."""
+        """The reference run in one of VARIANTS. Calls share what torch.compile compiled."""
         mode, kernel = VARIANTS[name]
         plain = type(self.inner).forward
 
-        def held(*args: Any, **settings: Any) -> Any:
+        def with_kernel(*args: Any, **settings: Any) -> Any:
             with nullcontext() if kernel is None else sdpa_kernel(kernel):
                 return plain(self.inner, *args, **settings)
 
-        forward = held if mode is None else torch.compile(held, mode=mode)
+        forward = with_kernel if mode is None else torch.compile(with_kernel, mode=mode)
 
         def run() -> torch.Tensor:
             self.inner.forward = forward
@@ -143,30 +133,27 @@ def channels_last(latents: torch.Tensor) -> torch.Tensor:
 
 
 def given(tensor: torch.Tensor) -> jax.Array:
-    """The same values for us, where they are."""
+    """The same values as a jax array on the same device."""
     return jnp.array(jax.dlpack.from_dlpack(tensor.contiguous()))
 
 
 def peak(*executables: Any) -> int:
-    """Bytes of arguments, results and what lies between, by the compiler's own plan."""
-    sizes = [executable.memory_analysis() for executable in executables]
-    return max(
-        m.argument_size_in_bytes
-        + m.output_size_in_bytes
-        + m.temp_size_in_bytes
-        - m.alias_size_in_bytes
-        for m in sizes
-    )
+    """Bytes of arguments, outputs and temporaries, by the compiler's own plan."""
+    sizes = []
+    for executable in executables:
+        m = executable.memory_analysis()
+        both = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        sizes.append(both + m.temp_size_in_bytes)
+    return max(sizes)
 
 
 def text_encoder(case: Case) -> dict[str, Stage]:
-    """T5 of a prompt and a negative one."""
+    """T5 embeddings of a prompt and a negative prompt."""
     module = reference("text_encoder", case.config, case.torch_dtype, case.device)
     network, target = ours("text_encoder", module, case.target), case.target
     sizes = (2, case.config.transformer.max_text_seq_length)
-    ids = torch.randint(
-        2, case.config.text_encoder.vocab_size, sizes, generator=torch.manual_seed(1)
-    ).to(case.device)
+    vocabulary, generator = case.config.text_encoder.vocab_size, torch.manual_seed(1)
+    ids = torch.randint(2, vocabulary, sizes, generator=generator).to(case.device)
 
     def program() -> Program:
         tokens = given(ids.int())
@@ -208,21 +195,18 @@ def vae(case: Case) -> dict[str, Stage]:
 
 
 def transformer(case: Case) -> dict[str, Stage]:
-    """A prediction, and steps of the loop with guidance, the evaluation of their modulation
-    included."""
+    """One prediction, and steps of the loop with guidance. Ours include the modulation."""
     module = reference("transformer", case.config, case.torch_dtype, case.device)
     target, request, config = case.target, case.target.request, case.config.transformer
     modulation, network = (ours(name, module, target) for name in ("modulation", "transformer"))
     frames, rows, columns, channels, _ = target.shape
     start = case.normal(3, 1, frames, channels, rows, columns)
-    image = torch.cat(
-        [case.normal(4, 1, 1, channels, rows, columns), torch.zeros_like(start[:, 1:])], dim=1
-    )
+    first = case.normal(4, 1, 1, channels, rows, columns)
+    image = torch.cat([first, torch.zeros_like(start[:, 1:])], dim=1)
     text = case.normal(5, 2, config.max_text_seq_length, config.text_embed_dim).to(case.torch_dtype)
-    scheduler = diffusers.CogVideoXDDIMScheduler(
-        **vars(case.config.scheduler), **case.config.scheduler.REQUIRED
-    )
-    # For its rotary tables.
+    settings = vars(case.config.scheduler) | case.config.scheduler.REQUIRED
+    scheduler = diffusers.CogVideoXDDIMScheduler(**settings)
+    # Only for its rotary tables.
     pipe = diffusers.CogVideoXImageToVideoPipeline(None, None, None, module, scheduler)
     rotary = pipe._prepare_rotary_positional_embeddings(
         request.height, request.width, frames, case.device

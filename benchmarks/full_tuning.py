@@ -1,5 +1,5 @@
-"""Where a denoising step's time goes on a GPU, and what it takes with other attention kernels and
-compiler options."""
+"""The time of a denoising step on a GPU: by kernels, and with other attention kernels and compiler
+options."""
 
 # pyright: reportPrivateImportUsage=false, reportMissingImports=false
 import argparse
@@ -17,44 +17,37 @@ from full_stages import Case, Stage, transformer
 from cogi2v_jax.devices.compiler_options import compiler_options
 
 STEP = "denoising step"
-# What is tried: a backend with the options that flags.py has for the device, and with these
-# instead.
+# Attention backends, with the options of compiler_options.py for the device and these in addition.
 TRIALS: tuple[tuple[str, dict[str, str] | None], ...] = (
     ("auto", None),
     ("tokamax", None),
     ("xla", None),
-    ("auto", {"xla_gpu_enable_cublaslt": "true"}),  # epilogues of bias and GELU inside the product
-    ("auto", {"xla_gpu_enable_triton_gemm": "false"}),  # the library's products alone
+    ("auto", {"xla_gpu_enable_cublaslt": "true"}),  # bias and GELU as epilogues of the product
+    ("auto", {"xla_gpu_enable_triton_gemm": "false"}),  # only cuBLAS's products
     ("auto", {"xla_gpu_exhaustive_tiling_search": "true"}),
     ("auto", {"xla_gpu_cudnn_gemm_fusion_level": "2"}),
 )
-SHOWN = 12  # kernels of a profile, by their share
+SHOWN = 12  # kernels of a profile, those with the largest shares
 
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
-    """A step of ours with every one of TRIALS. What wins belongs into flags.py, with its figure."""
+    """Our step with each of TRIALS. The best belongs in compiler_options.py, with its figure."""
     (dtype,) = args.dtypes
     rows: list[dict[str, Any]] = []
     for backend, options in TRIALS:
-        row: dict[str, Any] = {
-            "attention": backend,
-            "options": " ".join(f"{name}={value}" for name, value in (options or {}).items())
-            or "ours",
-        }
+        listed = " ".join(f"{name}={value}" for name, value in (options or {}).items())
+        row: dict[str, Any] = {"attention": backend, "options": listed or "ours"}
         try:
             stage = _step(args, dtype, backend)
             begin = time.perf_counter()
-            program = stage.ours(
-                options={
-                    **compiler_options(jax.devices()[0].device_kind, loop=True),
-                    **(options or {}),
-                }
-            )
+            usual = compiler_options(jax.devices()[0].device_kind, loop=True)
+            program = stage.ours(options={**usual, **(options or {})})
             jax.block_until_ready(program.call())
             row["compiled"] = time.perf_counter() - begin
             row["seconds"] = [_timed(program.call) / stage.parts for _ in range(args.repeats)]
             row["peak"] = program.peak
-        except (ValueError, RuntimeError) as error:  # no such kernel or option here, or no room
+        # There is no such kernel or option on this device, or too little memory.
+        except (ValueError, RuntimeError) as error:
             row["refused"] = str(error).splitlines()[0][:100]
         rows.append(row)
     return {"rows": rows}
@@ -67,21 +60,15 @@ def tune_table(rows: list[dict[str, Any]]) -> list[list[str]]:
         if "refused" in row:
             cells.append([row["attention"], row["options"], "not here", *["-"] * 3])
             continue
-        middle = statistics.median(row["seconds"])
+        median = statistics.median(row["seconds"])
         assert first is not None
-        numbers = [
-            f"{middle:.4g}",
-            f"{first / middle:.2f}",
-            f"{row['peak'] / 2**30:.2f}",
-            f"{row['compiled']:.0f}",
-        ]
-        cells.append([row["attention"], row["options"], *numbers])
+        numbers = [f"{median:.4g}", f"{first / median:.2f}", f"{row['peak'] / 2**30:.2f}"]
+        cells.append([row["attention"], row["options"], *numbers, f"{row['compiled']:.0f}"])
     return cells
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """The kernels of a step, ours and those of the reference's first variant, by the time they
-    take."""
+    """The kernels of a step by their time, of ours and of the reference's first variant."""
     (dtype,) = args.dtypes
     stage = _step(args, dtype, args.attention)
     call = stage.ours().call
@@ -92,12 +79,9 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     for variant in args.variants[:1]:
         theirs = stage.variant(variant)
         theirs()
-        activities = [
-            torch.profiler.ProfilerActivity.CUDA
-            if torch.cuda.is_available()
-            else torch.profiler.ProfilerActivity.CPU
-        ]
-        with torch.profiler.profile(activities=activities) as profiler:
+        kinds = torch.profiler.ProfilerActivity
+        activity = kinds.CUDA if torch.cuda.is_available() else kinds.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
             theirs()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -123,15 +107,15 @@ def profile_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def _of_jax(folder: Path) -> Counter[str]:
-    """Seconds by kernel, numbers at names' ends taken off: of the GPU's streams, or else of the
-    CPU's threads."""
+    """Seconds by kernel, whose names are stripped of numbers at the end: on the GPU's streams, or
+    without a GPU on the CPU's threads."""
     (file,) = folder.rglob("*.xplane.pb")
     planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     spent: Counter[str] = Counter()
     for plane in devices or planes:
         for line in plane.lines:
-            # The other lines tell the same time again, by module and by step.
+            # The other lines repeat the same time by module and by step.
             if devices and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
@@ -142,11 +126,9 @@ def _of_jax(folder: Path) -> Counter[str]:
 
 def _of_torch(profiler: torch.profiler.profile) -> Counter[str]:
     spent: Counter[str] = Counter()
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     for event in profiler.key_averages():
-        own = (
-            event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-        )
-        spent[event.key[:80]] += own * 1e-6
+        spent[event.key[:80]] += getattr(event, own) * 1e-6
     return spent
 
 

@@ -1,12 +1,13 @@
-"""What XLA makes of the full-size programs for an H100 where there is none: memory, and the bytes
-that their kernels move.
+"""The full-size programs compiled by XLA for an H100, on a machine without one: memory, and the
+bytes that their kernels move.
 
-    pip install 'jax[cuda12]'                                  # the compiler; no driver and no device are needed
-    python benchmarks/gpu_compile.py [--model M] [--phase denoise] [--attention cudnn] [--hlo DIR] [--markdown]
+    pip install 'jax[cuda12]'  # the compiler; no driver and no device are needed
+    python benchmarks/gpu_compile.py [--model M] [--phase denoise] [--attention cudnn] [--hlo DIR]
+        [--markdown]
 
-Static: nothing is timed. Kernels are those that XLA takes without tuning, so a tuned program may
-differ in tiles, not in what it moves. The H100's bandwidth alone takes at least the seconds before
-the last column; products and attention take theirs by operations besides.
+Nothing is timed. XLA chooses kernels without autotuning, so a tuned program may differ in its
+tiles, not in the bytes that it moves. "s at least" is the time to move them at the H100's
+bandwidth; the operations of products and attention take time in addition.
 """
 
 # pyright: reportPrivateImportUsage=false, reportMissingImports=false,
@@ -35,36 +36,30 @@ from cogi2v_jax.sampling.programs import Call, RequestTarget, mesh_for
 
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
 PHASES = ("text", "encode", "denoise", "decode")
-# An H100 SXM, as its driver tells XLA, with cuDNN 9.8.
+# An H100 SXM with cuDNN 9.8, as its driver describes it to XLA.
 TARGET = """
 gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# Bytes that jax takes of the device unless told; bytes a second.
+# The bytes of the device that jax uses by default; bytes a second.
 MEMORY, BANDWIDTH = int(0.75 * 84978434048), 3.35e12
-# No bytes of their own.
-SILENT = {
-    "parameter",
-    "get-tuple-element",
-    "tuple",
-    "bitcast",
-    "constant",
-    "while",
-    "conditional",
-    "call",
-}
+# Instructions that move no bytes themselves.
+SILENT = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
+SILENT |= {"while", "conditional", "call"}
 
 
 def device() -> Any:
-    """The compiler's idea of one H100."""
-    # Attention asks the device that isn't there for its abilities.
+    """One H100 as the compiler describes it."""
+    # cuDNN attention queries a real device for its abilities.
     fused.check_cudnn_version = lambda: 90800
     fused.check_compute_capability = lambda _: True
     fused.is_cuda_compute_capability_equal = lambda version: version == "9.0"
@@ -74,7 +69,8 @@ def device() -> Any:
 
 
 def moved(text: str) -> Counter[str]:
-    """Bytes that a program's kernels read and write, by what they do, loops multiplied out."""
+    """Bytes that a program's kernels read and write, by kind of kernel, multiplied by the trips of
+    the loops around them."""
     computations, entry = tpu_hlo.parse(text)
 
     def walk(name: str) -> Counter[str]:
@@ -88,19 +84,13 @@ def moved(text: str) -> Counter[str]:
             elif instruction.opcode == "call":
                 found += walk(instruction.attribute("to_apply"))
             elif instruction.opcode not in SILENT:
-                slices = (
-                    "dynamic_slice" in instruction.name
-                    or "dynamic_update_slice" in instruction.name
-                )
-                # A slice is read of a stack, or written into it, not the whole of it: the smaller
-                # sides count, twice.
-                sizes = [
-                    _bytes(instruction.shape),
-                    *(_bytes(instructions[operand].shape) for operand in instruction.operands),
-                ]
-                found[_kind(instruction)] += (
-                    2 * sorted(sizes)[-2] if slices and len(sizes) > 1 else sum(sizes)
-                )
+                name = instruction.name
+                slices = "dynamic_slice" in name or "dynamic_update_slice" in name
+                shapes = [instructions[operand].shape for operand in instruction.operands]
+                sizes = [_bytes(shape) for shape in (instruction.shape, *shapes)]
+                # A slice moves only its own bytes, from or to a larger array: they count twice.
+                whole = not slices or len(sizes) == 1
+                found[_kind(instruction)] += sum(sizes) if whole else 2 * sorted(sizes)[-2]
         return found
 
     return walk(entry)
@@ -126,48 +116,25 @@ def _bytes(shape: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="The full-size programs through XLA's compiler for an H100 that is not there."
-    )
+    about = "The full-size programs compiled by XLA for an H100, without one."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--attention", default="cudnn")
     parser.add_argument("--hlo", type=Path, help="write the optimised programs there")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    cells = [
-        [
-            "model",
-            "phase",
-            "GiB",
-            "GB moved: products",
-            "attention",
-            "convolutions",
-            "the rest",
-            "s at least",
-            "compiled in s",
-        ]
-    ]
+    head = "model, phase, GiB, GB moved: products, attention, convolutions, the rest, s at least"
+    cells = [[*head.split(", "), "compiled in s"]]
     gpu, half = device(), jnp.dtype(jnp.bfloat16)
     for name in args.model:
         checkpoint = config.named(name)
         request = Request("none.png", "none", num_inference_steps=1).resolve(checkpoint)
-        target = RequestTarget(
-            checkpoint,
-            half,
-            mesh_for(checkpoint, half, "data=1", 1, True, [gpu], MEMORY),
-            MEMORY,
-            request,
-            args.attention,
-        )
+        mesh = mesh_for(checkpoint, half, "data=1", 1, True, [gpu], MEMORY)
+        target = RequestTarget(checkpoint, half, mesh, MEMORY, request, args.attention)
         for phase in args.phase:
-            cells.append(
-                [
-                    name,
-                    phase + (", one step" if phase == "denoise" else ""),
-                    *_row(target, phase, target.calls(phase), args.hlo),
-                ]
-            )
+            what = phase + (", one step" if phase == "denoise" else "")
+            cells.append([name, what, *_row(target, phase, target.calls(phase), args.hlo)])
             print("  ".join(cells[-1]), file=sys.stderr, flush=True)
     mark = " | " if args.markdown else "  "
     for line in [cells[0], *([["-"] * len(cells[0])] if args.markdown else []), *cells[1:]]:
@@ -180,24 +147,16 @@ def _row(target: RequestTarget, phase: str, calls: list[Call], hlo: Path | None)
         options = compiler_options(target.mesh.devices.flat[0].device_kind, call.stage.program.loop)
         executable = compile_with(options, call.lower())
         sizes = executable.memory_analysis()
-        memory = max(
-            memory,
-            sizes.argument_size_in_bytes + sizes.temp_size_in_bytes + sizes.output_size_in_bytes,
-        )
+        both = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        memory = max(memory, both + sizes.temp_size_in_bytes)
         bytes_moved += moved(text := executable.as_text())
         if hlo is not None:
             (hlo / f"{target.config.name}-{phase}-{number}.txt").write_text(text)
     seconds = time.perf_counter() - begin
-    kinds = [
-        f"{bytes_moved[kind] / 1e9:.1f}"
-        for kind in ("products", "attention", "convolutions", "the rest")
-    ]
-    return [
-        f"{memory / 2**30:.2f}",
-        *kinds,
-        f"{sum(bytes_moved.values()) / BANDWIDTH:.3f}",
-        f"{seconds:.0f}",
-    ]
+    kinds = ("products", "attention", "convolutions", "the rest")
+    figures = [f"{bytes_moved[kind] / 1e9:.1f}" for kind in kinds]
+    least = f"{sum(bytes_moved.values()) / BANDWIDTH:.3f}"
+    return [f"{memory / 2**30:.2f}", *figures, least, f"{seconds:.0f}"]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Random checkpoints of both families recorded by the reference and verified by us; the table of
-docs/same_model.md.
+"""Random checkpoints of both families, recorded by the reference and verified by us, for the table
+of docs/same_model.md.
 
     python benchmarks/parity.py [--steps N] [--write]
 
-Small networks with everything that the released ones have (heads of 64, 16 latent channels, learned
-table or `ofs`, both rotary grids): what is compared is the mathematics. The released weights go
-through the same two commands: `cogi2v-convert record` and `verify`.
+The networks are small but have everything that the released ones have (heads of 64, 16 latent
+channels, learned table or `ofs`, both rotary grids), so that the mathematics are compared. Released
+weights can go through the same two commands, `cogi2v-convert record` and `verify`.
 """
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
@@ -26,7 +26,8 @@ try:
     import transformers
 except ImportError as missing:
     sys.exit(
-        f"benchmarks/parity.py must have the reference installed: {missing}; pip install 'cogi2v-jax[reference]'"
+        f"benchmarks/parity.py must have the reference installed: {missing}; "
+        "pip install 'cogi2v-jax[reference]'"
     )
 
 from cogi2v_convert.proof.record import record  # pyright: ignore[reportMissingImports]
@@ -38,45 +39,22 @@ from cogi2v_jax.weights.hub import EMBEDDED
 PAGE = Path(__file__).parent.parent / "docs" / "same_model.md"
 BEGIN, END = "<!-- benchmarks/parity.py -->", "<!-- end -->"
 FAMILIES: dict[str, dict[str, Any]] = {
-    "5B-I2V": {
-        "sample_height": 12,
-        "sample_width": 18,
-        "sample_frames": 17,
-        "use_learned_positional_embeddings": True,
-    },
-    "1.5-5B-I2V": {
-        "patch_size_t": 2,
-        "ofs_embed_dim": 512,
-        "patch_bias": False,
-        "sample_height": 300,
-        "sample_width": 300,
-    },
+    "5B-I2V": {"sample_height": 12, "sample_width": 18, "sample_frames": 17}
+    | {"use_learned_positional_embeddings": True},
+    "1.5-5B-I2V": {"patch_size_t": 2, "ofs_embed_dim": 512, "patch_bias": False}
+    | {"sample_height": 300, "sample_width": 300},
 }
 
 
 def make(folder: Path, family: str) -> Path:
     """A diffusers folder of seeded random weights."""
     torch.manual_seed(0)
-    t5 = {
-        "vocab_size": 39,
-        "d_model": 256,
-        "d_kv": 32,
-        "d_ff": 1024,
-        "num_layers": 4,
-        "num_heads": 8,
-        "feed_forward_proj": "gated-gelu",
-    }
-    sizes = {
-        "num_attention_heads": 8,
-        "attention_head_dim": 64,
-        "num_layers": 6,
-        "in_channels": 32,
-        "text_embed_dim": 256,
-    }
-    blocks = {
-        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-    }
+    t5: dict[str, Any] = {"vocab_size": 39, "d_model": 256, "d_kv": 32, "d_ff": 1024}
+    t5 |= {"num_layers": 4, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
+    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 6}
+    sizes |= {"in_channels": 32, "text_embed_dim": 256}
+    names = {"down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D"}
+    blocks = {key: (name,) * 4 for key, name in names.items()}
     latents = {"scaling_factor": 0.7, "invert_scale_latents": family.startswith("1.5")}
     tiny = EMBEDDED / "cogi2v-tiny"
     diffusers.CogVideoXImageToVideoPipeline(
@@ -90,27 +68,18 @@ def make(folder: Path, family: str) -> Path:
         ),
         scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(tiny / "scheduler"),
     ).save_pretrained(folder)
-    # Newer transformers leave it out.
+    # Newer transformers do not save it.
     shutil.copyfile(tiny / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")
     return folder
 
 
 def verified(scratch: Path, family: str, steps: int) -> tuple[Report, Report]:
-    """In float32, and in bfloat16 beside it."""
+    """Reports of float32, and of bfloat16 judged by the float32 trace."""
     source = make(scratch / family, family)
-    request = Request(
-        EMBEDDED / "example.png",
-        "the red circle moves left",
-        height=96,
-        width=144,
-        num_frames=17,
-        num_inference_steps=steps,
-        guidance_scale=6.0,
-        use_dynamic_cfg=True,
-        scheduler="dpm",
-        fit="stretch",
-        noise="torch",
-    )
+    settings: dict[str, Any] = {"height": 96, "width": 144, "num_frames": 17}
+    settings |= {"num_inference_steps": steps, "guidance_scale": 6.0, "use_dynamic_cfg": True}
+    settings |= {"scheduler": "dpm", "fit": "stretch", "noise": "torch"}
+    request = Request(EMBEDDED / "example.png", "the red circle moves left", **settings)
     single, half = (scratch / f"{family}.{dtype}" for dtype in ("float32", "bfloat16"))
     for trace in (single, half):
         print(record(source, trace, request, dtype=trace.suffix[1:]), file=sys.stderr, flush=True)
@@ -118,7 +87,7 @@ def verified(scratch: Path, family: str, steps: int) -> tuple[Report, Report]:
 
 
 def table(reports: dict[str, tuple[Report, Report]]) -> list[str]:
-    """The worst step of every stage: in float32 the relative error (of the video its PSNR), in
+    """The worst step of every stage: in float32 the relative error, for the video the PSNR; in
     bfloat16 our error over the reference's."""
     heads = [f"{family}, {what}" for family in reports for what in ("float32", "bfloat16")]
     lines = [f"| {' | '.join(['stage', 'input', *heads])} |", f"|{'---|' * (2 + len(heads))}"]
@@ -140,18 +109,17 @@ def table(reports: dict[str, tuple[Report, Report]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Both families against the reference, stage by stage."
-    )
+    about = "Both families compared with the reference, stage by stage."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         reports = {family: verified(Path(scratch), family, args.steps) for family in FAMILIES}
-    packages = ", ".join(
-        f"{package} {version(package)}" for package in ("jax", "torch", "diffusers", "transformers")
-    )
-    about = f"Random weights, 96x144, 17 frames, {args.steps} DPM steps with dynamic guidance, on a CPU: {packages}."
+    packages = ("jax", "torch", "diffusers", "transformers")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    steps = f"{args.steps} DPM steps with dynamic guidance"
+    about = f"Random weights, 96x144, 17 frames, {steps}, on a CPU: {versions}."
     text = "\n".join([*table(reports), "", about])
     print(text)
     if args.write:

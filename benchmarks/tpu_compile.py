@@ -1,19 +1,24 @@
-"""What the TPU compiler says of our programs at full size, on a machine without a TPU.
+"""Compiles our programs at full size for TPUs, on a machine without one, and reports the compiler's
+figures.
 
-    python benchmarks/tpu_compile.py --model cogvideox-5b-i2v --mesh v5e-8 --phase denoise --json row.json [--hlo program.txt]
-    python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--phase NAME]     # all that is left open, into configs/plans.toml
-    python benchmarks/tpu_compile.py --markdown                                      # configs/plans.toml as a table
+    python benchmarks/tpu_compile.py --model cogvideox-5b-i2v --mesh v5e-8 --phase denoise
+        --json row.json [--hlo program.txt]
+    python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--phase NAME]
+    python benchmarks/tpu_compile.py --markdown
+
+The first writes one row. The second compiles all combinations of what is not given and writes them
+to configs/plans.toml. The third prints configs/plans.toml as a table.
 
 Nothing here is a measured time. `peak_gib` is the compiler's sum of arguments, outputs and
 temporaries of a chip; a program that it refuses for its memory does not fit. Static seconds are the
-cycles that the compiler schedules, over the chip's clock, and the bytes on the wire, at 100 GB/s: a
-floor, for a kernel's schedule knows nothing of waiting for memory. The second figure counts kernels
-1.27 times, which brought three published step times of another port on v4 within 5 %: one constant,
-fitted on one generation and one kernel.
+scheduled cycles over the chip's clock, plus the sent bytes at 100 GB/s. They are a lower bound,
+because a kernel's schedule does not include waiting for memory. The second figure multiplies the
+kernels by 1.27, which reproduces three published step times of another port on v4 within 5 %: one
+constant, fitted on one generation and one kernel.
 
-Every row is compiled in a process of its own, because libtpu reads its flags once. Rows that
-configs/plans.toml already holds are kept, if they were made with the same jax and libtpu: after a
-change to the programs, remove the file first.
+Every row is compiled in its own process, because libtpu reads its flags once. Rows in
+configs/plans.toml are kept if they were made with the same jax and libtpu: remove the file after a
+change to the programs.
 """
 
 import argparse
@@ -37,9 +42,12 @@ Row = dict[str, Any]
 
 
 def environment(schedules: Path | None) -> dict[str, str]:
-    """What makes libtpu compile for chips that are not there, and dump the last schedule of every
-    kernel that still shows its delays. The caller's own libtpu flags stay."""
-    dump = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+    """The environment in which libtpu compiles for chips that the machine lacks and, with
+    `schedules`, dumps the last schedule of every kernel that still shows delays. The caller's own
+    libtpu flags stay."""
+    dump = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_text=true"
+    dump += " --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
+    path = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -47,56 +55,35 @@ def environment(schedules: Path | None) -> dict[str, str]:
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {dump if schedules else ''}",
-        # An executable from a cache is not compiled, and dumps nothing.
+        # An executable from the cache is not compiled and dumps nothing.
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "PYTHONPATH": os.pathsep.join(
-            [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        "PYTHONPATH": os.pathsep.join(path),
     }
 
 
 def compiled(model: str, mesh: str, phase: str, attention: str, hlo: Path | None = None) -> Row:
-    """One row. Where kernels are in it, it is compiled once more for their schedules: to dump them
-    takes half as long as to compile, which no user waits for. Raises RuntimeError with the
-    compiler's last words where it fails for anything but memory."""
-    words = [
-        "--model",
-        model,
-        "--mesh",
-        mesh,
-        "--phase",
-        phase,
-        "--attention",
-        attention,
-        *(["--hlo", str(hlo)] if hlo else []),
-    ]
+    """One row. A program with kernels is compiled again for their schedules, so that its compile
+    time does not include dumping them, which takes half as long. Raises RuntimeError with the last
+    lines of the compiler if it fails for another reason than memory."""
+    words = [f"--model={model}", f"--mesh={mesh}", f"--phase={phase}", f"--attention={attention}"]
+    words += [f"--hlo={hlo}"] if hlo else []
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
         row = compiler(words, Path(scratch, "row.json"))
         if "static_seconds" in row or not row["fits"]:
             return row
-        return compiler(words, Path(scratch, "scheduled.json"), Path(scratch)) | {
-            "compile_seconds": row["compile_seconds"]
-        }
+        scheduled = compiler(words, Path(scratch, "scheduled.json"), Path(scratch))
+        return scheduled | {"compile_seconds": row["compile_seconds"]}
 
 
 def compiler(words: list[str], row: Path, schedules: Path | None = None) -> Row:
-    """A row without figures that need schedules, unless there is a folder for these; from a process
-    of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "tpu_phase",
-        *words,
-        "--json",
-        row,
-        *(["--schedules", schedules] if schedules else []),
-    ]
+    """A row from a process of its own. Without a folder for schedules it lacks the figures that
+    need them."""
+    command = [sys.executable, "-m", "tpu_phase", *words, "--json", row]
+    command += ["--schedules", schedules] if schedules else []
     done = subprocess.run(command, env=environment(schedules), stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise RuntimeError(
-            "\n".join(done.stderr.splitlines()[-15:])
-            or f"the compiler's process ended with {done.returncode}"
-        )
+        last = "\n".join(done.stderr.splitlines()[-15:])
+        raise RuntimeError(last or f"the compiler's process ended with {done.returncode}")
     return json.loads(row.read_text())
 
 
@@ -109,67 +96,42 @@ def kept() -> list[Row]:
     if not PLANS.exists():
         return []
     plans, now = tomllib.loads(PLANS.read_text()), made()
-    return (
-        plans["row"]
-        if all(plans["made"][package] == now[package] for package in ("jax", "libtpu"))
-        else []
-    )
+    same = all(plans["made"][package] == now[package] for package in ("jax", "libtpu"))
+    return plans["row"] if same else []
 
 
 def write(rows: list[Row], path: Path = PLANS) -> None:
-    """Written beside, then renamed, so that a run that is cut off leaves whole rows."""
+    """Writes another file, then renames it, so that an interrupted run leaves a whole one."""
 
     def table(name: str, values: Row) -> str:
         # JSON's strings, numbers, true and false are TOML's.
         return "\n".join([name, *(f"{key} = {json.dumps(value)}" for key, value in values.items())])
 
-    head = "# What the TPU compiler says of every phase on every mesh; nothing here was measured. Written by benchmarks/tpu_compile.py."
-    beside = path.with_suffix(".part")
-    beside.write_text(
-        "\n\n".join([head, table("[made]", made()), *(table("[[row]]", row) for row in rows)])
-        + "\n"
+    head = (
+        "# What the TPU compiler says of every phase on every mesh; nothing here was measured. "
+        "Written by benchmarks/tpu_compile.py."
     )
-    beside.replace(path)
+    tables = [table("[made]", made()), *(table("[[row]]", row) for row in rows)]
+    part = path.with_suffix(".part")
+    part.write_text("\n\n".join([head, *tables]) + "\n")
+    part.replace(path)
 
 
 def cells(row: Row) -> list[str]:
-    """A row as printed. What the compiler did not get to is left open."""
+    """A row as printed, with "-" for figures that the compiler did not reach."""
 
     def figure(key: str, form: str, scale: float = 1.0) -> str:
         return format(row[key] * scale, form) if key in row else "-"
 
-    seconds = (
-        f"{figure('static_seconds_floor', '.1f')} - {figure('static_seconds', '.1f')}"
-        if row["fits"]
-        else "-"
-    )
-    names = [
-        row["model"],
-        row["mesh"],
-        row["phase"],
-        "yes" if row["fits"] else "no",
-        figure("peak_gib", ".2f"),
-    ]
-    return [
-        *names,
-        figure("flops", ".1f", 1e-12),
-        figure("collective_mib_per_layer", ".1f"),
-        seconds,
-        figure("compile_seconds", ".0f"),
-    ]
+    seconds = f"{figure('static_seconds_floor', '.1f')} - {figure('static_seconds', '.1f')}"
+    figures = [figure("peak_gib", ".2f"), figure("flops", ".1f", 1e-12)]
+    figures += [figure("collective_mib_per_layer", ".1f"), seconds if row["fits"] else "-"]
+    names = [row["model"], row["mesh"], row["phase"], "yes" if row["fits"] else "no"]
+    return [*names, *figures, figure("compile_seconds", ".0f")]
 
 
-HEAD = [
-    "model",
-    "mesh",
-    "phase",
-    "fits",
-    "GiB a chip",
-    "TFLOP a chip",
-    "MiB sent a layer",
-    "static s",
-    "compiled in s",
-]
+HEAD = ["model", "mesh", "phase", "fits", "GiB a chip", "TFLOP a chip", "MiB sent a layer"]
+HEAD += ["static s", "compiled in s"]
 WIDTHS = [19, 6, 7, 4, 10, 12, 16, 15, 13]
 
 
@@ -180,62 +142,45 @@ def line(parts: list[str]) -> str:
 def markdown(plans: dict[str, Any]) -> str:
     lines = [HEAD, ["-" * len(name) for name in HEAD], *map(cells, plans["row"])]
     versions = "jax {jax}, libtpu {libtpu}, {date}".format(**plans["made"])
-    return "\n".join(
-        [*(f"| {' | '.join(parts)} |" for parts in lines), "", f"Compiled with {versions}."]
-    )
+    table = [f"| {' | '.join(parts)} |" for parts in lines]
+    return "\n".join([*table, "", f"Compiled with {versions}."])
 
 
 def main() -> None:
     known = tomllib.loads((ROOT / "configs" / "meshes.toml").read_text())["meshes"]
     tpus = [name for name, mesh in known.items() if "topology" in mesh]
-    parser = argparse.ArgumentParser(
-        description="What the TPU compiler says of our programs, without a TPU."
-    )
+    about = "Compiles our programs for TPUs on a machine without one."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--mesh", choices=tpus)
     parser.add_argument("--phase", choices=PHASES)
     parser.add_argument("--attention", default="auto", help="as of cogi2v-sample")
-    parser.add_argument(
-        "--json", type=Path, help="write the rows there and leave configs/plans.toml alone"
-    )
-    parser.add_argument(
-        "--hlo", type=Path, help="write the optimised programs there; for a single row"
-    )
-    parser.add_argument(
-        "--markdown",
-        action="store_true",
-        help="print configs/plans.toml as a table and compile nothing",
-    )
+    about = "write the rows there and leave configs/plans.toml alone"
+    parser.add_argument("--json", type=Path, help=about)
+    about = "write the optimised programs there; for a single row"
+    parser.add_argument("--hlo", type=Path, help=about)
+    about = "print configs/plans.toml as a table and compile nothing"
+    parser.add_argument("--markdown", action="store_true", help=about)
     args = parser.parse_args()
     if args.markdown:
         print(markdown(tomllib.loads(PLANS.read_text())))
         return
-    open_ends = ([args.model], MODELS), ([args.mesh], tpus), ([args.phase], PHASES)
-    wanted = list(
-        itertools.product(*(given if given != [None] else every for given, every in open_ends))
-    )
+    choices = (args.model, MODELS), (args.mesh, tpus), (args.phase, PHASES)
+    wanted = list(itertools.product(*([given] if given else every for given, every in choices)))
     if args.hlo and len(wanted) > 1:
-        parser.error(
-            f"--hlo must go with one --model, one --mesh and one --phase: got {len(wanted)} rows"
-        )
+        rule = "--hlo must go with one --model, one --mesh and one --phase"
+        parser.error(f"{rule}: got {len(wanted)} rows")
     try:
         made()
     except PackageNotFoundError as missing:
-        sys.exit(
-            f"benchmarks/tpu_compile.py must have libtpu (Linux on x86-64): {missing}; pip install libtpu"
-        )
+        rule = "benchmarks/tpu_compile.py must have libtpu (Linux on x86-64)"
+        sys.exit(f"{rule}: {missing}; pip install libtpu")
     rows = [] if args.json else kept()
     print(line(HEAD), flush=True)
     failures = []
     for model, mesh, phase in wanted:
-        row = next(
-            (
-                row
-                for row in rows
-                if (row["model"], row["mesh"], row["phase"]) == (model, mesh, phase)
-            ),
-            None,
-        )
+        wants = {"model": model, "mesh": mesh, "phase": phase}
+        row = next((row for row in rows if row.items() >= wants.items()), None)
         if row is None:
             try:
                 row = compiled(model, mesh, phase, args.attention, args.hlo)

@@ -1,6 +1,6 @@
-"""What an optimised TPU program costs, read from its HLO text: the operations of its products, the
-cycles that the compiler expects of each fusion and the bytes that one chip sends, multiplied by the
-trip counts of the loops around them."""
+"""The cost of an optimised TPU program, read from its HLO text: the operations of its products, the
+cycles that the compiler estimates for each fusion, and the bytes that one chip sends, multiplied by
+the trip counts of the loops around them."""
 
 import dataclasses
 import json
@@ -10,50 +10,22 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-}
-# What one of n chips sends for each byte of its operand, by the algorithms that need the least of
-# it.
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+# The bytes that one of n chips sends for each byte of its operand, with the algorithm that sends
+# least.
 COLLECTIVES = {
     "all-to-all": lambda n: (n - 1) / n,
-    "all-gather": lambda n: n - 1,  # its operand is the chip's own part
+    "all-gather": lambda n: n - 1,  # the operand is the chip's own part
     "reduce-scatter": lambda n: (n - 1) / n,
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-# The integer operations that loops count with. Whatever else makes a value, it is not known
-# beforehand.
-SCALAR = {
-    "add": lambda a, b: a + b,
-    "subtract": lambda a, b: a - b,
-    "multiply": lambda a, b: a * b,
-    "copy": lambda a: a,
-    "copy-start": lambda a: a,
-    "copy-done": lambda a: a,
-    "bitcast": lambda a: a,
-    "convert": lambda a: a,
-}
-COMPARE = {
-    "LT": int.__lt__,
-    "LE": int.__le__,
-    "GT": int.__gt__,
-    "GE": int.__ge__,
-    "EQ": int.__eq__,
-    "NE": int.__ne__,
-}
+# The integer operations of loop counters. A value from any other operation is unknown.
+SCALAR: dict[str, Any] = {"add": int.__add__, "subtract": int.__sub__, "multiply": int.__mul__}
+SCALAR |= dict.fromkeys(("copy", "copy-start", "copy-done", "bitcast", "convert"), lambda a: a)
+COMPARE = {"LT": int.__lt__, "LE": int.__le__, "GT": int.__gt__}
+COMPARE |= {"GE": int.__ge__, "EQ": int.__eq__, "NE": int.__ne__}
 MOST_TRIPS = 100_000
 
 Known = Any  # an int, a tuple of these, or None
@@ -83,14 +55,14 @@ class Computation(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """Of one run of the program, on one chip."""
+    """The cost of one run of the program on one chip."""
 
     flops: float = 0.0  # of convolutions and dots outside kernels
-    cycles: float = 0.0  # the compiler's estimate for everything but kernels and wires
+    cycles: float = 0.0  # the compiler's estimate, without kernels and communication
     sent: float = 0.0  # bytes
-    # How often each Mosaic kernel is called.
+    # The number of calls of each Mosaic kernel.
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
-    # Each kernel's program, base64 as in the HLO.
+    # Each kernel's program, in base64 as in the HLO.
     bodies: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "Cost", times: int) -> None:
@@ -102,7 +74,7 @@ class Cost:
 
 
 def read(text: str) -> Cost:
-    """The cost of a program. Raises ValueError for a loop whose trips can't be counted."""
+    """The cost of a program. Raises ValueError for a loop without a countable number of trips."""
     computations, entry = parse(text)
     return Reader(computations).cost(entry)
 
@@ -111,7 +83,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """All computations by name, and the entry's name."""
     computations, entry = {}, ""
     for start in re.finditer(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", text, re.MULTILINE):
-        # Attributes span lines too, but none of those is a lone brace.
+        # Attributes span lines too, but none of their lines is only a brace.
         body = text[start.end() :].partition("\n}\n")[0]
         instructions, root = {}, ""
         for line in re.split(r"\n  (?=(?:ROOT )?%?[\w.\-]+ = )", body)[1:]:
@@ -137,7 +109,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """The end of the bracket that opens at `start`."""
+    """The position after the bracket that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -147,8 +119,9 @@ def _closing(text: str, start: int) -> int:
 
 
 class Reader:
-    """Walks a program from a computation to those it calls. `given` are a computation's parameters
-    as far as they are integers known before the program runs: what its loops count with."""
+    """Walks a program from a computation to the computations that it calls. `given` are the values
+    of a computation's parameters that are integers known before the program runs, which loops count
+    with."""
 
     def __init__(self, computations: dict[str, Computation]):
         self._computations = computations
@@ -166,21 +139,16 @@ class Reader:
         self, total: Cost, instruction: Instruction, around: Computation, given: Known
     ) -> None:
         opcode, kind = instruction.opcode, instruction.opcode.removesuffix("-start")
-        total.cycles += float(
-            instruction.backend.get("window_config", {}).get("estimated_cycles", 0)
-        )
+        window = instruction.backend.get("window_config", {})
+        total.cycles += float(window.get("estimated_cycles", 0))
         if opcode == "while":
             state = self.known(around, instruction.operands[0], given)
-            total.add(
-                self.cost(instruction.attribute("body"), (state,)), self.trips(instruction, state)
-            )
+            body = self.cost(instruction.attribute("body"), (state,))
+            total.add(body, self.trips(instruction, state))
         elif opcode == "conditional":
-            listed = re.findall(
-                r"%([\w.\-]+)", instruction.attribute("branch_computations", r"\{([^}]*)\}")
-            )
-            branches = listed or [
-                instruction.attribute(f"{side}_computation") for side in ("true", "false")
-            ]
+            listed = instruction.attribute("branch_computations", r"\{([^}]*)\}")
+            sides = [instruction.attribute(f"{side}_computation") for side in ("true", "false")]
+            branches = re.findall(r"%([\w.\-]+)", listed) or sides
             total.add(max(map(self.cost, branches), key=lambda cost: (cost.cycles, cost.flops)), 1)
         elif kind in COLLECTIVES:
             moved = sum(size(around.instructions[name].shape) for name in instruction.operands)
@@ -192,33 +160,30 @@ class Reader:
             total.bodies[instruction.name] = instruction.backend["custom_call_config"]["body"]
         elif opcode in ("fusion", "call", "async-start"):
             inner = self.cost(instruction.attribute("to_apply" if opcode == "call" else "calls"))
-            total.add(
-                dataclasses.replace(inner, cycles=0.0) if opcode == "fusion" else inner, 1
-            )  # a fusion's own estimate covers all of it
+            if opcode == "fusion":  # its own estimate already includes these cycles
+                inner = dataclasses.replace(inner, cycles=0.0)
+            total.add(inner, 1)
 
     def trips(self, loop: Instruction, state: Known) -> int:
-        """How often a loop's body runs: as the compiler notes, else as the loop's own counter
-        says."""
+        """The number of trips of a loop: as the compiler states it, else by evaluating the loop's
+        counter."""
         noted = loop.backend.get("known_trip_count", {}).get("n")
         if noted is not None:
             return int(noted)
-        condition, body = (
-            self._computations[loop.attribute(part)] for part in ("condition", "body")
-        )
-        trips = 0
-        while (
-            going := self.known(condition, condition.root, (state,))
-        ) is True and trips < MOST_TRIPS:
+        condition = self._computations[loop.attribute("condition")]
+        body = self._computations[loop.attribute("body")]
+        for trips in range(MOST_TRIPS + 1):
+            going = self.known(condition, condition.root, (state,))
+            if going is False:
+                return trips
+            if going is not True:
+                break
             state = self.known(body, body.root, (state,))
-            trips += 1
-        if going is not False:
-            raise ValueError(
-                f"a loop must count to a constant of at most {MOST_TRIPS}: got {loop.name}, {loop.shape[:80]}"
-            )
-        return trips
+        rule = f"a loop must count to a constant of at most {MOST_TRIPS}"
+        raise ValueError(f"{rule}: got {loop.name}, {loop.shape[:80]}")
 
     def known(self, inside: Computation, name: str, given: Known) -> Known:
-        """An instruction's value as far as it consists of integers known beforehand."""
+        """An instruction's value, with None for what is not an integer known before the run."""
         instruction = inside.instructions[name]
         opcode, operands = instruction.opcode, instruction.operands
         if opcode == "constant":
@@ -239,13 +204,13 @@ class Reader:
             return self.known(called, called.root, values)
         if not all(isinstance(value, int) for value in values):
             return None
-        return (
-            COMPARE[instruction.attribute("direction")] if opcode == "compare" else SCALAR[opcode]
-        )(*values)
+        if opcode == "compare":
+            return COMPARE[instruction.attribute("direction")](*values)
+        return SCALAR[opcode](*values)
 
 
 def arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
-    """Type and sizes of every array of a shape, tuples taken apart."""
+    """Type and sizes of every array of a shape, which may be a tuple of arrays."""
     for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
         yield kind, [int(size) for size in sizes.split(",") if size]
 
@@ -256,8 +221,7 @@ def size(shape: str) -> int:
 
 
 def group_size(attributes: str) -> int:
-    """How many chips take part in a collective, from any of the ways to write its replica
-    groups."""
+    """The number of chips in a group of a collective, from any notation of replica groups."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -271,17 +235,14 @@ def group_size(attributes: str) -> int:
 
 
 def flops(product: Instruction, around: Computation) -> float:
-    """Multiplications and additions of a dot or a convolution. Taps on padding, or between a
-    dilated input's entries, don't count."""
+    """Multiplications and additions of a dot or a convolution. Taps on padding, or between the
+    entries of a dilated input, do not count."""
     left, right = (_sizes(around.instructions[name]) for name in product.operands)
     out = _sizes(product)
     if product.opcode == "dot":
         contracted = product.attribute("lhs_contracting_dims", r"\{([\d,]*)\}")
-        return (
-            2.0
-            * math.prod(out)
-            * math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
-        )
+        terms = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        return 2.0 * math.prod(out) * terms
     lhs, rhs, result = re.split(r"_|->", product.attribute("dim_labels", r"([\w\->]+)"))
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", product.attribute("window", r"\{([^}]*)\}")))
 

@@ -1,6 +1,6 @@
-"""What a Mosaic kernel costs: operations of its products from its own program, cycles from the
-compiler's schedule of it. A bundle of the schedule is a cycle; it knows nothing of waiting for
-memory."""
+"""The cost of a Mosaic kernel: the operations of its products, from its program, and its cycles,
+from the compiler's schedule. A bundle of the schedule takes one cycle, without waiting for memory.
+"""
 
 import base64
 import math
@@ -12,36 +12,24 @@ from jax._src.interpreters.mlir import make_ir_context
 from jax._src.lib import tpu
 from jaxlib.mlir import ir
 
-# Comparisons as the kernel's program numbers them, under the schedule's names.
+# Comparisons in the order of their numbers in the kernel's program, by their names in the schedule.
 PREDICATES = ("eq", "ne", "lt", "le", "gt", "ge")
 OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
-COMPARE = dict(
-    zip(
-        PREDICATES,
-        (np.equal, np.not_equal, np.less, np.less_equal, np.greater, np.greater_equal),
-        strict=True,
-    )
-)
-ARITHMETIC = {
-    "addi": np.add,
-    "subi": np.subtract,
-    "muli": np.multiply,
-    "divsi": np.floor_divide,
-    "remsi": np.remainder,  # of grid indices, which are never negative
-    "andi": np.bitwise_and,
-    "ori": np.bitwise_or,
-    "extui": np.asarray,
-    "extsi": np.asarray,
-    "index_cast": np.asarray,
-}
-SLOTS = 5  # a branch is taken this many bundles after it stands
+COMPARE: dict[str, Any] = {"eq": np.equal, "ne": np.not_equal, "lt": np.less}
+COMPARE |= {"le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
+# Division and remainder are of grid indices, which are never negative.
+ARITHMETIC: dict[str, Any] = {"addi": np.add, "subi": np.subtract, "muli": np.multiply}
+ARITHMETIC |= {"divsi": np.floor_divide, "remsi": np.remainder}
+ARITHMETIC |= {"andi": np.bitwise_and, "ori": np.bitwise_or}
+ARITHMETIC |= dict.fromkeys(("extui", "extsi", "index_cast"), np.asarray)
+SLOTS = 5  # a branch takes effect this many bundles after its own
 
 
 class Branch(NamedTuple):
     """A part of the kernel under a condition."""
 
-    skipped: tuple[str, int] | None  # the comparison, with a constant, that passes it over
-    share: float  # of the grid's points that run it; 1 where that can't be told before it runs
+    skipped: tuple[str, int] | None  # the comparison with a constant under which it is skipped
+    share: float  # of the grid's points that run it; 1 if that is unknown before the run
 
 
 class Kernel(NamedTuple):
@@ -51,17 +39,17 @@ class Kernel(NamedTuple):
 
 
 def read(body: str) -> Kernel:
-    """A kernel's program, from the base64 in which HLO holds it."""
+    """Reads a kernel's program from its base64 in the HLO."""
     context = make_ir_context()
     tpu.register_dialect(context)
     context.allow_unregistered_dialects = True
     with context, ir.Location.unknown():
         module = ir.Module.parse(base64.b64decode(body))
-        # The others map blocks.
+        # The other functions map blocks.
         function = next(op for op in module.body.operations if _short(op) == "func")
         grid = tuple(int(bound) for bound in function.attributes.get("iteration_bounds", ()))
         block = function.regions[0].blocks[0]
-        # Values that are known at each of the grid's points, and nothing else.
+        # At first, only the grid's indices are known, at each of its points.
         indices = np.ogrid[tuple(slice(bound) for bound in grid)] if grid else ()
         walk = _Walk(dict(zip(block.arguments, indices, strict=False)))
         flops = walk.run(block, np.ones((), bool), 1.0) * math.prod(grid)
@@ -69,7 +57,7 @@ def read(body: str) -> Kernel:
 
 
 class _Walk:
-    """Goes through a kernel's program once, for all points of the grid together."""
+    """Walks a kernel's program once, for all points of the grid together."""
 
     def __init__(self, known: dict[Any, Any]):
         self._known = known
@@ -77,8 +65,8 @@ class _Walk:
         self.branches: list[Branch] = []
 
     def run(self, block: Any, reached: np.ndarray, share: float) -> float:
-        """Operations of a block's products at the average point; `reached` says by which points, as
-        far as that is known."""
+        """Operations of a block's products at the average point of the grid. `reached` says which
+        points run the block, as far as that is known."""
         flops = 0.0
         for op in block.operations:
             name, operands = _short(op), list(op.operands)
@@ -87,9 +75,8 @@ class _Walk:
             elif name == "for":
                 first, last, stride = (self._known.get(operand) for operand in operands[:3])
                 unknown = first is None or last is None or stride is None
-                flops += self.run(op.regions[0].blocks[0], reached, share) * (
-                    1 if unknown else -(-int(last - first) // int(stride))
-                )
+                trips = 1 if unknown else -(-int(last - first) // int(stride))
+                flops += self.run(op.regions[0].blocks[0], reached, share) * trips
             elif name == "matmul":
                 flops += share * _product(op)
             elif len(op.results) == 1:
@@ -102,16 +89,13 @@ class _Walk:
         for side, region in enumerate(op.regions):
             if not len(region.blocks):
                 continue
-            taken = reached if condition is None else reached & (condition == (side == 0))
-            part = (
-                share
-                if condition is None
-                else share * float(taken.mean()) / max(float(reached.mean()), 1e-30)
-            )
+            taken, part = reached, share
+            if condition is not None:
+                taken = reached & (condition == (side == 0))
+                part = share * float(taken.mean()) / max(float(reached.mean()), 1e-30)
             if side == 0:
-                self.branches.append(
-                    Branch(test and (OPPOSITE[test[0]], test[1]), part / share if share else 1.0)
-                )
+                skipped = test and (OPPOSITE[test[0]], test[1])
+                self.branches.append(Branch(skipped, part / share if share else 1.0))
             flops += self.run(region.blocks[0], taken, part)
         return flops
 
@@ -123,11 +107,10 @@ class _Walk:
         elif name == "cmpi":
             predicate = op.attributes["predicate"].value
             if predicate < len(PREDICATES) and values[1] is not None and values[1].size == 1:
-                # `if` asks whether a widened comparison is not 0: what counts is the comparison.
+                # `if` tests whether a widened comparison is not 0: record the comparison itself.
                 inner = self._tests.get(operands[0])
-                self._tests[result] = (
-                    inner if inner and predicate == 1 else (PREDICATES[predicate], int(values[1]))
-                )
+                own = PREDICATES[predicate], int(values[1])
+                self._tests[result] = inner if inner and predicate == 1 else own
             if predicate < len(PREDICATES) and complete:
                 self._known[result] = COMPARE[PREDICATES[predicate]](*values)
         elif name in ARITHMETIC:
@@ -155,17 +138,16 @@ def _product(op: Any) -> float:
 
 
 def cycles(schedule: str, kernel: Kernel) -> float:
-    """Bundles of a run of the kernel on one core, each as often as the branches and loops around it
-    let it run. Of the schedules that the compiler dumps, `packed-bundles-post-ra` is the last in
-    which a cycle of delay still is a bundle."""
+    """Bundles in one run of the kernel on one core, each counted as often as the branches and loops
+    around it run it. Of the schedules that the compiler dumps, `packed-bundles-post-ra` is the last
+    in which a cycle of delay is still a bundle."""
     address, count, comparisons, jumps = 0, 0, {}, []
     for line in schedule.splitlines():
         if found := re.match(r" *(0x[0-9a-f]+|0) ", line):
             address = int(found[1], 16)
             count = address + 1
-        for name, predicate, constant in re.findall(
-            r"(%p\w+) = scmp\.(\w+)\.s32\.totalorder %s\w+, (-?\d+)", line
-        ):
+        compared = r"(%p\w+) = scmp\.(\w+)\.s32\.totalorder %s\w+, (-?\d+)"
+        for name, predicate, constant in re.findall(compared, line):
             comparisons[name] = predicate, int(constant)
         if found := re.search(r"sbr\.rel \((!?)(%p\w+)\) target bundleno = (\d+)", line):
             predicate, constant = comparisons.get(found[2], (None, 0))
@@ -176,21 +158,18 @@ def cycles(schedule: str, kernel: Kernel) -> float:
     branches = list(kernel.branches)
     for after, target, predicate, constant in jumps:
         if target >= after:
-            same = [
-                i for i, branch in enumerate(branches) if branch.skipped == (predicate, constant)
-            ]
-            if same:  # else it is one of the branches around the copies in and out
+            test = predicate, constant
+            same = [i for i, branch in enumerate(branches) if branch.skipped == test]
+            if same:  # else it is a branch around the copies in and out
                 weight[after:target] *= branches[same[0]].share
                 branches = branches[same[0] + 1 :]
         else:
-            # The loop jumps back while its counter is less; the grid's runs twice more, to begin
-            # and to finish its copies.
+            # The loop jumps back while its counter is less. The grid's loop runs two more times, to
+            # begin and to finish its copies.
             if predicate != "lt":
-                raise ValueError(
-                    f"a kernel's loop must count to a constant: got {predicate} {constant}"
-                )
+                rule = "a kernel's loop must count to a constant"
+                raise ValueError(f"{rule}: got {predicate} {constant}")
             steps = math.prod(kernel.grid)
-            weight[target:after] *= (
-                constant - 2 if constant - 2 in (steps, -(-steps // 2)) else constant
-            )
+            of_grid = constant - 2 in (steps, -(-steps // 2))
+            weight[target:after] *= constant - 2 if of_grid else constant
     return float(weight.sum())

@@ -1,5 +1,6 @@
-"""Compiles one phase for a mesh that is not there and adds up what the compiler says: the child
-process of `tpu_compile.py`, which sets the environment that libtpu reads when jax is imported."""
+"""Compiles one phase for a mesh that the machine lacks and adds up the compiler's figures. This is
+the child process of `tpu_compile.py`, which sets the environment that libtpu reads when jax is
+imported."""
 
 import argparse
 import json
@@ -24,19 +25,18 @@ from cogi2v_jax.sampling.programs import RequestTarget
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 WIRE = 100e9  # bytes/s that a chip sends
-KERNEL_FACTOR = 1.27  # what kernels take over their schedule
+KERNEL_FACTOR = 1.27  # the time of kernels over their schedule
 GIB, MIB = 2**30, 2**20
 
 
 def devices_of(mesh: str) -> Sequence[Any]:
-    """The chips of a mesh of `configs/meshes.toml`, described by libtpu alone."""
+    """The chips of a mesh of `configs/meshes.toml`, as libtpu describes them."""
     stated = config.meshes()["meshes"][mesh]
     generation = config.meshes()["generations"][stated["generation"]]
-    options: dict[str, Any] = (
-        {"chip_config_name": generation["chip"]} if "chip" in generation else {}
-    )
+    chip = {"chip_config_name": generation["chip"]} if "chip" in generation else {}
+    options: dict[str, Any] = chip
     if math.prod(map(int, stated["topology"].split("x"))) == 1:
-        # Libtpu takes a host for a bigger one unless told.
+        # By default libtpu assumes a larger host.
         options["chips_per_host_bounds"] = (1, 1, 1)
     name = f"{stated['generation']}:{stated['topology']}"
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
@@ -45,8 +45,8 @@ def devices_of(mesh: str) -> Sequence[Any]:
 def phase_row(
     model: str, mesh: str, phase: str, attention: str, schedules: Path | None
 ) -> tuple[dict[str, Any], str]:
-    """The row of a phase, and its programs' HLO. Keys that the compiler gives no figure for are
-    left out; those that need its schedules of kernels, where there is no folder of these."""
+    """The row of a phase and the HLO of its programs. The row lacks keys without a figure from the
+    compiler; without a folder of kernel schedules, also those that need them."""
     checkpoint = config.named(model)
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
@@ -55,19 +55,9 @@ def phase_row(
         checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention
     )
     steps = request.num_inference_steps
-    row: dict[str, Any] = {
-        "model": model,
-        "mesh": mesh,
-        "phase": phase,
-        "height": request.height,
-        "width": request.width,
-    }
-    row |= {
-        "num_frames": request.num_frames,
-        "steps": steps,
-        "guided": request.guided,
-        "dtype": DTYPE.name,
-    }
+    row: dict[str, Any] = {"model": model, "mesh": mesh, "phase": phase}
+    row |= {name: getattr(request, name) for name in ("height", "width", "num_frames")}
+    row |= {"steps": steps, "guided": request.guided, "dtype": DTYPE.name}
     row["attention"] = resolve(attention, DTYPE, target.mesh.devices.flat[0])
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
@@ -78,36 +68,27 @@ def phase_row(
     except ValueError as error:
         if "must fit" not in str(error):
             raise
-        return row | {"fits": False}, ""  # known before the compiler is asked
+        return row | {"fits": False}, ""  # known without compiling
     seconds = time.perf_counter() - begin
     for executable in executables:
-        memory_of = executable.memory_analysis()
-        held = (
-            memory_of.argument_size_in_bytes
-            + memory_of.output_size_in_bytes
-            + memory_of.temp_size_in_bytes
-        )
-        peak = max(peak, (held - memory_of.alias_size_in_bytes) / GIB)
+        sizes = executable.memory_analysis()
+        both = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        peak = max(peak, (both + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes) / GIB)
         texts.append(executable.as_text())
         cost = tpu_hlo.read(texts[-1])
         total.add(cost, 1)
         for name, times in cost.kernels.items():
             kernel = tpu_kernel.read(cost.bodies[name])
             kernel_flops += times * kernel.flops
-            kernel_cycles += (
-                times * tpu_kernel.cycles(schedule_of(name, schedules), kernel)
-                if schedules
-                else 0.0
-            )
-    layers = {
-        "text": checkpoint.text_encoder.num_layers,
-        "denoise": checkpoint.transformer.num_layers * steps,
-    }.get(phase, 1)
+            if schedules:
+                kernel_cycles += times * tpu_kernel.cycles(schedule_of(name, schedules), kernel)
+    layers = {"text": checkpoint.text_encoder.num_layers}
+    layers |= {"denoise": checkpoint.transformer.num_layers * steps}
     row |= {
         "fits": peak <= chip["hbm_gib"],
         "peak_gib": round(peak, 3),
         "flops": total.flops + kernel_flops,
-        "collective_mib_per_layer": round(total.sent / layers / MIB, 3),
+        "collective_mib_per_layer": round(total.sent / layers.get(phase, 1) / MIB, 3),
         "compile_seconds": round(seconds, 1),
     }
     if schedules or not total.kernels:
@@ -119,10 +100,11 @@ def phase_row(
 
 
 def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
-    """What a program refused for its memory says it needs of a chip: all of it, or its temporaries
-    where these are too much already. Raises any other error again."""
+    """The memory of a chip that a refused program needs, from the error: all of it, or only its
+    temporaries if these are already too large. Raises any other error again."""
     used = re.search(
-        r"Used ([\d.]+)([MGT]) of \S+ hbm|memory required for .* \(([\d.]+)([MGT])\) exceeds available HBM",
+        r"Used ([\d.]+)([MGT]) of \S+ hbm|"
+        r"memory required for .* \(([\d.]+)([MGT])\) exceeds available HBM",
         str(error),
     )
     if not used:
@@ -132,8 +114,8 @@ def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
 
 
 def schedule_of(kernel: str, schedules: Path) -> str:
-    """A kernel's dumped schedule, by the name of its instruction. libtpu may have compiled it more
-    than once: the last is what runs."""
+    """A kernel's dumped schedule, by the name of its instruction. If libtpu compiled it more than
+    once, the last schedule is the one that runs."""
     name = re.compile(rf"(\d+)-{re.escape(kernel)}-\d+-packed-bundles-post-ra\.txt")
     found = {
         int(match[1]): path for path in schedules.iterdir() if (match := name.fullmatch(path.name))
@@ -147,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("model", "mesh", "phase", "attention"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--schedules", type=Path, help="where libtpu was told to dump schedules")
+    parser.add_argument("--schedules", type=Path, help="where libtpu dumps schedules")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--hlo", type=Path)
     args = parser.parse_args()

@@ -1,14 +1,15 @@
-"""Our pipeline against diffusers on this machine: the same weights, shapes and dtype in one
-process, in pairs, compile time apart.
+"""Our pipeline compared with diffusers on this machine: the same weights, shapes and dtype in one
+process, timed in pairs without compile time.
 
-    python benchmarks/vs_reference.py [--size tiny mid] [--repeats N] [--dtype float32] [--json FILE] [--markdown]
+    python benchmarks/vs_reference.py [--size tiny mid] [--repeats N] [--dtype float32]
+        [--json FILE] [--markdown]
 
-A pair is one run of ours and one of theirs, back to back, in alternating order, so that whatever
-else the machine does meets both. Times are medians over pairs; the ratio is theirs / ours within a
-pair, as median and quartiles: above 1, ours is faster. Before anything is timed, both sides'
-outputs are compared, so that the same thing is timed. The share of the CPU that other processes
-took meanwhile is printed: they slow torch's threads, which wait for each other at every operation,
-more than ours, so figures count only where it is small.
+A pair is one run of ours and one of theirs, back to back and in alternating order, so that other
+load on the machine affects both. Times are medians over pairs; the ratio is theirs / ours within a
+pair, as median and quartiles: above 1, ours is faster. Before the timing, the outputs of both are
+compared. The share of the CPU that other processes took meanwhile is printed. They slow torch more
+than us, because its threads wait for each other at every operation: the figures are valid only if
+that share is small.
 """
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
@@ -25,12 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    TQDM_DISABLE="1",
-    DIFFUSERS_VERBOSITY="error",
-    TRANSFORMERS_VERBOSITY="error",
-)
+os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+os.environ.update(DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
 
 import jax
 import numpy as np
@@ -52,13 +49,14 @@ try:
     import transformers
 except ImportError as missing:
     sys.exit(
-        f"benchmarks/vs_reference.py must have the reference installed: {missing}; pip install 'cogi2v-jax[reference]'"
+        f"benchmarks/vs_reference.py must have the reference installed: {missing}; "
+        "pip install 'cogi2v-jax[reference]'"
     )
 
 TINY = EMBEDDED / "cogi2v-tiny"
-# Relative error; videos are bytes, of which some round the other way.
+# Relative errors. Videos are bytes, some of which round differently.
 TOLERANCE = {"float32": 5e-4, "bfloat16": 0.1}
-REST = 0.02  # seconds before every run, in which the other side's worker threads stop spinning
+REST = 0.02  # seconds before every run, for the other side's worker threads to stop spinning
 PROMPT, GUIDANCE = "the red circle moves left", 3.0
 
 
@@ -66,9 +64,9 @@ class Size(NamedTuple):
     height: int
     width: int
     frames: int
-    steps: int  # of DDIM with guidance, as a pair
+    steps: int  # of DDIM, each a guidance pair
     repeats: int
-    make: Callable[[Path], Path]  # diffusers weights, inside a scratch folder
+    make: Callable[[Path], Path]  # writes a diffusers folder inside a scratch folder
 
 
 class Stage(NamedTuple):  # two calls that compute the same array
@@ -78,40 +76,22 @@ class Stage(NamedTuple):  # two calls that compute the same array
     parts: int = 1  # what both times are divided by
 
 
-# Stage, seconds of ours and of theirs pair by pair, relative error.
+# Stage, seconds of ours and of theirs in each pair, relative error.
 Row = tuple[str, list[float], list[float], float]
 
 
 def mid(scratch: Path) -> Path:
-    """Seeded random weights as a diffusers folder: 1,920 video and 226 text tokens through 4 layers
-    of 8 heads of 64."""
+    """A diffusers folder of seeded random weights: 1,920 video and 226 text tokens, 4 layers of 8
+    heads of 64."""
     torch.manual_seed(0)
-    blocks = {
-        "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-        "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-    }
-    t5 = {
-        "vocab_size": 39,
-        "d_model": 256,
-        "d_kv": 32,
-        "d_ff": 1024,
-        "num_layers": 4,
-        "num_heads": 8,
-        "feed_forward_proj": "gated-gelu",
-    }
-    sizes = {
-        "num_attention_heads": 8,
-        "attention_head_dim": 64,
-        "num_layers": 4,
-        "in_channels": 32,
-        "text_embed_dim": 256,
-    }
-    table = {
-        "sample_height": 32,
-        "sample_width": 48,
-        "sample_frames": 17,
-        "use_learned_positional_embeddings": True,
-    }
+    names = {"down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D"}
+    blocks = {key: (name,) * 4 for key, name in names.items()}
+    t5: dict[str, Any] = {"vocab_size": 39, "d_model": 256, "d_kv": 32, "d_ff": 1024}
+    t5 |= {"num_layers": 4, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
+    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 4}
+    sizes |= {"in_channels": 32, "text_embed_dim": 256}
+    table = {"sample_height": 32, "sample_width": 48, "sample_frames": 17}
+    table |= {"use_learned_positional_embeddings": True}
     pipe = diffusers.CogVideoXImageToVideoPipeline(
         tokenizer=transformers.T5Tokenizer.from_pretrained(TINY / "tokenizer"),
         text_encoder=transformers.T5EncoderModel(transformers.T5Config(**t5)),
@@ -124,7 +104,7 @@ def mid(scratch: Path) -> Path:
         scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(TINY / "scheduler"),
     )
     pipe.save_pretrained(folder := scratch / "mid")
-    # Newer transformers leave it out.
+    # Newer transformers do not save it.
     shutil.copyfile(TINY / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")
     return folder
 
@@ -141,7 +121,7 @@ def frames_last(latents: torch.Tensor) -> np.ndarray:
 
 
 def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage]:
-    """Both sides' callables, fed with equal noise. A stage's inputs are the same on both sides: the
+    """The callables of both sides, with equal noise. Both sides of a stage get the same inputs: the
     reference's results, computed here."""
     pipe: Any = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(
         folder, dtype=getattr(torch, dtype)
@@ -150,12 +130,8 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     models = cogi2v_jax.load(folder, dtype=dtype, say=lambda line: None)
     config, length = models.config, models.config.transformer.max_text_seq_length
     picture = Image.open(EMBEDDED / "example.png").convert("RGB").resize((size.width, size.height))
-    asked: dict[str, Any] = {
-        "height": size.height,
-        "width": size.width,
-        "num_frames": size.frames,
-        "num_inference_steps": size.steps,
-    }
+    asked: dict[str, Any] = {"height": size.height, "width": size.width, "num_frames": size.frames}
+    asked |= {"num_inference_steps": size.steps}
     asked |= {"guidance_scale": GUIDANCE, "use_dynamic_cfg": False}
     request = cogi2v_jax.Request(picture, PROMPT, scheduler="ddim", fit="stretch", **asked).resolve(
         config
@@ -179,7 +155,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
         )
 
     text, (start, image) = their_text(), their_image()
-    # The reference draws the posterior's noise first, then the initial latents.
+    # The reference draws the posterior's noise first, then the initial noise.
     posterior = torch.randn(
         (1, 1, shape.channels, shape.height, shape.width), generator=torch.manual_seed(5)
     )
@@ -251,7 +227,7 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
 
 
 def relative_error(ours: Any, theirs: Any) -> float:
-    """|ours - theirs| / |theirs|; our videos are bytes, against which theirs are rounded alike."""
+    """|ours - theirs| / |theirs|. Our videos are bytes; theirs are then rounded to bytes too."""
     ours, theirs = np.asarray(ours), np.round(theirs * 255) if ours.dtype == np.uint8 else theirs
     return float(
         np.linalg.norm(ours.astype(np.float64) - theirs) / np.linalg.norm(theirs.astype(np.float64))
@@ -259,12 +235,11 @@ def relative_error(ours: Any, theirs: Any) -> float:
 
 
 def measure(stage: Stage, repeats: int, tolerance: float) -> Row:
-    """Compares, which also warms both sides up, then times in pairs."""
+    """Compares the outputs, which also warms up both sides, then times in pairs."""
     error = relative_error(stage.ours(), stage.theirs())
     if error > tolerance:
-        sys.exit(
-            f"{stage.name}: the two sides' outputs must agree within {tolerance:g}: got a relative error of {error:.2g}"
-        )
+        rule = f"{stage.name}: the two sides' outputs must agree within {tolerance:g}"
+        sys.exit(f"{rule}: got a relative error of {error:.2g}")
     calls, times = (stage.ours, stage.theirs), ([], [])
     for repeat in range(repeats):
         for side in (0, 1) if repeat % 2 else (1, 0):
@@ -276,26 +251,18 @@ def measure(stage: Stage, repeats: int, tolerance: float) -> Row:
 
 
 def machine() -> list[str]:
-    """Everything that a figure depends on and a reader can't see."""
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    packages = ", ".join(
-        f"{name} {version(name)}"
-        for name in ("cogi2v-jax", "jax", "flax", "torch", "diffusers", "transformers")
-    )
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch, {len(os.sched_getaffinity(0))} for XLA"
-    return [
-        f"{names[0] if names else 'CPU'}, {threads}",
-        f"{packages}; {time.strftime('%Y-%m-%d')}",
-    ]
+    """The CPU, threads, package versions and date, on which the figures depend."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    packages = ("cogi2v-jax", "jax", "flax", "torch", "diffusers", "transformers")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"
+    cpu = f"{names[0] if names else 'CPU'}, {threads}, {len(os.sched_getaffinity(0))} for XLA"
+    return [cpu, f"{versions}; {time.strftime('%Y-%m-%d')}"]
 
 
 def others() -> np.ndarray:
-    """(CPU seconds of all processes but this one, CPU seconds that there were), since some time in
-    the past."""
+    """(CPU seconds used by all other processes, all CPU seconds), both since the same past time."""
     ticks = np.array(Path("/proc/stat").read_text().split()[1:9], float) / os.sysconf("SC_CLK_TCK")
     idle = ticks[3] + ticks[4]
     return np.array([ticks.sum() - idle - time.process_time(), ticks.sum()])
@@ -305,29 +272,27 @@ def table(rows: list[Row], markdown: bool) -> str:
     cells = [["stage", "ours ms", "diffusers ms", "ratio", "quartiles", "relative error"]]
     for name, ours, theirs, error in rows:
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-        low, middle, high = (
-            statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
-        )
+        several = len(ratios) > 1
+        quartiles = statistics.quantiles(ratios, method="inclusive") if several else ratios * 3
+        low, median, high = quartiles
         times = [f"{1e3 * statistics.median(side):.4g}" for side in (ours, theirs)]
-        cells.append([name, *times, f"{middle:.2f}", f"{low:.2f} - {high:.2f}", f"{error:.0e}"])
+        cells.append([name, *times, f"{median:.2f}", f"{low:.2f} - {high:.2f}", f"{error:.0e}"])
     return aligned(cells, markdown)
 
 
 def aligned(cells: list[list[str]], markdown: bool) -> str:
-    """A table, its heads first."""
+    """A table with aligned columns; its first row is the head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells
-    ]
-    if markdown:
-        lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        f"| {' | '.join(line)} |" if markdown else "  ".join(line).rstrip() for line in lines
-    )
+    rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    if not markdown:
+        return "\n".join("  ".join(row).rstrip() for row in rows)
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Our pipeline against diffusers, in pairs.")
+    about = "Our pipeline compared with diffusers, in pairs."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--size", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--repeats", type=int, help="pairs a stage; each size has its own default")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
@@ -343,27 +308,17 @@ def main() -> None:
         for name in args.size:
             size, watch, before = SIZES[name], Stopwatch(), others()
             todo = stages(size, size.make(Path(scratch)), args.dtype, watch)
-            rows = [
-                measure(stage, args.repeats or size.repeats, TOLERANCE[args.dtype])
-                for stage in todo
-            ]
-            (taken, total), pairs, compiling = (
-                others() - before,
-                len(rows[0][1]),
-                watch.seconds["compile"],
-            )
-            what = f"{name}: {size.width}x{size.height}, {size.frames} frames, {size.steps} DDIM steps with guidance, {args.dtype}"
-            print(f"\n{what}; {pairs} pairs; other processes took {taken / total:.0%} of the CPU")
-            print(
-                f"ours compiled once, not counted below: {compiling:.1f} s\n\n{table(rows, args.markdown)}",
-                flush=True,
-            )
-            record["sizes"][name] = {
-                "what": what,
-                "compile": compiling,
-                "others": taken / total,
-                "rows": rows,
-            }
+            repeats, tolerance = args.repeats or size.repeats, TOLERANCE[args.dtype]
+            rows = [measure(stage, repeats, tolerance) for stage in todo]
+            (taken, total), compiling = others() - before, watch.seconds["compile"]
+            what = f"{name}: {size.width}x{size.height}, {size.frames} frames, {size.steps} DDIM"
+            what += f" steps with guidance, {args.dtype}"
+            share = f"other processes took {taken / total:.0%} of the CPU"
+            print(f"\n{what}; {len(rows[0][1])} pairs; {share}")
+            print(f"ours compiled once, not counted below: {compiling:.1f} s\n")
+            print(table(rows, args.markdown), flush=True)
+            row = {"what": what, "compile": compiling, "others": taken / total, "rows": rows}
+            record["sizes"][name] = row
     if args.json:
         args.json.write_text(json.dumps(record, indent=1))
 
