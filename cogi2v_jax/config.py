@@ -17,11 +17,8 @@ PARTS = ("transformer", "vae", "text_encoder", "scheduler")
 BLOCKS = ("transformer", "text_encoder")  # parts that are stacks of equal blocks
 
 # Either beside the package (an installed wheel) or one folder up (a checkout, an editable install).
-_HERE = Path(__file__).parent
-CONFIGS = next(
-    (folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()),
-    _HERE / "configs",
-)
+_PLACES = [folder / "configs" for folder in Path(__file__).parents[:2]]
+CONFIGS = next(filter(Path.is_dir, _PLACES), _PLACES[0])
 
 
 def _is_count(value: Any) -> bool:
@@ -88,25 +85,27 @@ class _Part:
                 known[key] = value
             elif value:  # a key newer than this program is ignored where it is off or empty
                 faults.append(f"{key} is not known here: got {value!r}")
+        faults += cls._misfits(known)
         try:
-            part = cls(**known)
             if not faults:
-                return part
+                return cls(**known)
         except ValueError as error:
-            faults.append(str(error))
+            faults = [str(error)]
         raise ValueError(one_line(f"{where}: " + "; ".join(faults)))
 
     def __post_init__(self) -> None:
-        fields = [
-            (f.name, getattr(self, f.name), *_KINDS[f.type]) for f in dataclasses.fields(self)
-        ]
-        faults = [
-            f"{name} must be {rule}: got {value!r}"
-            for name, value, rule, fits in fields
-            if not fits(value)
-        ]
-        if faults := faults or [*self._faults()]:
+        if faults := self._misfits(vars(self)) or [*self._faults()]:
             raise ValueError("; ".join(faults))
+
+    @classmethod
+    def _misfits(cls, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the types of fields."""
+        kinds = [(f.name, *_KINDS[f.type]) for f in dataclasses.fields(cls) if f.name in values]
+        return [
+            f"{name} must be {rule}: got {values[name]!r}"
+            for name, rule, fits in kinds
+            if not fits(values[name])
+        ]
 
     def _faults(self) -> Iterator[str]:
         """What is wrong with fields that are all of their types."""
