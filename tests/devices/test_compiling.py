@@ -1,10 +1,12 @@
-"""Compile once: counted, in this process and in the next."""
+"""Compiled programs, counted in this process and in the next; and the clock of the stages."""
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +16,16 @@ from jax import monitoring
 
 from cogi2v_jax.devices.compiling import Program, Stopwatch, keep_compilations
 
-FOLDER, ENABLED, LEAST = (
-    "jax_compilation_cache_dir",
-    "jax_enable_compilation_cache",
-    "jax_persistent_cache_min_compile_time_secs",
-)
+FOLDER, ENABLED = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
+LEAST = "jax_persistent_cache_min_compile_time_secs"
 
 
 @pytest.fixture
-def compiles():
-    """Everything XLA compiles while a test runs, one entry each."""
-    seen = []
+def compiles() -> Iterator[list[str]]:
+    """An entry for each program that XLA compiles while a test runs."""
+    seen: list[str] = []
 
-    def listen(event, duration, **_):
+    def listen(event: str, duration: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             seen.append(event)
 
@@ -36,42 +35,42 @@ def compiles():
 
 
 @pytest.fixture
-def settings():
-    """jax's own settings, put back afterwards."""
+def settings() -> Iterator[Any]:
+    """jax's settings, restored afterwards."""
     before = {name: jax.config.values[name] for name in (FOLDER, ENABLED, LEAST)}
     yield jax.config
     for name, value in before.items():
         jax.config.update(name, value)
 
 
-def affine(x, scale, shift: int = 0, kind: str = "sum"):
+def affine(x: Any, scale: dict[str, Any], shift: int = 0, kind: str = "sum") -> Any:
     y = scale["by"] * x + shift
     return y.sum() if kind == "sum" else y
 
 
 @pytest.fixture
-def program():
-    """A new function each time: jax remembers what it compiled for an old one."""
+def program() -> Program:
+    """Of a new function each time, because jax caches what it compiled for an old one."""
 
-    def fresh(x, scale, *, shift: int = 0, kind: str = "sum"):
+    def fresh(x: Any, scale: dict[str, Any], *, shift: int = 0, kind: str = "sum") -> Any:
         return affine(x, scale, shift, kind)
 
     return Program(fresh)
 
 
-def arguments(rows: int = 3, by: float = 2.0, dtype=np.float32) -> tuple:
+def arguments(rows: int = 3, by: float = 2.0, dtype: Any = np.float32) -> tuple:
     return np.arange(rows, dtype=dtype), {"by": np.asarray(by, dtype)}
 
 
 # programs
 
 
-def test_a_program_computes_its_function(program):
+def test_a_program_computes_its_function(program: Program) -> None:
     executable = program.compile(*arguments(), shift=1, kind="all")
     np.testing.assert_array_equal(executable(*arguments()), [1, 3, 5])
 
 
-def test_new_values_compile_nothing(program, compiles):
+def test_new_values_compile_nothing(program: Program, compiles: list[str]) -> None:
     on_device = jax.tree.map(jnp.asarray, arguments(by=3.0))
     compiles.clear()
     first = program.compile(*arguments(), shift=1, kind="sum")
@@ -80,7 +79,7 @@ def test_new_values_compile_nothing(program, compiles):
     again = program.compile(*arguments(by=5.0), shift=1, kind="sum")
     assert again is first
     assert float(again(*arguments(by=5.0))) == 18
-    # Static values in another order, too.
+    # So do static values in another order.
     assert program.compile(*on_device, kind="sum", shift=1) is first
     assert len(compiles) == 1
 
@@ -95,19 +94,24 @@ def test_new_values_compile_nothing(program, compiles):
         (arguments(), {"kind": "all"}),
     ],
 )
-def test_new_shapes_dtypes_and_static_values_compile_once_each(given, static, program, compiles):
-    program.compile(*arguments(), **{"shift": 1, "kind": "sum"})
+def test_new_shapes_dtypes_and_static_values_compile_once_each(
+    given: tuple, static: dict[str, Any], program: Program, compiles: list[str]
+) -> None:
+    usual = {"shift": 1, "kind": "sum"}
+    program.compile(*arguments(), **usual)
     assert len(compiles) == 1
-    changed = {"shift": 1, "kind": "sum", **static}
+    changed = usual | static
     executable = program.compile(*given, **changed)
     assert len(compiles) == 2
     np.testing.assert_array_equal(executable(*given), affine(*given, **changed))
     assert program.compile(*given, **changed) is executable
-    program.compile(*arguments(), **{"shift": 1, "kind": "sum"})
+    program.compile(*arguments(), **usual)
     assert len(compiles) == 2
 
 
-def test_none_is_another_structure_and_not_a_value(compiles):
+def test_a_program_is_compiled_separately_for_an_argument_that_is_none(
+    compiles: list[str],
+) -> None:
     program = Program(lambda x, y: x if y is None else x + y)
     one = np.ones(2, np.float32)
     assert program.compile(one, None) is not program.compile(one, one)
@@ -116,7 +120,7 @@ def test_none_is_another_structure_and_not_a_value(compiles):
     assert len(compiles) == 2
 
 
-def test_programs_keep_their_executables_apart():
+def test_programs_do_not_share_executables() -> None:
     doubled, tripled = Program(lambda x: 2 * x), Program(lambda x: 3 * x)
     one = np.ones(1, np.float32)
     assert float(doubled.compile(one)(one)[0]) == 2
@@ -127,58 +131,60 @@ def test_programs_keep_their_executables_apart():
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """A clock that moves only when told to."""
-
-    def tick(seconds: float) -> None:
-        now[0] += seconds
-
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Advances a clock that stands still otherwise."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    return tick
+
+    def advance(seconds: float) -> None:
+        now[0] += seconds
+
+    return advance
 
 
-def test_a_phase_inside_another_stops_the_outer_clock(clock):
+def test_the_outer_clock_stands_still_while_an_inner_name_runs(
+    wait: Callable[[float], None],
+) -> None:
     watch = Stopwatch()
-    clock(5)  # before any phase
+    wait(5)  # before any name
     with watch("outer"):
-        clock(1)
+        wait(1)
         with watch("inner"):
-            clock(10)
+            wait(10)
             with watch("innermost"):
-                clock(100)
-        clock(2)
-    clock(50)  # between phases
+                wait(100)
+        wait(2)
+    wait(50)  # between names
     with watch("inner"):
-        clock(20)
+        wait(20)
     assert watch.seconds == {"outer": 3, "inner": 30, "innermost": 100}
 
 
-def test_a_phase_inside_itself_counts_once(clock):
+def test_a_name_inside_itself_counts_once(wait: Callable[[float], None]) -> None:
     watch = Stopwatch()
     with watch("load"):
-        clock(1)
+        wait(1)
         with watch("load"):
-            clock(2)
+            wait(2)
     assert watch.seconds == {"load": 3}
 
 
-def test_an_error_ends_its_phase(clock):
+def test_an_error_stops_the_clock_of_its_name(wait: Callable[[float], None]) -> None:
     watch = Stopwatch()
 
-    def fail():
+    def fail() -> None:
         with watch("inner"):
-            clock(1)
+            wait(1)
             raise KeyError
 
     with watch("outer"):
         with pytest.raises(KeyError):
             fail()
-        clock(2)
+        wait(2)
     assert watch.seconds == {"inner": 1, "outer": 2}
 
 
-def test_phases_sum_to_the_wall_clock():
+def test_all_seconds_add_up_to_the_time_passed() -> None:
     watch = Stopwatch()
     started = time.perf_counter()
     with watch("a"):
@@ -194,7 +200,9 @@ def test_phases_sum_to_the_wall_clock():
 # the persistent cache
 
 
-def test_compilations_are_kept_in_the_user_s_cache(settings, tmp_path, monkeypatch):
+def test_compilations_are_kept_in_the_user_s_cache_folder(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     settings.update(FOLDER, None)
     keep_compilations()
@@ -202,7 +210,9 @@ def test_compilations_are_kept_in_the_user_s_cache(settings, tmp_path, monkeypat
     assert 0 < settings.values[LEAST] < 1
 
 
-def test_without_a_place_for_them_nothing_is_kept(settings, tmp_path, monkeypatch):
+def test_without_a_folder_nothing_is_kept(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     settings.update(FOLDER, None)
@@ -210,7 +220,7 @@ def test_without_a_place_for_them_nothing_is_kept(settings, tmp_path, monkeypatc
     assert settings.values[FOLDER] is None
 
 
-def test_a_cache_folder_that_the_user_chose_is_kept(settings, tmp_path):
+def test_a_cache_folder_that_the_user_chose_is_used(settings: Any, tmp_path: Path) -> None:
     settings.update(FOLDER, str(tmp_path))
     settings.update(LEAST, 7.0)
     keep_compilations()
@@ -218,7 +228,7 @@ def test_a_cache_folder_that_the_user_chose_is_kept(settings, tmp_path):
     assert settings.values[LEAST] == 7.0
 
 
-def test_a_cache_that_the_user_switched_off_stays_off(settings):
+def test_a_cache_that_the_user_switched_off_stays_off(settings: Any) -> None:
     settings.update(FOLDER, None)
     settings.update(ENABLED, False)
     keep_compilations()
@@ -229,46 +239,41 @@ PROGRAM = """
 import jax, numpy as np
 from jax import monitoring
 from cogi2v_jax.devices.compiling import Program, keep_compilations
-hits, misses = [], []
-monitoring.register_event_listener(lambda event, **_: hits.append(1) if event == "/jax/compilation_cache/cache_hits" else None)
-monitoring.register_event_listener(lambda event, **_: misses.append(1) if event == "/jax/compilation_cache/cache_misses" else None)
+events = []
+monitoring.register_event_listener(lambda event, **_: events.append(event))
+def counts():
+    return [events.count(f"/jax/compilation_cache/cache_{kind}") for kind in ("hits", "misses")]
 keep_compilations()
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # these are quick
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # this one is quick
 def step(x):
     return jax.lax.scan(lambda x, _: (np.float32(0.5) * x @ x, None), x, None, length=4)[0]
 x = np.ones((8, 8), np.float32)
-print(len(hits), len(misses), float(np.asarray(Program(step).compile(x)(x)).sum()), len(hits), len(misses))
+before = counts()
+total = float(np.asarray(Program(step).compile(x)(x)).sum())
+print(total, *before, *counts())
 """
 
 
 def entries(cache: Path) -> set[str]:
-    return {
-        path.name
-        for path in (cache / "cogi2v-jax" / "xla").iterdir()
-        if path.name.endswith("-cache")
-    }
+    return {path.name for path in (cache / "cogi2v-jax" / "xla").glob("*-cache")}
 
 
-def test_a_second_process_finds_what_the_first_compiled(tmp_path):
+def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
     def run() -> list[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        command, captured = [sys.executable, "-c", PROGRAM], {"capture_output": True, "text": True}
+        done = subprocess.run(command, env=environment, timeout=120, **captured)
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    first = run()
+    result, *first = run()
     kept = entries(tmp_path)
     assert len(kept) == 1
-    second = run()
+    same, *second = run()
     assert entries(tmp_path) == kept
-    assert [first[index] for index in (0, 1, 3, 4)] == ["0", "0", "0", "1"]
-    assert [second[index] for index in (0, 1, 3, 4)] == ["0", "0", "1", "0"]
-    assert first[2] == second[2]
+    # Hits and misses before, then after.
+    assert first == ["0", "0", "0", "1"]
+    assert second == ["0", "0", "1", "0"]
+    assert result == same
