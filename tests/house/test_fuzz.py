@@ -1,5 +1,5 @@
-"""Headers, indexes and configurations that anything may have happened to: each is read, or refused
-in one line, and nothing is made."""
+"""Damaged headers, indexes and configurations: each is read, or refused in one line, and nothing is
+made."""
 
 import json
 import shutil
@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from cogi2v_jax import config
 from cogi2v_jax.weights.pieces import NETWORKS
 
-# A fixed number of the same cases every time, and no minimising of what is found: a case is a
-# file's worth of work.
+# The same cases every time, and no search for a smaller failing case: every case writes a file.
 CASES = settings(
     max_examples=100,
     deadline=None,
@@ -73,7 +72,7 @@ VALUES = st.recursive(
 
 
 def paths(value: Any, here: tuple = ()) -> list[tuple]:
-    """Every place in a JSON value."""
+    """The path of every value in a JSON value."""
     found = [here] if here else []
     items = (
         value.items()
@@ -108,7 +107,7 @@ def changed(draw: Callable[..., Any], value: Any) -> Any:
     return value
 
 
-def spoilt(draw: Callable[..., Any], data: bytes) -> bytes:
+def damaged(draw: Callable[..., Any], data: bytes) -> bytes:
     """Bytes with some overwritten, cut off, or put in."""
     at = draw(st.integers(0, len(data)))
     junk = draw(st.binary(max_size=24))
@@ -141,14 +140,14 @@ def headers(draw: Callable[..., Any], header: dict[str, Any], rest: bytes) -> by
         )
     )
     data = struct.pack("<Q", length) + text + rest
-    return spoilt(draw, data[: len(text) + 8]) + rest if draw(st.integers(0, 3)) == 0 else data
+    return damaged(draw, data[: len(text) + 8]) + rest if draw(st.integers(0, 3)) == 0 else data
 
 
 @st.composite
 def texts(draw: Callable[..., Any], value: Any) -> bytes:
     """A JSON file changed as JSON or as bytes."""
     text = json.dumps(changed(draw, value)).encode()
-    return spoilt(draw, text) if draw(st.integers(0, 2)) == 0 else text
+    return damaged(draw, text) if draw(st.integers(0, 2)) == 0 else text
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +160,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def holds(source: Path) -> None:
-    """Whatever the folder holds, it is understood or refused in one line."""
+def check_reading(source: Path) -> None:
+    """The folder is read, or refused in one line."""
     try:
         found = gather([source])
         refuse(str(source), [fault for part in NETWORKS for fault in match(found, part).faults])
@@ -200,7 +199,7 @@ def test_a_safetensors_header_is_read_or_refused(saved: Path, part: str) -> None
     @given(headers(header, rest))
     def check(data: bytes) -> None:
         with replaced(saved, file.relative_to(saved).as_posix(), data) as folder:
-            holds(Path(folder))
+            check_reading(Path(folder))
 
     check()
 
@@ -213,7 +212,7 @@ def test_an_index_is_read_or_refused(saved: Path) -> None:
     @given(texts(json.loads(index.read_text())))
     def check(data: bytes) -> None:
         with replaced(saved, index.relative_to(saved).as_posix(), data) as folder:
-            holds(Path(folder))
+            check_reading(Path(folder))
 
     check()
 
@@ -234,14 +233,14 @@ def test_a_configuration_is_read_or_refused(saved: Path, name: str) -> None:
     @given(texts(json.loads((saved / name).read_text())))
     def check(data: bytes) -> None:
         with replaced(saved, name, data) as folder:
-            holds(Path(folder))
+            check_reading(Path(folder))
 
     check()
 
 
 def test_a_toml_of_ours_is_read_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "cogvideox-5b-i2v"
-    text = (config.CONFIGS / f"{name}.toml").read_bytes()
+    text = (config.CONFIGS / "checkpoints" / f"{name}.toml").read_bytes()
     shutil.copytree(config.CONFIGS, tmp_path / "configs")
     monkeypatch.setattr(config, "CONFIGS", tmp_path / "configs")
 
@@ -249,7 +248,9 @@ def test_a_toml_of_ours_is_read_or_refused(tmp_path: Path, monkeypatch: pytest.M
     @seed(0)
     @given(st.data())
     def check(data: st.DataObject) -> None:
-        (tmp_path / "configs" / f"{name}.toml").write_bytes(spoilt(data.draw, text))
+        (tmp_path / "configs" / "checkpoints" / f"{name}.toml").write_bytes(
+            damaged(data.draw, text)
+        )
         for cached in (config.toml, config.named, config.names):
             getattr(cached, "cache_clear", lambda: None)()
         try:
@@ -267,7 +268,7 @@ def test_a_toml_of_ours_is_read_or_refused(tmp_path: Path, monkeypatch: pytest.M
             getattr(cached, "cache_clear", lambda: None)()
 
 
-def test_nothing_is_made_of_a_spoilt_file(saved: Path, tmp_path: Path) -> None:
+def test_nothing_is_made_of_a_damaged_file(saved: Path, tmp_path: Path) -> None:
     """The same through the whole conversion, for a few."""
     file = weights(saved, "vae")
     whole = file.read_bytes()
@@ -277,7 +278,7 @@ def test_nothing_is_made_of_a_spoilt_file(saved: Path, tmp_path: Path) -> None:
     @given(st.data())
     def check(data: st.DataObject) -> None:
         with replaced(
-            saved, file.relative_to(saved).as_posix(), spoilt(data.draw, whole)
+            saved, file.relative_to(saved).as_posix(), damaged(data.draw, whole)
         ) as folder:
             try:
                 to_flax(Path(folder), tmp_path / "flax")

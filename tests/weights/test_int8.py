@@ -1,4 +1,4 @@
-"""Int8 weights: what is kept of them, what they compute, where they lie, and what refuses them."""
+"""Int8 weights: conversion, results, memory, precision, and what is refused."""
 
 import contextlib
 import dataclasses
@@ -58,7 +58,7 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    """Networks whose every axis divides by eight."""
+    """Networks with all axes divisible by eight."""
     pipe = twins.pipeline("1.0")
     heads = {"num_attention_heads": 8, "attention_head_dim": 16, "num_layers": 2}
     pipe.transformer = twins.transformer(
@@ -88,7 +88,7 @@ def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights in floating point: what the numbers stand for, unrounded."""
+    """The same weights in floating point: int8 times scale, in float32."""
     copy = Path(shutil.copytree(folder, tmp_path_factory.mktemp("plain") / "float32"))
     for part in config.BLOCKS:
         for layer, leaves in units(folder, part):
@@ -144,11 +144,11 @@ def test_the_kernels_of_blocks_are_int8_with_a_scale_an_output_and_all_else_bflo
             leaf.dtype.name for name, leaf in leaves.items() if name not in {*found, *scales}
         } == {"bfloat16"}
         for name in found:
-            # An output's scale is its largest weight's.
+            # The largest weight of an output is +-127.
             assert (np.abs(leaves[name].astype(int)).max(axis=0) >= 127).all()
 
 
-def test_there_and_back_every_tensor_is_as_far_off_as_the_manifest_says_and_diffusers_loads_them(
+def test_tensors_converted_both_ways_have_the_errors_in_the_manifest_and_load_in_diffusers(
     source: Path, folder: Path, tmp_path: Path
 ) -> None:
     back = to_torch(folder, tmp_path / "back")
@@ -177,7 +177,7 @@ def test_there_and_back_every_tensor_is_as_far_off_as_the_manifest_says_and_diff
     )
 
 
-def test_no_number_is_further_off_than_half_a_step(source: Path, folder: Path) -> None:
+def test_no_weight_differs_by_more_than_half_a_step(source: Path, folder: Path) -> None:
     for part in config.BLOCKS:
         theirs = load_file(weights(source, part))
         places = targets(open_folder(folder, FLOAT32).config, part)
@@ -192,7 +192,7 @@ def test_no_number_is_further_off_than_half_a_step(source: Path, folder: Path) -
             ).all()
 
 
-def test_nothing_and_the_smallest_and_the_largest_numbers_have_an_error_that_is_a_number(
+def test_errors_of_zeros_and_of_the_smallest_and_largest_numbers_are_finite(
     rng: np.random.Generator,
 ) -> None:
     drawn = rng.normal(size=(8, 6)).astype(np.float32)
@@ -228,7 +228,7 @@ def test_nothing_and_the_smallest_and_the_largest_numbers_have_an_error_that_is_
     assert back.keys() == {f"{name}.kernel" for name in kernels}
 
 
-def test_the_commands_say_what_became_of_the_weights(
+def test_the_commands_print_the_errors_of_int8_weights(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["to-flax", str(source), str(tmp_path / "int8"), "--dtype", "int8"]) == 0
@@ -255,16 +255,16 @@ def test_the_commands_say_what_became_of_the_weights(
     ]
     assert main(["to-torch", str(tmp_path / "int8"), str(tmp_path / "back")]) == 0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "what was int8 of transformer and text_encoder is dequantised to bfloat16" in line
+    assert "int8 weights of transformer and text_encoder were dequantised to bfloat16" in line
 
 
-# numbers
+# results
 
 
 @pytest.mark.parametrize("form", ["default", "cuda"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_computes_what_it_does_with_its_kernel_in_floating_point(
+def test_a_layer_computes_the_same_as_with_a_floating_point_kernel(
     bias: bool, dtype: str, form: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers.lax, "platform_dependent", lambda *args, **forms: forms[form](*args))
@@ -320,7 +320,7 @@ def alone(folder: Path) -> np.ndarray:
     return latents(cogi2v_jax.load(folder, "float32"))
 
 
-def test_the_pipeline_computes_what_it_does_with_the_weights_in_floating_point(
+def test_the_pipeline_computes_the_same_as_with_floating_point_weights(
     plain: Path, alone: np.ndarray
 ) -> None:
     models = cogi2v_jax.load(plain, "float32")
@@ -328,7 +328,7 @@ def test_the_pipeline_computes_what_it_does_with_the_weights_in_floating_point(
     assert_close(alone, latents(models), TOLERANCE["module"])
 
 
-def test_the_embedded_models_latents_are_near_the_unquantised_ones_and_not_them(
+def test_latents_of_the_embedded_model_are_near_the_unquantised_ones(
     tmp_path: Path,
 ) -> None:
     models = cogi2v_jax.load(to_flax(twins.TINY, tmp_path / "int8", "int8"), "float32")
@@ -341,7 +341,7 @@ def test_the_embedded_models_latents_are_near_the_unquantised_ones_and_not_them(
     )
 
 
-def test_in_bfloat16_it_is_as_near_to_float32_as_with_the_weights_in_floating_point(
+def test_bfloat16_is_as_near_to_float32_as_with_floating_point_weights(
     folder: Path, plain: Path, alone: np.ndarray
 ) -> None:
     ours, theirs = (
@@ -355,7 +355,7 @@ def places_of(models: Models, name: str) -> Any:
     return pipeline.target_of(models, ask().resolve(models.config)).network(name)
 
 
-def test_split_over_eight_devices_it_is_the_same_as_on_one(
+def test_eight_devices_compute_the_same_as_one(
     folder: Path, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cogi2v_jax.weights.pieces.REPLICATED", 0.0)
@@ -399,7 +399,9 @@ def test_a_device_holds_no_more_than_the_shapes_say(dtype: jnp.dtype, folder: Pa
 
 
 @pytest.mark.parametrize("phase", ["text", "denoise"])
-def test_no_program_widens_more_than_a_layer_at_a_time(phase: str, folder: Path) -> None:
+def test_no_program_converts_more_than_one_layer_to_floating_point_at_a_time(
+    phase: str, folder: Path
+) -> None:
     models = open_folder(folder, HALF)
     place = pipeline.target_of(models, ask().resolve(models.config))
     call = place.calls(phase)[-1]
@@ -420,14 +422,14 @@ def test_no_program_widens_more_than_a_layer_at_a_time(phase: str, folder: Path)
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint whose programs are read, with int8 weights."""
+    """The checkpoint of `lowering`, with int8 weights."""
     small = dataclasses.replace(lowering.checkpoint(), int8=config.BLOCKS)
-    monkeypatch.setattr(test_precision, "checkpoint", lambda: small)
+    monkeypatch.setattr(lowering, "checkpoint", lambda: small)
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("phase", ["text", "denoise"])
-def test_products_and_arithmetic_are_as_exact_as_without(phase: str) -> None:
+def test_products_and_arithmetic_are_as_exact_as_without_int8(phase: str) -> None:
     text = lowering.handed_over(phase, "bfloat16")
     assert "xi8>" in text
     products = list(lowering.operations(text, lowering.PRODUCTS))
@@ -441,7 +443,7 @@ def test_products_and_arithmetic_are_as_exact_as_without(phase: str) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("phase", ["text", "denoise"])
-def test_nvidia_devices_scale_a_kernel_and_are_left_a_product_that_rounds_once(phase: str) -> None:
+def test_nvidia_devices_scale_a_kernel_before_a_product_that_rounds_once(phase: str) -> None:
     text = lowering.handed_to_nvidia(phase, "bfloat16")
     assert "xi8>" in text
     kinds = [kind for kind, _, _ in lowering.operations(text, lowering.PRODUCTS)]
@@ -461,25 +463,28 @@ def test_a_lora_on_int8_kernels_is_refused_in_one_line_before_anything_is_read(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(checkpoint, "read_shards", None)
-    monkeypatch.setattr("cogi2v_jax.hub.open_folder", None)
+    monkeypatch.setattr("cogi2v_jax.loading.open_folder", None)
     file = loras.save(
         tmp_path / "a.safetensors", loras.peft(loras.pairs(pipe.transformer, ("to_q",), rank=4))
     )
     with pytest.raises(
         ValueError,
-        match=r"^lora a.safetensors must meet floating-point weights: got blocks.attn.q.kernel of int8; .*$",
+        match=(
+            r"^lora a.safetensors must change floating-point weights: got blocks.attn.q.kernel of "
+            r"int8; .*$"
+        ),
     ):
         cogi2v_jax.load(folder, "float32", loras=[file])
     models = Models(folder, checkpoint.read_config(folder), FLOAT32)
-    with pytest.raises(ValueError, match="must meet floating-point weights"):
+    with pytest.raises(ValueError, match="must change floating-point weights"):
         cogi2v_jax.adapt(models, [file])
     assert models.loras == ()
-    assert "must meet floating-point weights" in one_line(
+    assert "must change floating-point weights" in one_line(
         capsys, ["inspect", file, "--model", folder]
     )
 
 
-def test_a_lora_on_what_is_not_int8_is_added(
+def test_a_lora_for_weights_that_are_not_int8_is_added(
     pipe: Any, folder: Path, alone: np.ndarray, tmp_path: Path
 ) -> None:
     file = loras.save(
@@ -488,7 +493,7 @@ def test_a_lora_on_what_is_not_int8_is_added(
     assert relative_error(latents(cogi2v_jax.load(folder, "float32", loras=[file])), alone) > 1e-3
 
 
-def test_without_qwix_nothing_is_begun(
+def test_without_qwix_nothing_is_started(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(int8, "find_spec", lambda name: None)
@@ -499,7 +504,7 @@ def test_without_qwix_nothing_is_begun(
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_what_is_no_number_is_refused_by_name_and_nothing_is_left(
+def test_a_weight_that_is_not_finite_is_refused_by_name_and_nothing_is_left(
     value: str, source: Path, tmp_path: Path, capsys: Any
 ) -> None:
     copy = Path(shutil.copytree(source, tmp_path / "source"))
@@ -519,20 +524,20 @@ def test_what_is_no_number_is_refused_by_name_and_nothing_is_left(
         ),
         (
             lambda errors: errors.update(transformer={}),
-            "must give every part in int8 its tensors' errors",
+            "must give the errors of every int8 part's tensors",
         ),
         (
             lambda errors: errors.update(transformer=["a"]),
-            "must give every part in int8 its tensors' errors",
+            "must give the errors of every int8 part's tensors",
         ),
         (
             lambda errors: errors.update(transformer={"a": "b"}),
-            "must give every part in int8 its tensors' errors",
+            "must give the errors of every int8 part's tensors",
         ),
         (lambda errors: errors.pop("transformer"), "attn.q.scale not of this network"),
     ],
 )
-def test_a_manifest_that_tells_something_else_is_refused(
+def test_a_manifest_with_invalid_errors_is_refused(
     change: Any, expected: str, folder: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "int8"))
