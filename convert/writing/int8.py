@@ -39,7 +39,7 @@ def quantise(
     import qwix
 
     made, errors = dict(leaves), {}
-    for name in kernels & leaves.keys():
+    for name in sorted(kernels & leaves.keys()):
         kernel = leaves[name].astype(np.float32)
         numbers = qwix.quantize(jnp.asarray(kernel), jnp.int8, channelwise_axes=(1,))
         made[name], made[_scale(name)] = np.asarray(numbers.qvalue), np.asarray(numbers.scale)[0]

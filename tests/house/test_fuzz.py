@@ -121,7 +121,7 @@ def damaged(draw: Callable[..., Any], data: bytes) -> bytes:
 
 @st.composite
 def headers(draw: Callable[..., Any], header: dict[str, Any], rest: bytes) -> bytes:
-    """A safetensors file whose header is changed as JSON, as bytes, or in what it says of its
+    """A safetensors file whose header is changed as JSON, as bytes, or in its stated
     length."""
     text = json.dumps(changed(draw, header)).encode()
     length = draw(

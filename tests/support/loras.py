@@ -1,5 +1,5 @@
-"""LoRAs of the reference's twins: their pairs, the reference with them merged by hand, and files of
-them as people have them."""
+"""Random LoRAs for the reference networks: their pairs, the network with them merged, and files in
+the formats in use."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 def modules(
     network: torch.nn.Module, wanted: tuple[str, ...] = ATTENTION
 ) -> dict[str, torch.nn.Module]:
-    """Those whose names end in one of the wanted."""
+    """The linear modules with names that end in one of `wanted`."""
     layers = (torch.nn.Linear, torch.nn.Conv2d)
     return {
         name: module
@@ -29,7 +29,7 @@ def modules(
 def pairs(
     network: torch.nn.Module, wanted: tuple[str, ...] = ATTENTION, rank: int = 4, seed: int = 0
 ) -> Pairs:
-    """Random ones, whose product is about half as large as the weight."""
+    """Random pairs; their product is about half as large as the weight."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, module in modules(network, wanted).items():
@@ -44,7 +44,7 @@ def pairs(
 
 
 def delta(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Their product in the weight's own shape."""
+    """The product B @ A in the shape of the weight."""
     return (b.flatten(1).double() @ a.flatten(1).double()).float().reshape(len(b), *a.shape[1:])
 
 
@@ -157,7 +157,7 @@ def kohya(folder: Path, made: Pairs, rank: int) -> Path:
 
 
 def halves(folder: Path, made: Pairs, rank: int) -> Path:
-    """Trained and saved in bfloat16, whose values these pairs must have."""
+    """Trained and saved in bfloat16, which must represent the values of the pairs."""
     tensors = {name: tensor.bfloat16() for name, tensor in peft(made).items()}
     return save(folder / "a.safetensors", tensors, header(r=rank, lora_alpha=rank / 2))
 

@@ -246,8 +246,8 @@ def test_the_commands_print_the_errors_of_int8_weights(
     assert main(["inspect", str(source)]) == 0
     theirs = [line for line in capsys.readouterr().out.splitlines() if " parameters, " in line]
     # Parameters and tensors are as many as before.
-    kept = [line.replace("float32", "bfloat16") for line in theirs]
-    assert [line.split(", ", 3)[:3] for line in ours] == [line.split(", ", 3)[:3] for line in kept]
+    cast = [line.replace("float32", "bfloat16") for line in theirs]
+    assert [line.split(", ", 3)[:3] for line in ours] == [line.split(", ", 3)[:3] for line in cast]
     assert [" tensors in int8 with a mean relative error of 0." in line for line in ours] == [
         True,
         False,
@@ -304,15 +304,15 @@ class Enough(Exception):
 
 
 def latents(models: Models) -> np.ndarray:
-    kept = []
+    seen = []
 
     def keep(latents: np.ndarray, _: Any) -> None:
-        kept.append(latents)
+        seen.append(latents)
         raise Enough
 
     with contextlib.suppress(Enough):
         cogi2v_jax.generate(models, ask(), on_latents=keep)
-    return kept[0]
+    return seen[0]
 
 
 @pytest.fixture(scope="module")
