@@ -228,6 +228,25 @@ def test_single_steps_of_the_loop_give_what_the_whole_loop_gives(
     np.testing.assert_array_equal(seen[-1][2], stepped.latents)
 
 
+def test_a_step_keeps_the_network_of_the_step_before(
+    tiny: Models, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finding out what fits beside it takes as long as a step of a small network."""
+    piece, asked = Models.piece, []
+
+    def note(self: Models, name: str, *args: Any, **named: Any) -> Any:
+        asked.append(name)
+        return piece(self, name, *args, **named)
+
+    monkeypatch.setattr(Models, "piece", note)
+    request = Request(image, GROWS, num_inference_steps=5)
+    cogi2v_jax.generate(tiny, request, on_step=lambda *_: None)
+    # The transformer once ahead of the loop and once for it.
+    assert sorted(asked) == sorted(
+        ["text_encoder", "vae", "modulation", "transformer", "transformer", "vae"]
+    )
+
+
 def test_raising_in_on_step_cancels_and_the_next_run_is_unchanged(
     tiny: Models, image: Image.Image
 ) -> None:

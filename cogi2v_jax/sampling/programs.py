@@ -267,6 +267,7 @@ class Session:
 
     def __init__(self, models: Models, target: Target, clock: Stopwatch | None = None):
         self.models, self.target, self.clock = models, target, clock or Stopwatch()
+        self._last: tuple[Any, ...] = ()  # program and network of the last stage that has a network
 
     def __call__(self, function: Callable[..., Any], *args: Any, **static: Any) -> Any:
         """The results of a stage, once they are computed."""
@@ -274,7 +275,7 @@ class Session:
         with self.clock("compile"):
             program = stage.program.compile(*shapes, **static)
         with self.clock("load"):
-            network = () if stage.piece is None else (self._load(stage.piece, program),)
+            network = () if stage.piece is None else (self._network(stage.piece, program),)
         with self.clock(stage.name):
             return jax.block_until_ready(program(*network, *args))
 
@@ -293,6 +294,12 @@ class Session:
             yield
             with self.clock("compile"):
                 ready.result()
+
+    def _network(self, piece: str, program: jax.stages.Compiled) -> Any:
+        if self._last[:1] != (program,):  # equal in every step of the loop
+            self._last = ()  # frees its network, if another stage needs the room
+            self._last = program, self._load(piece, program)
+        return self._last[1]
 
     def _load(self, piece: str, program: jax.stages.Compiled, ahead: bool = False) -> Any:
         return self.models.piece(piece, self.target.network(piece), workspace(program), ahead)
