@@ -4,21 +4,12 @@ TPU's compiler makes of them. By default a float32 product on a TPU is one bfloa
 import re
 
 import pytest
-from lowering import (
-    PRODUCTS,
-    ROUNDING,
-    STAGES,
-    STEPS,
-    checkpoint,
-    compiled,
-    handed_over,
-    operations,
-)
+from lowering import PRODUCTS, ROUNDING, STAGES, STEPS, checkpoint, compiled, operations, stablehlo
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_product_of_a_float32_network_states_full_precision(stage: str) -> None:
-    products = list(operations(handed_over(stage, "float32"), PRODUCTS))
+    products = list(operations(stablehlo(stage, "float32"), PRODUCTS))
     assert len(products) >= 5
     for kind, _, line in products:
         assert kind == "f32", line
@@ -36,7 +27,7 @@ def test_every_product_of_a_float32_network_has_full_precision_on_a_tpu(stage: s
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_product_of_a_bfloat16_network_sums_in_float32(stage: str) -> None:
-    products = list(operations(handed_over(stage, "bfloat16"), PRODUCTS))
+    products = list(operations(stablehlo(stage, "bfloat16"), PRODUCTS))
     assert len(products) >= 5
     for kind, _, line in products:
         assert kind == "f32", line
@@ -48,7 +39,7 @@ def test_arithmetic_of_a_bfloat16_network_is_float32(stage: str) -> None:
     """Statistics of norms, gates, rotations, softmax, guidance and the schedule: everything but the
     additions to a residual stream. (Read in the program that compilers get: a TPU's compiler widens
     all arithmetic in its own, so that one can't show what was asked for.)"""
-    found = list(operations(handed_over(stage, "bfloat16"), ROUNDING))
+    found = list(operations(stablehlo(stage, "bfloat16"), ROUNDING))
     assert len(found) >= 10
     assert [line for kind, operation, line in found if kind == "bf16" and operation != "add"] == []
 

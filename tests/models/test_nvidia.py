@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import twins
-from lowering import handed_to_nvidia
+from lowering import stablehlo_for_nvidia
 from tolerances import TOLERANCE, assert_close, relative_error
 
 from cogi2v_jax.devices.compiler_options import compiler_options
@@ -20,7 +20,7 @@ from cogi2v_jax.models.attention import BACKENDS
 
 def products(stage: str, dtype: str, names: str = lowering.PRODUCTS) -> list[tuple[str, str]]:
     """(element type of the result, line) of every product in a stage's program."""
-    found = lowering.operations(handed_to_nvidia(stage, dtype), names)
+    found = lowering.operations(stablehlo_for_nvidia(stage, dtype), names)
     return [(kind, line) for kind, _, line in found]
 
 

@@ -69,7 +69,7 @@ def compiled(stage: str, dtype: str, tpu: str) -> str:
     return lowered(stage, dtype, tpu).compile().as_text() or ""
 
 
-def handed_over(stage: str, dtype: str) -> str:
+def stablehlo(stage: str, dtype: str) -> str:
     """The StableHLO of a stage, as compilers get it."""
     return lowered(stage, dtype).as_text()
 
@@ -87,7 +87,7 @@ def operations(text: str, names: str) -> Iterator[tuple[str, str, str]]:
             yield found[1], found[2], line.strip()
 
 
-def handed_to_nvidia(stage: str, dtype: str) -> str:
+def stablehlo_for_nvidia(stage: str, dtype: str) -> str:
     """The StableHLO of a stage for a CUDA device. Needs no such device."""
     calls = target(jax.devices()[:1], dtype, num_inference_steps=2).calls(stage)
     call = calls[-1 if stage == "denoise" else 0]

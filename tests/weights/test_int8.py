@@ -430,21 +430,21 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("phase", ["text", "denoise"])
 def test_products_and_arithmetic_are_as_exact_as_without_int8(phase: str) -> None:
-    text = lowering.handed_over(phase, "bfloat16")
+    text = lowering.stablehlo(phase, "bfloat16")
     assert "xi8>" in text
     products = list(lowering.operations(text, lowering.PRODUCTS))
     assert len(products) >= 5
     assert [line for kind, _, line in products if kind != "f32" or line.count("bf16>") != 2] == []
     found = list(lowering.operations(text, lowering.ROUNDING))
     assert [line for kind, operation, line in found if kind == "bf16" and operation != "add"] == []
-    products = list(lowering.operations(lowering.handed_over(phase, "float32"), lowering.PRODUCTS))
+    products = list(lowering.operations(lowering.stablehlo(phase, "float32"), lowering.PRODUCTS))
     assert [line for kind, _, line in products if kind != "f32" or line.count("HIGHEST") != 2] == []
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("phase", ["text", "denoise"])
 def test_nvidia_devices_scale_a_kernel_before_a_product_that_rounds_once(phase: str) -> None:
-    text = lowering.handed_to_nvidia(phase, "bfloat16")
+    text = lowering.stablehlo_for_nvidia(phase, "bfloat16")
     assert "xi8>" in text
     kinds = [kind for kind, _, _ in lowering.operations(text, lowering.PRODUCTS)]
     assert kinds.count("f32") == 2  # attention's
