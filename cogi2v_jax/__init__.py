@@ -1,7 +1,8 @@
 """CogVideoX image-to-video in JAX/Flax.
 
     models = cogi2v_jax.load("cogi2v-tiny")
-    result = cogi2v_jax.generate(models, cogi2v_jax.Request(image="photo.jpg", prompt="the red circle moves left"))
+    request = cogi2v_jax.Request(image="photo.jpg", prompt="the red circle moves left")
+    result = cogi2v_jax.generate(models, request)
 
 Shape letters, the same everywhere: `b` batch, `t` latent frames, `f` pixel frames, `h w` grid, `c`
 channels, `s` joint sequence (text, then video), `p` prompt tokens, `d` width, `n` heads, `k` head

@@ -1,5 +1,5 @@
-"""A converted folder: the JSON and tokenizer files of a diffusers folder unchanged, and the weights in
-our names and layouts as orbax checkpoints ("units"), one a layer, so that neither writing nor
+"""A converted folder: the JSON and tokenizer files of a diffusers folder unchanged, and the weights
+in our names and layouts as orbax checkpoints ("units"), one a layer, so that neither writing nor
 loading ever holds more than a layer of them on the host.
 
     checkpoint.json     format, sources, checksums of all tensors, sizes of all weight files
