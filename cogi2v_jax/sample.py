@@ -1,15 +1,12 @@
-"""`python -m cogi2v_jax.sample`: arguments -> Request -> video file."""
+"""`python -m cogi2v_jax.sample`: arguments -> Request -> video files."""
 
 import argparse
 import itertools
 import resource
-import signal
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,174 +15,140 @@ from .arguments import add_settings, weighted
 from .config import names
 from .devices import hosts, plan
 from .media.images import read_image
-from .media.recipe import LATENTS, SETTINGS, read_latents, recipe_of, write_latents
+from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Job, read_manifest
 from .media.videos import check_output, write_video
-from .request import Request, Video
+from .request import SETTINGS, Request, Video
 
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
 PHASES = ("load", "text", "image", "compile", "denoise", "decode", "write")
 
+FILE: dict[str, Any] = {"metavar": "FILE", "type": Path}
+NUMBER: dict[str, Any] = {"metavar": "N", "type": int}
+NAME: dict[str, Any] = {"metavar": "NAME"}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse's own would put nine of usage above it."""
+        """Exits with one line; argparse's own prints nine lines of usage above it."""
         self.exit(2, f"cogi2v: {message} (--help lists all options)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     main = _Parser(
         prog="python -m cogi2v_jax.sample",
-        description="Makes a video from a still image and a sentence. With no argument it runs the embedded model on its example.",
+        description="Makes a video from a still image and a sentence. With no argument it runs the "
+        "embedded model on its example.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=34, width=118
         ),
     )
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
 
-    what = main.add_argument_group("what to make")
-    what.add_argument(
-        "--image",
-        "--image_or_video_path",
-        metavar="FILE",
-        type=Path,
-        help="the first frame: any image file",
-    )
-    what.add_argument("--prompt", metavar="TEXT", help="what should happen")
-    what.add_argument("--negative_prompt", metavar="TEXT", default="", help="what should not")
-    what.add_argument(
-        "--manifest",
-        metavar="FILE",
-        type=Path,
-        help="many at once: .csv, .jsonl or .txt (prompt@@image) instead of the two above",
-    )
-    what.add_argument(
-        "--output",
-        "--output_path",
-        metavar="FILE",
-        type=Path,
-        help=".mp4, .gif, or .png for a folder of frames (default: out.mp4)",
-    )
-    what.add_argument(
-        "--num_videos_per_prompt",
-        metavar="N",
-        type=int,
-        default=1,
-        help="with seeds counting up from --seed",
-    )
-    what.add_argument("--seed", metavar="N", type=int, default=42)
+    add = main.add_argument_group("what to make").add_argument
+    image = "the first frame: any image file"
+    add("--image", "--image_or_video_path", **FILE, help=image)
+    add("--prompt", metavar="TEXT", help="what should happen")
+    add("--negative_prompt", metavar="TEXT", default="", help="what should not")
+    manifest = "many at once: .csv, .jsonl or .txt (prompt@@image) instead of the two above"
+    add("--manifest", **FILE, help=manifest)
+    output = ".mp4, .gif, or .png for a folder of frames (default: out.mp4)"
+    add("--output", "--output_path", **FILE, help=output)
+    videos = "with seeds counting up from --seed"
+    add("--num_videos_per_prompt", **NUMBER, default=1, help=videos)
+    add("--seed", **NUMBER, default=42)
 
     add_settings(main)
 
-    model = main.add_argument_group("model and machine")
-    model.add_argument(
-        "--model",
-        "--model_path",
-        metavar="NAME",
-        help=f"converted or diffusers folder (here or at gs://), hub id, or {', '.join(names())} (default: {EMBEDDED})",
-    )
-    model.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float32"],
-        help="compute dtype (default: bfloat16, on CPUs float32)",
-    )
-    model.add_argument(
-        "--attention",
-        metavar="NAME",
-        default="auto",
-        help="auto, xla, cudnn, splash (TPU) or tokamax (GPU)",
-    )
-    model.add_argument(
-        "--mesh",
-        metavar="NAME",
-        default="auto",
-        help="how devices share the work: auto, a machine (v5e-1, v5e-8, v6e-8, ...) or sizes (data=1,pair=2,context=4)",
-    )
-    model.add_argument(
-        "--plan",
-        metavar="NAME",
-        help="only print what a machine (v5e-8, ...) needs for it, here or not: memory, static time",
-    )
-    model.add_argument(
-        "--vae_tiling",
-        action="store_true",
-        help="encode and decode in the reference's blended tiles, as its script does",
-    )
-    model.add_argument(
-        "--verbose", action="store_true", help="print mesh, attention and compiler options"
-    )
-    model.add_argument(
-        "--decode_latents",
-        metavar="FILE",
-        type=Path,
-        help=f"only decode a *{LATENTS} file of an earlier run",
-    )
-    model.add_argument(
-        "--lora_path",
-        metavar="FILE[:WEIGHT]",
-        action="append",
-        default=[],
-        help="a LoRA file or folder (diffusers, PEFT, kohya, SAT), added to the weights; several times over",
-    )
-    # Of the official script: there is one type here, and a LoRA file knows its rank.
-    model.add_argument("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)
-    model.add_argument("--lora_rank", type=int, help=argparse.SUPPRESS)
+    add = main.add_argument_group("model and machine").add_argument
+    model = f"converted or diffusers folder (here or at gs://), hub id, or {', '.join(names())}"
+    add("--model", "--model_path", **NAME, help=f"{model} (default: {EMBEDDED})")
+    dtype = "compute dtype (default: bfloat16, on CPUs float32)"
+    add("--dtype", choices=["bfloat16", "float32"], help=dtype)
+    attention = "auto, xla, cudnn, splash (TPU) or tokamax (GPU)"
+    add("--attention", **NAME, default="auto", help=attention)
+    mesh = "how devices share the work: auto, a machine (v5e-1, v5e-8, v6e-8, ...) or sizes"
+    add("--mesh", **NAME, default="auto", help=f"{mesh} (data=1,pair=2,context=4)")
+    machine = "only print what a machine (v5e-8, ...) needs for it, here or not"
+    add("--plan", **NAME, help=f"{machine}: memory, static time")
+    tiling = "encode and decode in the reference's blended tiles, as its script does"
+    add("--vae_tiling", action="store_true", help=tiling)
+    verbose = "print mesh, attention and compiler options"
+    add("--verbose", action="store_true", help=verbose)
+    add("--decode_latents", **FILE, help=f"only decode a *{LATENTS} file of an earlier run")
+    lora = "a LoRA file or folder (diffusers, PEFT, kohya, SAT), added to the weights"
+    lora += "; several times over"
+    add("--lora_path", metavar="FILE[:WEIGHT]", action="append", default=[], help=lora)
+    # Flags of the official script: there is one type here, and a LoRA file knows its rank.
+    add("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)
+    add("--lora_rank", type=int, help=argparse.SUPPRESS)
     return main
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments, checked against each other; the embedded model's example fills in what is left
+    out. Exits with code 2 and one line if they are wrong."""
+    reader = parser()
+    options = reader.parse_args(arguments)
+    pair = options.image or options.prompt
+    if options.decode_latents and (pair or options.manifest or options.lora_path):
+        others = "--image, --prompt, --manifest or --lora_path"
+        reader.error(f"--decode_latents must stand alone: got {others} beside it")
+    if options.plan or options.decode_latents:
+        return options
+    if (count := options.num_videos_per_prompt) < 1:
+        reader.error(f"--num_videos_per_prompt must be at least 1: got {count}")
+    if options.manifest:
+        if pair:
+            reader.error("--manifest must stand alone: got --image or --prompt beside it")
+        return options
+    if options.model in (None, EMBEDDED) and not options.image:
+        options.image = EXAMPLE_IMAGE
+        options.prompt = EXAMPLE_PROMPT if options.prompt is None else options.prompt
+    if options.image is None or options.prompt is None:
+        reader.error("--image and --prompt must be given (only the embedded model has an example)")
+    return options
 
 
 @hosts.distributed
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 could not be done, 2 wrong arguments, 130 stopped by the user."""
-    arguments_parser = parser()
-    options = arguments_parser.parse_args(arguments)
+    options = parse(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-            weighted(options.lora_path)  # faults that need no jax
-            if not options.plan:
-                hosts.join()
+            weighted(options.lora_path)  # finds faults without jax
             if options.plan:
-                settings = {setting: getattr(options, setting) for setting in SETTINGS}
+                asked = options.plan, options.dtype, options.attention
                 print(
-                    "\n".join(
-                        plan.lines(
-                            options.model or EMBEDDED,
-                            options.plan,
-                            options.dtype,
-                            options.attention,
-                            **settings,
-                        )
-                    )
+                    *plan.lines(options.model or EMBEDDED, *asked, **_settings(options)), sep="\n"
                 )
-            elif options.decode_latents:
-                if options.image or options.prompt or options.manifest or options.lora_path:
-                    arguments_parser.error(
-                        "--decode_latents must stand alone: got --image, --prompt, --manifest or --lora_path beside it"
-                    )
-                _decode_alone(options)
+                return 0
+            hosts.join()
+            if options.decode_latents:
+                _decode_latents(options)
             else:
-                _sample(options, _jobs(options, arguments_parser))
+                _sample(options, _jobs(options))
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except RuntimeError as error:
+        first = str(error).partition("\n")[0]
         if "RESOURCE_EXHAUSTED" in str(error):
-            return _fail(f"the device ran out of memory: {str(error).splitlines()[0]}")
+            return _fail(f"the device ran out of memory: {first}")
         if "ffmpeg" in str(error):  # not installed, or it failed
-            return _fail(str(error).splitlines()[0])
+            return _fail(first)
         raise
     except KeyboardInterrupt:
-        print(
-            f"{chr(10) if sys.stderr.isatty() else ''}cogi2v: stopped; no half-written video was left",
-            file=sys.stderr,
-        )
+        newline = "\n" if sys.stderr.isatty() else ""
+        print(f"{newline}cogi2v: stopped; no half-written video was left", file=sys.stderr)
         return 130
     return 0
 
 
 def _say(line: str, end: str = "\n") -> None:
-    """What is not an error, once, however many processes there are."""
+    """Prints a line that is not an error, on process 0 alone."""
     if hosts.leads():
         print(line, end=end, file=sys.stderr, flush=True)
 
@@ -195,213 +158,140 @@ def _fail(line: str) -> int:
     return 1
 
 
-def _jobs(
-    options: argparse.Namespace, arguments_parser: argparse.ArgumentParser
-) -> list[tuple[Job, int, Path]]:
-    """What to make, each with its seed and its output, checked as far as files can be."""
-    if options.num_videos_per_prompt < 1:
-        arguments_parser.error(
-            f"--num_videos_per_prompt must be at least 1: got {options.num_videos_per_prompt}"
-        )
-    if options.manifest:
-        if options.image or options.prompt:
-            arguments_parser.error("--manifest must stand alone: got --image or --prompt beside it")
-        jobs = read_manifest(options.manifest)
-    else:
-        embedded = options.model in (None, EMBEDDED)
-        image = options.image or (EXAMPLE_IMAGE if embedded else None)
-        prompt = (
-            options.prompt
-            if options.prompt is not None
-            else (EXAMPLE_PROMPT if embedded and not options.image else None)
-        )
-        if image is None or prompt is None:
-            arguments_parser.error(
-                "--image and --prompt must be given (only the embedded model has an example)"
-            )
-        jobs = [Job(prompt, image)]
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {setting: getattr(options, setting) for setting in SETTINGS}
+
+
+def _jobs(options: argparse.Namespace) -> list[tuple[Video, Path]]:
+    """The videos to make, each with its output. Reads the images and checks the outputs."""
+    single = options.prompt, options.image
+    jobs = read_manifest(options.manifest) if options.manifest else [Job(*single)]
+    videos = []
     for job in jobs:
         read_image(job.image)
-    output = options.output or Path("out.mp4")
-    runs = []
-    for job in jobs:
         first = options.seed if job.seed is None else job.seed
-        runs += [(job, first + number) for number in range(options.num_videos_per_prompt)]
-    width = len(str(len(runs) - 1))
-    numbered = [
-        output
-        if len(runs) == 1
-        else output.with_name(f"{output.stem}-{number:0{width}d}{output.suffix}")
-        for number in range(len(runs))
-    ]
-    return [(job, seed, _output(path)) for (job, seed), path in zip(runs, numbered, strict=True)]
+        negative = options.negative_prompt if job.negative_prompt is None else job.negative_prompt
+        seeds = range(first, first + options.num_videos_per_prompt)
+        videos += [Video(job.image, job.prompt, negative, seed) for seed in seeds]
+    outputs = [options.output or Path("out.mp4")]
+    if len(videos) > 1:
+        (path,), width = outputs, len(str(len(videos) - 1))
+        stems = [f"{path.stem}-{number:0{width}d}" for number in range(len(videos))]
+        outputs = [path.with_name(stem + path.suffix) for stem in stems]
+    return list(zip(videos, map(_checked, outputs), strict=True))
 
 
-def _output(path: Path) -> Path:
-    """A file to write, checked where it will be written."""
-    return check_output(path) if hosts.leads() else path
+def _checked(output: Path) -> Path:
+    """The output, checked where it is written: by process 0."""
+    return check_output(output) if hosts.leads() else output
 
 
-def _sample(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> None:
-    watch = time.perf_counter()
-    request = _request(options, jobs)
+def _sample(options: argparse.Namespace, jobs: list[tuple[Video, Path]]) -> None:
+    started = time.perf_counter()
+    videos, outputs = zip(*jobs, strict=True)
+    columns = map(list, zip(*videos, strict=True))
+    request = Request(**dict(zip(Video._fields, columns, strict=True)), **_settings(options))
     request.check()
-    from .loading import load
     from .pipeline import generate, prepare, videos_at_once
 
-    name = options.model or EMBEDDED
-    models = load(
-        name, options.dtype, options.attention, options.mesh, options.vae_tiling, options.lora_path
-    )
+    models = _load(options, options.model or EMBEDDED, options.dtype, options.lora_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         batches = request.batches(videos_at_once(models, request))
-        # So that the last one's fault doesn't wait until all others are sampled.
-        for batch in batches:
-            job = prepare(models, batch)
-    for line in job.report() if options.verbose else ():
-        _say(line)
-    loading = time.perf_counter() - watch
-    outputs = iter([output for *_, output in jobs])
+        # Every batch is checked before the first is sampled.
+        report = [prepare(models, batch).report() for batch in batches][-1]
+    if options.verbose:
+        _say("\n".join(report))
+    loading = time.perf_counter() - started
+    remaining = iter(outputs)
     for batch in batches:
-        made = list(itertools.islice(outputs, len(batch.videos)))
+        paths = list(itertools.islice(remaining, len(batch.videos)))
         recipes: list[dict[str, Any]] = []
 
-        def keep(
-            latents: Any,
-            resolved: Request,
-            made: list[Path] = made,
-            recipes: list[dict[str, Any]] = recipes,
-        ) -> None:
-            for number, (video, output) in enumerate(zip(resolved.videos, made, strict=True)):
-                recipes.append(recipe_of(models, name, resolved, video))
-                if hosts.leads():
-                    write_latents(
-                        output.with_name(output.stem + LATENTS),
-                        latents[number : number + 1],
-                        recipes[-1],
-                    )
+        def keep(latents: Any, resolved: Request, paths=paths, recipes=recipes) -> None:
+            """Writes the latents of a batch and their recipes."""
+            if not hosts.leads():
+                return
+            name = options.model or EMBEDDED
+            recipes += [recipe_of(models, name, resolved, video) for video in resolved.videos]
+            for number, (path, recipe) in enumerate(zip(paths, recipes, strict=True)):
+                file = path.with_name(path.stem + LATENTS)
+                write_latents(file, latents[number : number + 1], recipe)
 
-        with _interrupts() as came:
-            result = generate(models, batch, on_step=_progress(came), on_latents=keep)
-        seconds = {**result.seconds, "load": result.seconds["load"] + loading}
-        _finish(zip(made, result.video, recipes, strict=True), seconds)
+        result = generate(models, batch, on_step=_progress(), on_latents=keep)
+        if hosts.leads():
+            _finish(zip(paths, result.video, recipes, strict=True), result.seconds, loading)
         loading = 0.0
 
 
-def _request(options: argparse.Namespace, jobs: list[tuple[Job, int, Path]]) -> Request:
-    """All jobs in one."""
-    videos = [
-        Video(
-            job.image,
-            job.prompt,
-            options.negative_prompt if job.negative_prompt is None else job.negative_prompt,
-            seed,
-        )
-        for job, seed, _ in jobs
-    ]
-    columns = dict(zip(Video._fields, map(list, zip(*videos, strict=True)), strict=True))
-    return Request(**columns, **{setting: getattr(options, setting) for setting in SETTINGS})
+def _load(
+    options: argparse.Namespace, name: str, dtype: str | None, loras: Iterable[str] = ()
+) -> Any:
+    from .loading import load
+
+    return load(name, dtype, options.attention, options.mesh, options.vae_tiling, loras)
 
 
-def _decode_alone(options: argparse.Namespace) -> None:
-    watch = time.perf_counter()
+def _decode_latents(options: argparse.Namespace) -> None:
+    started = time.perf_counter()
     latents, recipe = read_latents(options.decode_latents)
     stem = options.decode_latents.name.removesuffix(LATENTS)
-    output = _output(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
-    from .loading import load
+    output = _checked(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
     from .pipeline import decode
 
-    models = load(
-        options.model or recipe["model"],
-        options.dtype or recipe["dtype"],
-        options.attention,
-        options.mesh,
-        options.vae_tiling,
-    )
-    channels = models.config.vae.latent_channels
-    if latents.shape[-1] != channels:
+    models = _load(options, options.model or recipe["model"], options.dtype or recipe["dtype"])
+    channels, got = models.config.vae.latent_channels, latents.shape[-1]
+    if got != channels:
         raise ValueError(
-            f"latents must have {channels} channels for {models.config.title}: got {latents.shape[-1]}"
+            f"latents must have {channels} channels for {models.config.title}: got {got}"
         )
+    loading = time.perf_counter() - started
     seconds: dict[str, float] = {}
-    loading = time.perf_counter() - watch
     video = decode(models, latents, seconds)[0]
-    recipe |= {"fps": options.fps or recipe["fps"]}
-    _finish(
-        [(output, video, recipe)],
-        {**seconds, "load": seconds["load"] + loading},
-    )
+    if hosts.leads():
+        recipe |= {"fps": options.fps or recipe["fps"]}
+        _finish([(output, video, recipe)], seconds, loading)
 
 
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Whether one came. Python loses an interrupt that arrives inside a destructor or a callback of
-    the garbage collector, where jax has some, so that the next step must ask."""
-    came = threading.Event()
-
-    def note(*_: Any) -> NoReturn:
-        came.set()
-        raise KeyboardInterrupt
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if ours:
-        signal.signal(signal.SIGINT, note)
-    try:
-        yield came
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _progress(came: threading.Event) -> Callable[[int, int, Any], None]:
-    """A line that grows old in place: step, seconds a step, time left. Raises KeyboardInterrupt if
-    one `came` and was lost."""
-    started = time.perf_counter()
-    live = sys.stderr.isatty()
+def _progress() -> Callable[[int, int, Any], None]:
+    """Prints the step, the seconds of a step and the time left: in one line of a terminal, or for
+    the first and the last step in a log."""
+    terminal = sys.stderr.isatty()
+    first = 0.0
 
     def show(step: int, steps: int, latents: Any) -> None:
-        nonlocal started
-        if came.is_set():
-            raise KeyboardInterrupt
-        if step == 1:  # what came before was compiling and loading
-            started = time.perf_counter()
-        if not live and step not in (1, steps):
+        nonlocal first
+        if step == 1:  # the time before was spent on loading and compiling
+            first = time.perf_counter()
+        if not terminal and step not in (1, steps):
             return
-        each = (time.perf_counter() - started) / max(step - 1, 1)
-        left = (
-            f"{each:.2f} s a step, {_clock(each * (steps - step))} left"
-            if step > 1
-            else "first step done"
-        )
-        _say(
-            f"{chr(13) if live else ''}step {step} of {steps}: {left}   ",
-            end="\n" if step == steps or not live else "",
-        )
+        each = (time.perf_counter() - first) / max(step - 1, 1)
+        minutes, seconds = divmod(round(each * (steps - step)), 60)
+        left = f"{each:.2f} s a step, {minutes}:{seconds:02d} left"
+        line = f"step {step} of {steps}: {left if step > 1 else 'first step done'}   "
+        if terminal:
+            _say(f"\r{line}", end="\n" if step == steps else "")
+        else:
+            _say(line)
 
     return show
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"
-
-
-def _finish(videos: Iterable[tuple[Path, Any, dict[str, Any]]], seconds: dict[str, float]) -> None:
-    """Writes videos with their recipes, and says what was done."""
-    if not hosts.leads():
-        return
+def _finish(
+    videos: Iterable[tuple[Path, Any, dict[str, Any]]], seconds: dict[str, float], loading: float
+) -> None:
+    """Writes videos with their recipes, and prints the time, the memory and the files. `loading`
+    are seconds spent on finding the model."""
     started = time.perf_counter()
     lines = []
     for output, video, recipe in videos:
         frames, height, width, _ = video.shape
-        lines.append(
-            f"{write_video(output, video, recipe['fps'], recipe)}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps"
-        )
-    seconds = {**seconds, "write": time.perf_counter() - started}
+        written = write_video(output, video, recipe["fps"], recipe)
+        lines.append(f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps")
+    seconds = seconds | {
+        "load": seconds["load"] + loading,
+        "write": time.perf_counter() - started,
+    }
     shown = "  ".join(f"{phase} {seconds[phase]:.1f}" for phase in PHASES if phase in seconds)
     print(f"seconds: {shown}  (total {sum(seconds.values()):.1f})")
     print(f"peak memory: {_peak_memory()}")
@@ -411,13 +301,11 @@ def _finish(videos: Iterable[tuple[Path, Any, dict[str, Any]]], seconds: dict[st
 def _peak_memory() -> str:
     import jax
 
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    peaks = [
-        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
-    ]
-    device = f", device {max(peak for peak in peaks if peak) / 2**30:.1f} GiB" if any(peaks) else ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(found.get("peak_bytes_in_use", 0) for found in stats)
+    device = f", device {peak / 2**30:.1f} GiB" if peak else ""
     return f"host {host / 2**30:.1f} GiB{device}"
 
 

@@ -198,7 +198,7 @@ def test_latents_are_on_disk_before_decoding_starts(monkeypatch, capsys):
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "decode", full)
+        patch.setattr(pipeline, "decode_batch", full)
         assert main([*QUICK]) == 1
     err = capsys.readouterr().err
     assert (
@@ -440,13 +440,9 @@ def stop(*_, **__):
 @pytest.mark.parametrize("moment", ["loop", "decode", "write"])
 def test_stopping_leaves_no_half_written_file(moment, default, monkeypatch, capsys):
     if moment == "loop":
-        monkeypatch.setattr(
-            sample,
-            "_progress",
-            lambda came: lambda step, steps, latents: stop() if step == 2 else None,
-        )
+        monkeypatch.setattr(sample, "_progress", lambda: lambda step, *_: step == 2 and stop())
     if moment == "decode":
-        monkeypatch.setattr(pipeline, "decode", stop)
+        monkeypatch.setattr(pipeline, "decode_batch", stop)
     if moment == "write":
         monkeypatch.setitem(
             videos.WRITERS, ".mp4", lambda part, *_: [part.write_bytes(b"half"), stop()]
@@ -482,17 +478,6 @@ def test_ctrl_c_in_a_terminal_s_program_ends_it_cleanly(default):
     assert (process.returncode, out) == (130, "")
     assert err == "cogi2v: stopped; no half-written video was left\n"
     assert files() == set()
-
-
-def test_an_interrupt_that_python_loses_stops_the_next_step():
-    with sample._interrupts() as came:
-        show = sample._progress(came)
-        show(1, 3, None)
-        with contextlib.suppress(KeyboardInterrupt):  # as a destructor does
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            show(2, 3, None)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # the program

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import warnings
 from pathlib import Path
 
@@ -370,7 +369,7 @@ def test_progress_grows_in_place_on_a_terminal_and_is_two_lines_in_a_log(live, m
     now = [0.0]
     monkeypatch.setattr(sys, "stderr", Terminal(live))
     monkeypatch.setattr(sample.time, "perf_counter", lambda: now[0])
-    show = sample._progress(threading.Event())
+    show = sample._progress()
     now[0] = 100.0  # compiling
     for step in range(1, 5):
         show(step, 4, None)

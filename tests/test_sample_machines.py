@@ -1,4 +1,4 @@
-"""The command line's words for machines: meshes, plans, attention, tiles."""
+"""The command line's flags for machines: meshes, plans, attention, tiles."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from runs import enter, failed
+from runs import QUICK, enter, failed
 
 from cogi2v_jax.sample import main
 
@@ -17,50 +17,31 @@ def folder(tmp_path, monkeypatch):
     return enter(tmp_path, monkeypatch)
 
 
-def test_videos_that_a_mesh_shares_out_are_those_made_one_by_one(capsys):
-    run = ["--num_inference_steps", "2", "--num_videos_per_prompt", "2"]
+def test_videos_made_side_by_side_on_a_mesh_are_those_made_one_by_one(capsys):
+    run = [*QUICK, "--num_videos_per_prompt", "2"]
     assert main([*run, "--output", "alone.png"]) == 0
     capsys.readouterr()
     assert main([*run, "--output", "shared.png", "--mesh", "data=2,pair=2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [
-        "seconds",
-        "peak memory",
-        "shared-0",
-        "shared-1",
-    ]
+    heads = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert heads == ["seconds", "peak memory", "shared-0", "shared-1"]
     for number in (0, 1):
         for frame in sorted(Path(f"alone-{number}").glob("*.png")):
-            ours, theirs = (
-                np.asarray(Image.open(path), np.int16)
-                for path in (Path(f"shared-{number}", frame.name), frame)
-            )
+            paths = Path(f"shared-{number}", frame.name), frame
+            ours, theirs = (np.asarray(Image.open(path), np.int16) for path in paths)
             assert np.abs(ours - theirs).max() <= 1
 
 
 def test_verbose_says_what_was_chosen(capsys):
-    assert (
-        main(
-            [
-                "--num_inference_steps",
-                "2",
-                "--output",
-                "verbose.gif",
-                "--verbose",
-                "--mesh",
-                "pair=2",
-            ]
-        )
-        == 0
-    )
+    assert main([*QUICK, "--output", "verbose.gif", "--verbose", "--mesh", "pair=2"]) == 0
     err = capsys.readouterr().err
     assert "mesh: data=1,pair=2,context=1 on 2 of 8 x cpu" in err
     assert "compiler options for cpu:" in err
-    assert "attention: xla, 58 tokens evened out to 58" in err
+    assert "attention: xla, 58 tokens padded to 58" in err
 
 
 def test_a_plan_is_printed_without_jax():
-    script = "import sys; from cogi2v_jax.sample import main; code = main(sys.argv[1:]); sys.exit(code or 'jax' in sys.modules)"
+    script = "import sys; from cogi2v_jax.sample import main; code = main(sys.argv[1:]); "
+    script += "sys.exit(code or 'jax' in sys.modules)"
     arguments = ["--model", "cogvideox-5b-i2v", "--plan", "v5e-8"]
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments], capture_output=True, text=True
@@ -83,11 +64,13 @@ def test_a_plan_is_printed_without_jax():
         (["--mesh", "v9-8"], "mesh must be auto, v5e-1, "),
         (
             ["--mesh", "context=2"],
-            "transformer blocks.attn: axis heads of size 5 must divide by 2 (context) for mesh data=1,pair=1,context=2; ",
+            "transformer blocks.attn: heads (5) must be divisible by 2 (context) for mesh "
+            "data=1,pair=1,context=2; ",
         ),
         (
             ["--mesh", "data=2"],
-            "request: axis video of size 1 must divide by 2 (data) for mesh data=2,pair=1,context=1; nearest mesh",
+            "request: video (1) must be divisible by 2 (data) for mesh data=2,pair=1,context=1; "
+            "nearest mesh",
         ),
         (["--plan", "v9-8"], "mesh must be one of v5e-1, "),
         (
