@@ -2,7 +2,7 @@
 bytes that their kernels move.
 
     pip install 'jax[cuda12]'  # the compiler; no driver and no device are needed
-    python benchmarks/gpu_compile.py [--model M] [--phase denoise] [--attention cudnn] [--hlo DIR]
+    python benchmarks/gpu_compile.py [--model M] [--stage denoise] [--attention cudnn] [--hlo DIR]
         [--markdown]
 
 Nothing is timed. XLA chooses kernels without autotuning, so a tuned program may differ in its
@@ -35,7 +35,7 @@ from cogi2v_jax.request import Request
 from cogi2v_jax.sampling.programs import Call, RequestTarget, mesh_for
 
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
-PHASES = ("text", "encode", "denoise", "decode")
+STAGES = ("text", "image", "denoise", "decode")
 # An H100 SXM with cuDNN 9.8, as its driver describes it to XLA.
 TARGET = """
 gpu_device_info {
@@ -119,12 +119,12 @@ def main() -> None:
     about = "The full-size programs compiled by XLA for an H100, without one."
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--stage", "--phase", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--attention", default="cudnn")
     parser.add_argument("--hlo", type=Path, help="write the optimised programs there")
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
-    head = "model, phase, GiB, GB moved: products, attention, convolutions, the rest, s at least"
+    head = "model, stage, GiB, GB moved: products, attention, convolutions, the rest, s at least"
     cells = [[*head.split(", "), "compiled in s"]]
     gpu, half = device(), jnp.dtype(jnp.bfloat16)
     for name in args.model:
@@ -132,16 +132,16 @@ def main() -> None:
         request = Request("none.png", "none", num_inference_steps=1).resolve(checkpoint)
         mesh = mesh_for(checkpoint, half, "data=1", 1, True, [gpu], MEMORY)
         target = RequestTarget(checkpoint, half, mesh, MEMORY, request, args.attention)
-        for phase in args.phase:
-            what = phase + (", one step" if phase == "denoise" else "")
-            cells.append([name, what, *_row(target, phase, target.calls(phase), args.hlo)])
+        for stage in args.stage:
+            what = stage + (", one step" if stage == "denoise" else "")
+            cells.append([name, what, *_row(target, stage, target.calls(stage), args.hlo)])
             print("  ".join(cells[-1]), file=sys.stderr, flush=True)
     mark = " | " if args.markdown else "  "
     for line in [cells[0], *([["-"] * len(cells[0])] if args.markdown else []), *cells[1:]]:
         print(f"| {mark.join(line)} |" if args.markdown else mark.join(line))
 
 
-def _row(target: RequestTarget, phase: str, calls: list[Call], hlo: Path | None) -> list[str]:
+def _row(target: RequestTarget, stage: str, calls: list[Call], hlo: Path | None) -> list[str]:
     memory, bytes_moved, begin = 0, Counter(), time.perf_counter()
     for number, call in enumerate(calls):
         options = compiler_options(target.mesh.devices.flat[0].device_kind, call.stage.program.loop)
@@ -151,7 +151,7 @@ def _row(target: RequestTarget, phase: str, calls: list[Call], hlo: Path | None)
         memory = max(memory, both + sizes.temp_size_in_bytes)
         bytes_moved += moved(text := executable.as_text())
         if hlo is not None:
-            (hlo / f"{target.config.name}-{phase}-{number}.txt").write_text(text)
+            (hlo / f"{target.config.name}-{stage}-{number}.txt").write_text(text)
     seconds = time.perf_counter() - begin
     kinds = ("products", "attention", "convolutions", "the rest")
     figures = [f"{bytes_moved[kind] / 1e9:.1f}" for kind in kinds]

@@ -1,9 +1,9 @@
 """Compiles our programs at full size for TPUs, on a machine without one, and reports the compiler's
 figures.
 
-    python benchmarks/tpu_compile.py --model cogvideox-5b-i2v --mesh v5e-8 --phase denoise
+    python benchmarks/tpu_compile.py --model cogvideox-5b-i2v --mesh v5e-8 --stage denoise
         --json row.json [--hlo program.txt]
-    python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--phase NAME]
+    python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--stage NAME]
     python benchmarks/tpu_compile.py --markdown
 
 The first writes one row. The second compiles all combinations of what is not given and writes them
@@ -37,7 +37,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "configs" / "plans.toml"
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
-PHASES = ("text", "encode", "denoise", "decode")
+STAGES = ("text", "image", "denoise", "decode")
 Row = dict[str, Any]
 
 
@@ -61,11 +61,11 @@ def environment(schedules: Path | None) -> dict[str, str]:
     }
 
 
-def compiled(model: str, mesh: str, phase: str, attention: str, hlo: Path | None = None) -> Row:
+def compiled(model: str, mesh: str, stage: str, attention: str, hlo: Path | None = None) -> Row:
     """One row. A program with kernels is compiled again for their schedules, so that its compile
     time does not include dumping them, which takes half as long. Raises RuntimeError with the last
     lines of the compiler if it fails for another reason than memory."""
-    words = [f"--model={model}", f"--mesh={mesh}", f"--phase={phase}", f"--attention={attention}"]
+    words = [f"--model={model}", f"--mesh={mesh}", f"--stage={stage}", f"--attention={attention}"]
     words += [f"--hlo={hlo}"] if hlo else []
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
         row = compiler(words, Path(scratch, "row.json"))
@@ -78,7 +78,7 @@ def compiled(model: str, mesh: str, phase: str, attention: str, hlo: Path | None
 def compiler(words: list[str], row: Path, schedules: Path | None = None) -> Row:
     """A row from a process of its own. Without a folder for schedules it lacks the figures that
     need them."""
-    command = [sys.executable, "-m", "tpu_phase", *words, "--json", row]
+    command = [sys.executable, "-m", "tpu_stage", *words, "--json", row]
     command += ["--schedules", schedules] if schedules else []
     done = subprocess.run(command, env=environment(schedules), stderr=subprocess.PIPE, text=True)
     if done.returncode:
@@ -108,7 +108,7 @@ def write(rows: list[Row], path: Path = PLANS) -> None:
         return "\n".join([name, *(f"{key} = {json.dumps(value)}" for key, value in values.items())])
 
     head = (
-        "# What the TPU compiler says of every phase on every mesh; nothing here was measured. "
+        "# What the TPU compiler says of every stage on every mesh; nothing here was measured. "
         "Written by benchmarks/tpu_compile.py."
     )
     tables = [table("[made]", made()), *(table("[[row]]", row) for row in rows)]
@@ -126,11 +126,11 @@ def cells(row: Row) -> list[str]:
     seconds = f"{figure('static_seconds_floor', '.1f')} - {figure('static_seconds', '.1f')}"
     figures = [figure("peak_gib", ".2f"), figure("flops", ".1f", 1e-12)]
     figures += [figure("collective_mib_per_layer", ".1f"), seconds if row["fits"] else "-"]
-    names = [row["model"], row["mesh"], row["phase"], "yes" if row["fits"] else "no"]
+    names = [row["model"], row["mesh"], row["stage"], "yes" if row["fits"] else "no"]
     return [*names, *figures, figure("compile_seconds", ".0f")]
 
 
-HEAD = ["model", "mesh", "phase", "fits", "GiB a chip", "TFLOP a chip", "MiB sent a layer"]
+HEAD = ["model", "mesh", "stage", "fits", "GiB a chip", "TFLOP a chip", "MiB sent a layer"]
 HEAD += ["static s", "compiled in s"]
 WIDTHS = [19, 6, 7, 4, 10, 12, 16, 15, 13]
 
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--mesh", choices=tpus)
-    parser.add_argument("--phase", choices=PHASES)
+    parser.add_argument("--stage", "--phase", choices=STAGES)
     parser.add_argument("--attention", default="auto", help="as of cogi2v-sample")
     about = "write the rows there and leave configs/plans.toml alone"
     parser.add_argument("--json", type=Path, help=about)
@@ -165,10 +165,10 @@ def main() -> None:
     if args.markdown:
         print(markdown(tomllib.loads(PLANS.read_text())))
         return
-    choices = (args.model, MODELS), (args.mesh, tpus), (args.phase, PHASES)
+    choices = (args.model, MODELS), (args.mesh, tpus), (args.stage, STAGES)
     wanted = list(itertools.product(*([given] if given else every for given, every in choices)))
     if args.hlo and len(wanted) > 1:
-        rule = "--hlo must go with one --model, one --mesh and one --phase"
+        rule = "--hlo must go with one --model, one --mesh and one --stage"
         parser.error(f"{rule}: got {len(wanted)} rows")
     try:
         made()
@@ -178,14 +178,14 @@ def main() -> None:
     rows = [] if args.json else kept()
     print(line(HEAD), flush=True)
     failures = []
-    for model, mesh, phase in wanted:
-        wants = {"model": model, "mesh": mesh, "phase": phase}
+    for model, mesh, stage in wanted:
+        wants = {"model": model, "mesh": mesh, "stage": stage}
         row = next((row for row in rows if row.items() >= wants.items()), None)
         if row is None:
             try:
-                row = compiled(model, mesh, phase, args.attention, args.hlo)
+                row = compiled(model, mesh, stage, args.attention, args.hlo)
             except RuntimeError as error:
-                failures.append(f"{model} {mesh} {phase}: {error}")
+                failures.append(f"{model} {mesh} {stage}: {error}")
                 continue
             rows.append(row)
             if not args.json:

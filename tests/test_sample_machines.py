@@ -52,7 +52,7 @@ def test_a_plan_is_printed_without_jax():
     )
     assert [line.split()[0] for line in done.stdout.splitlines()[4:8]] == [
         "text",
-        "encode",
+        "image",
         "denoise",
         "decode",
     ]

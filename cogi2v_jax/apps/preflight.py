@@ -1,5 +1,5 @@
-"""Whether this machine can hold a checkpoint: what a notebook asks before it fetches tens of
-gigabytes. `look` finds the facts, `faults` judges them, `check` does both and says so."""
+"""Whether this machine can hold a checkpoint, for notebooks to ask before they fetch tens of
+gigabytes. `look` finds the facts, `faults` judges them, `check` does both and prints the result."""
 
 import os
 import re
@@ -11,21 +11,24 @@ from typing import NamedTuple
 
 from .. import config
 from ..devices import plan
+from ..devices.hosts import has_tpu
+from ..disk import cache_folder
 from ..request import Request
 
 EMBEDDED = "cogi2v-tiny"
-RELEASED = "cogvideox-5b-i2v"  # what "auto" takes where it can
-# Host memory. Measured at full width on a CPU: converting keeps 1.8 GiB, loading 2.1 GiB beside the
-# network itself (T5 in float32), and compiling the denoising loop for a TPU 0.7 GiB. The rest is
-# the system's and what is on its way; notebook machines begin at 12 GB.
+RELEASED = "cogvideox-5b-i2v"  # what "auto" chooses where it fits
+SMALL = f"so this takes {EMBEDDED}, a small model that knows only flat shapes"
+# Host memory. Measured at full width on a CPU: converting takes 1.8 GiB, loading 2.1 GiB beside the
+# network itself (T5 in float32), compiling the denoising loop for a TPU 0.7 GiB. The rest is for
+# the system and for data in transfer; notebook machines start at 12 GB.
 RAM_GIB = 8.0
-DISK_GIB = 2.0  # to spare, for compiled programs and videos
+DISK_GIB = 2.0  # for compiled programs and videos
 MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 
 
 class Unfit(ValueError):
-    """A checkpoint that the machine can't hold. A notebook shows its sentences alone, and runs no
-    cell after it."""
+    """A checkpoint that the machine cannot hold. A notebook shows the message without a traceback,
+    and runs no further cell."""
 
     def _render_traceback_(self) -> list[str]:  # IPython's own hook
         return [str(self)]
@@ -36,158 +39,141 @@ class Machine(NamedTuple):
 
     kind: str  # of the devices, as jax calls it; "cpu" where there is no accelerator
     chips: int
-    hbm_gib: float | None  # usable, of one chip, where the device tells
+    hbm_gib: float | None  # usable, of one chip, if the device reports it
     libtpu: str | None  # version installed
     ram_gib: float
     disk_gib: float  # free where weights are kept
 
 
 class Weights(NamedTuple):
-    """What a checkpoint still needs of the disk."""
+    """What a checkpoint still needs on the disk."""
 
     fetch_gib: float
     convert_gib: float
 
 
 def check(wanted: str = "auto", say: Callable[[str], None] = print) -> str:
-    """The checkpoint to load on this machine. "auto" is CogVideoX-5B-I2V where it fits and the
-    embedded model elsewhere, with the reason said. Raises Unfit, with a remedy, for a checkpoint
-    that was chosen by name and doesn't fit, and where a TPU's library is too old."""
+    """The checkpoint to load on this machine. "auto" is CogVideoX-5B-I2V where it fits, and
+    otherwise the embedded model, with the reason printed. Raises Unfit, with a remedy, for a
+    checkpoint chosen by name that does not fit, and where a TPU's library is too old."""
     machine = look()
     say(describe(machine))
     if stale := library_fault(machine):
         raise Unfit(stale)
-    if wanted == EMBEDDED or wanted not in (*config.names(), "auto"):
-        say(
-            f"{wanted}: {'fits everywhere' if wanted == EMBEDDED else 'not a checkpoint known by name, so its needs are not judged'}"
-        )
+    if wanted == EMBEDDED:
+        say(f"{wanted}: fits everywhere")
+        return wanted
+    if wanted not in (*config.names(), "auto"):
+        say(f"{wanted}: not a checkpoint known by name, so its needs are not judged")
         return wanted
     if wanted == "auto" and machine.kind == "cpu":
-        say(
-            f"there is no accelerator, so this takes {EMBEDDED}, a small model that knows only flat shapes"
-        )
+        say(f"there is no accelerator, {SMALL}")
         return EMBEDDED
     model = RELEASED if wanted == "auto" else wanted
-    found = faults(
-        model, machine, Weights(0.0, 0.0) if machine.kind == "cpu" else weights(model, say)
-    )
-    if found and wanted == "auto":
-        say("\n".join(found))
-        say(f"so this takes {EMBEDDED}, a small model that knows only flat shapes")
-        return EMBEDDED
-    if found:
+    needs = Weights(0.0, 0.0) if machine.kind == "cpu" else weights(model, say)
+    found = faults(model, machine, needs)
+    if found and wanted != "auto":
         raise Unfit("\n".join(found))
+    if found:
+        say("\n".join(found))
+        say(SMALL)
+        return EMBEDDED
     say(f"{model}: {expectation(model, machine)}")
     return model
 
 
 def faults(model: str, machine: Machine, weights: Weights) -> list[str]:
-    """Every reason why a machine can't run a named checkpoint at its defaults, each with its
-    remedy; none if it can."""
+    """Every reason why a machine cannot run a named checkpoint at its defaults, each with a
+    remedy."""
     if machine.kind == "cpu":
-        return [
-            f"{model} must run on an accelerator: got a CPU, which would take days; switch the machine to a TPU, or take {EMBEDDED}"
-        ]
+        got = f"a CPU, which would take days; switch the machine to a TPU, or take {EMBEDDED}"
+        return [f"{model} must run on an accelerator: got {got}"]
     found = [fault] if (fault := library_fault(machine)) else []
     if machine.ram_gib < RAM_GIB:
-        found.append(
-            f"memory must be {RAM_GIB:g} GiB for {model}: got {machine.ram_gib:.1f}; choose a machine with more of it"
-        )
+        got = f"{machine.ram_gib:.1f}; choose a machine with more of it"
+        found.append(f"memory must be {RAM_GIB:g} GiB for {model}: got {got}")
     disk = sum(weights) + DISK_GIB
     if machine.disk_gib < disk:
-        found.append(
-            f"disk must have {disk:.0f} GiB free for {model} ({weights.fetch_gib:.0f} to fetch, {weights.convert_gib:.0f} to convert): "
-            f"got {machine.disk_gib:.0f}; delete something, or set HF_HOME and XDG_CACHE_HOME to folders on a larger disk"
-        )
+        need = f"{weights.fetch_gib:.0f} to fetch, {weights.convert_gib:.0f} to convert"
+        remedy = "delete something, or set HF_HOME and XDG_CACHE_HOME to folders on a larger disk"
+        got = f"{machine.disk_gib:.0f}; {remedy}"
+        found.append(f"disk must have {disk:.0f} GiB free for {model} ({need}): got {got}")
+    too_large = ""
     if machine.hbm_gib and machine.chips * machine.hbm_gib < (least := transformer_gib(model)):
-        found.append(
-            f"{model} must fit the device's memory: got {machine.chips} x {machine.hbm_gib:.1f} GiB, less than the {least:.1f} of its "
-            f"transformer alone; choose {_alternatives(model)}, or take {EMBEDDED}"
-        )
-    elif too_large := [
-        phase
-        for mesh in _meshes(machine)
-        for phase in _phases(model, mesh)
-        if phase.row and not phase.row["fits"]
-    ]:
-        names = ", ".join(dict.fromkeys(phase.name for phase in too_large))
-        found.append(
-            f"{model} must fit the device's memory: got {names}, too large for {machine.chips} x {machine.kind}; "
-            f"choose {_alternatives(model)}, or take {EMBEDDED}"
-        )
+        memory = f"{machine.chips} x {machine.hbm_gib:.1f} GiB"
+        too_large = f"{memory}, less than the {least:.1f} of its transformer alone"
+    elif names := [stage.name for stage in _known(model, machine) if not stage.row["fits"]]:  # pyright: ignore[reportOptionalSubscript]
+        stages = ", ".join(dict.fromkeys(names))
+        too_large = f"{stages}, too large for {machine.chips} x {machine.kind}"
+    if too_large:
+        remedy = f"choose {_alternatives(model)}, or take {EMBEDDED}"
+        found.append(f"{model} must fit the device's memory: got {too_large}; {remedy}")
     return found
 
 
 def library_fault(machine: Machine) -> str | None:
-    """A TPU's library that is older than the one the installed jax was released with, which Pallas
-    kernels need."""
+    """The fault of a TPU library older than the one that the installed jax was released with, which
+    Pallas kernels need."""
     needed, pin = required_libtpu()
     if not machine.kind.startswith("TPU") or numbers(machine.libtpu) >= numbers(needed):
         return None
-    remedy = f'run: pip install "libtpu=={pin}", then this cell again'
-    return (
-        f"libtpu must be {needed} or newer for this jax: got {machine.libtpu or 'none'}; {remedy}"
-    )
+    got = f'{machine.libtpu or "none"}; run: pip install "libtpu=={pin}", then this cell again'
+    return f"libtpu must be {needed} or newer for this jax: got {got}"
 
 
 def look() -> Machine:
-    """The facts. jax starts here, unless a TPU's library is too old to be loaded: installing the
-    right one then needs no restart."""
+    """The facts. Starts jax, unless a TPU's library is too old: then the right one can be installed
+    without a restart."""
     libtpu = installed("libtpu")
     host = libtpu, ram_gib(), shutil.disk_usage(_existing(_cache())).free / 2**30
-    asleep = Machine("TPU", 0, None, *host)
-    if has_tpu() and library_fault(asleep):
-        return asleep
+    unstarted = Machine("TPU", 0, None, *host)
+    if has_tpu() and library_fault(unstarted):
+        return unstarted
     import jax
 
     devices = jax.local_devices()
-    limit = (
-        (devices[0].memory_stats() or {}).get("bytes_limit")
-        if devices[0].platform != "cpu"
-        else None
-    )
-    kind = devices[0].device_kind if devices[0].platform != "cpu" else "cpu"
-    return Machine(kind, len(devices), limit and limit / 2**30, *host)
+    if devices[0].platform == "cpu":
+        return Machine("cpu", len(devices), None, *host)
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    return Machine(devices[0].device_kind, len(devices), limit and limit / 2**30, *host)
 
 
 def describe(machine: Machine) -> str:
-    device = (
-        "no accelerator"
-        if machine.kind == "cpu"
-        else f"{machine.chips or ''} x {machine.kind}".removeprefix(" x ")
-    )
+    device = "no accelerator"
+    if machine.kind != "cpu":
+        device = f"{machine.chips} x {machine.kind}" if machine.chips else machine.kind
     device += f" of {machine.hbm_gib:.1f} GiB" if machine.hbm_gib else ""
     device += f", libtpu {machine.libtpu or 'missing'}" if machine.kind.startswith("TPU") else ""
-    return f"this machine: {device}, {machine.ram_gib:.1f} GiB of memory, {machine.disk_gib:.0f} GiB of disk free"
+    host = f"{machine.ram_gib:.1f} GiB of memory, {machine.disk_gib:.0f} GiB of disk free"
+    return f"this machine: {device}, {host}"
 
 
 def expectation(model: str, machine: Machine) -> str:
-    """What the compiler's table says of a machine that has no faults."""
+    """What the compiler's table says of a machine without faults."""
     for mesh in _meshes(machine):
-        rows = [phase.row for phase in _phases(model, mesh)]
-        if all(rows):
+        if all(stage.row for stage in _stages(model, mesh)):
             return f"fits, by ahead-of-time compiles for {mesh}; nobody has run it there yet"
     return "was not compiled for this machine, so whether it fits is not known"
 
 
 def weights(model: str, say: Callable[[str], None] = print) -> Weights:
-    """What the hub says is still to be fetched, and as much again to be converted unless that was
-    done here before."""
+    """What is still to be fetched, by the hub's account, and as much again for the conversion
+    unless that is in the cache."""
     from ..weights.hub import ask
 
     try:
         found = ask(config.toml(model)["source"]["hub"])
-    except Exception as error:  # the hub's client raises a dozen kinds; `load` will say what is wrong, if it still is
-        say(
-            f"the hub doesn't say how large {model} is ({type(error).__name__}), so the disk is not judged"
-        )
+    # The hub's client raises a dozen kinds; `load` reports what is wrong, if it still is then.
+    except Exception as error:
+        unknown = f"the hub does not say how large {model} is ({type(error).__name__})"
+        say(f"{unknown}, so the disk is not judged")
         return Weights(0.0, 0.0)
     return Weights(found.missing / 2**30, 0.0 if is_converted(model) else found.size / 2**30)
 
 
 def transformer_gib(model: str) -> float:
-    """A checkpoint's largest network in bfloat16: below that no machine can hold it, however it is
-    split."""
+    """The largest network of a checkpoint in bfloat16: with less memory no machine can hold it,
+    however it is split."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
@@ -195,13 +181,12 @@ def transformer_gib(model: str) -> float:
     from ..weights.pieces import abstract
 
     network = abstract(config.named(model), "transformer", jnp.dtype(jnp.bfloat16))
-    return (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(network))) / 2**30
-    )
+    leaves = jax.tree.leaves(nnx.state(network))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**30
 
 
 def is_converted(model: str) -> bool:
-    """Whether a conversion of a checkpoint of this architecture stands in the cache."""
+    """Whether the cache holds a conversion of a checkpoint of this architecture."""
     from ..weights.checkpoint import MANIFEST, read_config
 
     found = (manifest.parent for manifest in _cache().glob(f"[!.]*/{MANIFEST}"))
@@ -210,10 +195,9 @@ def is_converted(model: str) -> bool:
 
 def required_libtpu() -> tuple[str, str]:
     """The libtpu that the installed jax was released with, as a number and as pip takes it."""
-    wanted = [
-        re.match(r"libtpu\s*[=~>]=\s*([\d.]+\*?)", line) for line in metadata.requires("jax") or []
-    ]
-    pin = next((found[1] for found in wanted if found), "0")
+    pattern = r"libtpu\s*[=~>]=\s*([\d.]+\*?)"
+    found = (re.match(pattern, line) for line in metadata.requires("jax") or [])
+    pin = next((match[1] for match in found if match), "0")
     return pin.removesuffix(".*"), pin
 
 
@@ -228,24 +212,15 @@ def installed(package: str) -> str | None:
         return None
 
 
-def has_tpu() -> bool:
-    """By the device files of a TPU VM, without waking the TPU."""
-    return any(
-        found for pattern in ("accel[0-9]*", "vfio/[0-9]*") for found in Path("/dev").glob(pattern)
-    )
-
-
 def ram_gib() -> float:
-    """Of the container, where it has less than its host."""
+    """Memory of the container, where it has less than its host."""
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     own = MEMORY_MAX.read_text().strip() if MEMORY_MAX.is_file() else "max"
     return (min(host, int(own)) if own.isdecimal() else host) / 2**30
 
 
 def _cache() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("cogi2v-jax") / "converted"
+    return cache_folder("converted")
 
 
 def _existing(path: Path) -> Path:
@@ -253,23 +228,29 @@ def _existing(path: Path) -> Path:
 
 
 def _meshes(machine: Machine) -> list[str]:
-    """Named meshes of just this machine's devices."""
-    return [
-        m
-        for m in config.meshes()["meshes"]
-        if (plan.generation(m)["kind"], plan.chips(m)) == (machine.kind, machine.chips)
-    ]
+    """Named meshes of exactly this machine's devices."""
+
+    def devices(mesh: str) -> tuple[str, int]:
+        return plan.generation(mesh)["kind"], plan.chips(mesh)
+
+    here = machine.kind, machine.chips
+    return [mesh for mesh in config.meshes()["meshes"] if devices(mesh) == here]
 
 
-def _phases(model: str, mesh: str) -> list[plan.Phase]:
-    return plan.phases(model, mesh, Request(image="", prompt="").resolve(config.named(model)))
+def _stages(model: str, mesh: str) -> list[plan.Stage]:
+    return plan.stages(model, mesh, Request(image="", prompt="").resolve(config.named(model)))
+
+
+def _known(model: str, machine: Machine) -> list[plan.Stage]:
+    """The stages that were compiled for this machine."""
+    found = (stage for mesh in _meshes(machine) for stage in _stages(model, mesh))
+    return [stage for stage in found if stage.row]
 
 
 def _alternatives(model: str) -> str:
-    """Machines on which every phase is known to fit."""
-    fits = [
-        mesh
-        for mesh in config.meshes()["meshes"]
-        if all(phase.row and phase.row["fits"] for phase in _phases(model, mesh))
-    ]
-    return " or ".join(fits) or "a larger machine"
+    """Machines on which every stage is known to fit."""
+
+    def fits(mesh: str) -> bool:
+        return all(stage.row and stage.row["fits"] for stage in _stages(model, mesh))
+
+    return " or ".join(filter(fits, config.meshes()["meshes"])) or "a larger machine"

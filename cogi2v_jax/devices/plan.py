@@ -1,32 +1,32 @@
-"""`sample --plan MESH`: what a request takes on machines that need not be there. All of it is read
-off `configs/plans.toml`, in which `benchmarks/tpu_compile.py` keeps what the TPU compiler said:
-nothing is loaded, and what was not compiled is named so, never guessed."""
+"""`sample --plan MESH`: what a request takes on a machine, which need not be at hand. All figures
+come from `configs/plans.toml`, which `benchmarks/tpu_compile.py` writes from the TPU compiler's
+reports. Nothing is loaded, and what was not compiled is not guessed."""
 
 import functools
 import math
-import tomllib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .. import config
+from ..disk import read_toml
 from ..request import Request, Resolved
 
-Row = dict[str, Any]  # of plans.toml: one program, compiled
+Row = dict[str, Any]  # of plans.toml: the programs of one stage, compiled
 
-# In the order of running, each with what its program depends on beside checkpoint, mesh and dtype.
-# Steps only repeat denoise's.
-PHASES = {
+# In the order of running, each with what its programs depend on beside checkpoint, mesh and dtype.
+# (The number of steps repeats one program.)
+STAGES = {
     "text": ("guided",),
-    "encode": ("height", "width"),
+    "image": ("height", "width"),
     "denoise": ("guided", "attention", "height", "width", "num_frames"),
     "decode": ("height", "width", "num_frames"),
 }
-AXES = ("data", "pair", "context")
+AXES = ("data", "pair", "context")  # of a mesh; `devices/sharding.py` has them too, but starts jax
+SIZE = ("height", "width", "num_frames")
 
 
-class Phase(NamedTuple):
-    """A phase of a request: the row that was compiled for it, or the nearest one there is, if
-    any."""
+class Stage(NamedTuple):
+    """A stage of a request: the row that was compiled for it, or else the nearest row."""
 
     name: str
     row: Row | None
@@ -35,54 +35,52 @@ class Phase(NamedTuple):
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """`configs/plans.toml`: `made`, the compiler's versions, and `row`, a table a compiled
-    program."""
+    """`configs/plans.toml`: `made` has the compiler's versions, `row` one table for each compiled
+    stage."""
     path = config.CONFIGS / "plans.toml"
-    return {"made": {}, "row": []} | (
-        tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    )
+    return {"made": {}, "row": []} | (read_toml(path) if path.is_file() else {})
 
 
 def lines(
     model: str, mesh: str, dtype: str | None = None, attention: str = "auto", **settings: Any
 ) -> list[str]:
-    """What one video takes, to be printed: the mesh, memory and static seconds a phase, whether it
-    fits. `settings` are `Request`'s, from height to noise, with None for the checkpoint's default.
-    Raises ValueError in one line for a model or a mesh without a name, and for what the network
-    can't compute."""
-    chips(mesh)  # the mesh has a name
+    """What one video takes, as lines to print: the mesh, memory and static seconds of each stage,
+    and whether it fits. `settings` are those of `Request`, None for the checkpoint's default.
+    Raises ValueError in one line for an unknown model or mesh, and for what the network cannot
+    compute."""
+    chips(mesh)  # raises for an unknown mesh
     model = named(model)
     request = Request(image="", prompt="", **settings).resolve(config.named(model))
-    # As `load` has it.
+    steps = request.num_inference_steps
+    # The defaults of `load`.
     dtype = dtype or ("float32" if generation(mesh)["kind"] == "cpu" else "bfloat16")
-    found = phases(model, mesh, request, dtype, attention)
-    video = f"{request.num_frames} frames of {request.height}x{request.width}, {request.num_inference_steps} steps"
+    found = stages(model, mesh, request, dtype, attention)
+    video = f"{request.num_frames} frames of {request.height}x{request.width}, {steps} steps"
     return [
         _machine(mesh),
         f"{model}: one video of {video} {_guidance(request.guided)}, {dtype}",
         "",
-        f"{'phase':10}{'GiB a chip':>10}{'floor, s':>12}{'estimate, s':>14}",
-        *(_line(phase, request.num_inference_steps) for phase in found),
-        *_total(found, request.num_inference_steps),
+        f"{'stage':10}{'GiB a chip':>10}{'floor, s':>12}{'estimate, s':>14}",
+        *(_line(stage, steps) for stage in found),
+        *_total(found, steps),
         "",
         _verdict(found, mesh),
-        *_footnotes(found, request.num_inference_steps),
+        *_footnotes(found, steps),
     ]
 
 
 def named(model: str) -> str:
-    """A checkpoint's name from its name or its hub id."""
+    """The name of a checkpoint, from its name or its hub id."""
     by_hub = {config.toml(name)["source"].get("hub", name).lower(): name for name in config.names()}
     name = by_hub.get(model.lower().replace("thudm/", "zai-org/"), model)
     if name not in config.names():
-        raise ValueError(
-            f"model must be one of {', '.join(config.names())} to be planned: got {model!r}"
-        )
+        known = ", ".join(config.names())
+        raise ValueError(f"model must be one of {known} to be planned: got {model!r}")
     return name
 
 
 def chips(mesh: str) -> int:
-    """Devices of a named mesh. Raises ValueError for an unknown one."""
+    """The number of devices of a named mesh. Raises ValueError for an unknown name."""
     known = config.meshes()["meshes"]
     if mesh not in known:
         raise ValueError(f"mesh must be one of {', '.join(known)} to be planned: got {mesh!r}")
@@ -90,62 +88,45 @@ def chips(mesh: str) -> int:
 
 
 def generation(mesh: str) -> dict[str, Any]:
-    """Kind, usable memory and speed of a named mesh's devices."""
+    """Kind, usable memory and speed of the devices of a named mesh."""
     tables = config.meshes()
     return tables["generations"][tables["meshes"][mesh]["generation"]]
 
 
-def phases(
+def stages(
     model: str, mesh: str, request: Resolved, dtype: str = "bfloat16", attention: str = "auto"
-) -> list[Phase]:
-    """Every phase of a request, in order, with what is known of it."""
-    wish = {
-        "dtype": dtype,
-        "guided": request.guided,
-        "attention": attention,
-        **_size(vars(request)),
-    }
-    return [_phase(name, model, mesh, wish) for name in PHASES]
+) -> list[Stage]:
+    """All stages of a request, in order, with what is known of them."""
+    wanted = {"dtype": dtype, "guided": request.guided, "attention": attention}
+    wanted |= {key: getattr(request, key) for key in SIZE}
+    return [_stage(name, model, mesh, wanted) for name in STAGES]
 
 
-def _phase(name: str, model: str, mesh: str, wish: dict[str, Any]) -> Phase:
-    rows = [row for row in table()["row"] if (row["phase"], row["model"]) == (name, model)]
-    asked = [key for key in ("dtype", *PHASES[name]) if (key, wish[key]) != ("attention", "auto")]
+def _stage(name: str, model: str, mesh: str, wanted: dict[str, Any]) -> Stage:
+    rows = [row for row in table()["row"] if (row["stage"], row["model"]) == (name, model)]
+    keys = [key for key in ("dtype", *STAGES[name]) if (key, wanted[key]) != ("attention", "auto")]
 
-    exact = next(
-        (
-            row
-            for row in rows
-            if row["mesh"] == mesh and all(row[key] == wish[key] for key in asked)
-        ),
-        None,
-    )
+    def misses(row: Row) -> int:
+        return sum(row[key] != wanted[key] for key in keys)
 
     def distance(row: Row) -> tuple[Any, ...]:
-        """The same machine at another size says more than another machine."""
-        return (
-            row["mesh"] != mesh,
-            _octaves(row, mesh, wish),
-            sum(row[key] != wish[key] for key in asked),
-        )
+        """The same machine at another size comes before another machine."""
+        return row["mesh"] != mesh, _octaves(row, mesh, wanted), misses(row)
 
-    return Phase(name, exact, None if exact else min(rows, key=distance, default=None))
+    exact = next((row for row in rows if row["mesh"] == mesh and not misses(row)), None)
+    return Stage(name, exact, None if exact else min(rows, key=distance, default=None))
 
 
-def _octaves(row: Row, mesh: str, wish: dict[str, Any]) -> float:
-    """How far a row's video and machine are from those asked for."""
-    volume, wanted = (math.prod(_size(values).values()) for values in (row, wish))
-    return abs(math.log2(volume / wanted)) + abs(math.log2(chips(row["mesh"]) / chips(mesh)))
-
-
-def _size(values: dict[str, Any]) -> dict[str, int]:
-    return {key: values[key] for key in ("height", "width", "num_frames")}
+def _octaves(row: Row, mesh: str, wanted: dict[str, Any]) -> float:
+    """How far the video and the machine of a row are from those asked for, in powers of two."""
+    volume, target = (math.prod(values[key] for key in SIZE) for values in (row, wanted))
+    return abs(math.log2(volume / target)) + abs(math.log2(chips(row["mesh"]) / chips(mesh)))
 
 
 def _numbers(row: Row, steps: int) -> list[float]:
-    """GiB, and static seconds as a floor and an estimate; NaN for what a program that did not
-    compile has not. Denoise's seconds are for `steps`, of which every one is the same program."""
-    times = steps / row["steps"] if row["phase"] == "denoise" else 1.0
+    """GiB, and static seconds as floor and estimate; NaN where a program did not compile. The
+    seconds of denoise are for `steps`: all steps are the same program."""
+    times = steps / row["steps"] if row["stage"] == "denoise" else 1.0
     seconds = [times * row.get(key, math.nan) for key in ("static_seconds_floor", "static_seconds")]
     return [float(row.get("peak_gib", math.nan)), *seconds]
 
@@ -153,24 +134,19 @@ def _numbers(row: Row, steps: int) -> list[float]:
 def _machine(mesh: str) -> str:
     made, count = config.meshes()["meshes"][mesh], chips(mesh)
     split = ", ".join(f"{axis} {made.get(axis, 1)}" for axis in AXES)
-    kind, topology = (
-        generation(mesh)["kind"],
-        f" ({made['topology']})" if "topology" in made else "",
-    )
-    return f"{mesh}: {count} {'chip' if count == 1 else 'chips'} of {kind}{topology}, split over {split}"
+    topology = f" ({made['topology']})" if "topology" in made else ""
+    devices = f"{count} {'chip' if count == 1 else 'chips'} of {generation(mesh)['kind']}"
+    return f"{mesh}: {devices}{topology}, split over {split}"
 
 
-def _line(phase: Phase, steps: int) -> str:
-    if phase.row is None:
-        near = phase.nearest
-        nearest = (
-            f"; nearest is {_label(near)}: {_cell(_numbers(near, steps)[0])} GiB a chip"
-            if near
-            else "; nor is anything near"
-        )
-        return f"{phase.name:10}not compiled{nearest}"
-    note = f"  {phase.row['attention']} attention" if phase.name == "denoise" else ""
-    return _columns(phase.name, _numbers(phase.row, steps)) + note
+def _line(stage: Stage, steps: int) -> str:
+    if stage.row is None:
+        near, nearest = stage.nearest, "no similar program was compiled either"
+        if near:
+            nearest = f"nearest is {_label(near)}: {_cell(_numbers(near, steps)[0])} GiB a chip"
+        return f"{stage.name:10}not compiled; {nearest}"
+    note = f"  {stage.row['attention']} attention" if stage.name == "denoise" else ""
+    return _columns(stage.name, _numbers(stage.row, steps)) + note
 
 
 def _columns(name: str, numbers: Sequence[float]) -> str:
@@ -183,46 +159,46 @@ def _cell(number: float) -> str:
 
 
 def _label(row: Row) -> str:
-    video = (
-        f"{row['num_frames']} frames of {row['height']}x{row['width']} {_guidance(row['guided'])}"
-    )
-    return f"{row['mesh']}, {video}, {row['dtype']}, {row['attention']} attention"
+    video = f"{row['num_frames']} frames of {row['height']}x{row['width']}"
+    program = f"{video} {_guidance(row['guided'])}, {row['dtype']}, {row['attention']} attention"
+    return f"{row['mesh']}, {program}"
 
 
 def _guidance(guided: bool) -> str:
     return "with guidance" if guided else "without guidance"
 
 
-def _total(found: list[Phase], steps: int) -> Iterable[str]:
-    """The largest memory and the sum of the seconds, where all phases run."""
-    rows = [phase.row for phase in found if phase.row and phase.row["fits"]]
+def _total(found: list[Stage], steps: int) -> Iterable[str]:
+    """The largest memory and the sum of the seconds, where all stages run."""
+    rows = [stage.row for stage in found if stage.row and stage.row["fits"]]
     if len(rows) == len(found):
         gib, floor, estimate = zip(*(_numbers(row, steps) for row in rows), strict=True)
         yield _columns("together", (max(gib), sum(floor), sum(estimate)))
 
 
-def _verdict(found: list[Phase], mesh: str) -> str:
+def _verdict(found: list[Stage], mesh: str) -> str:
     usable = generation(mesh).get("hbm_gib")
     of = f"the {usable:g} GiB that a program can use of a chip" if usable else "a chip's memory"
-    too_large = [phase.name for phase in found if phase.row and not phase.row["fits"]]
-    unknown = [phase.name for phase in found if not phase.row]
+    too_large = [stage.name for stage in found if stage.row and not stage.row["fits"]]
+    unknown = [stage.name for stage in found if not stage.row]
     if too_large:
         return f"does not fit: {', '.join(too_large)} would take more than {of}"
     if unknown:
         return f"whether it fits is not known: not compiled for it: {', '.join(unknown)}"
-    return f"fits: no phase takes more than {max(phase.row['peak_gib'] for phase in found if phase.row):.2f} of {of}"
+    largest = max(stage.row["peak_gib"] for stage in found if stage.row)
+    return f"fits: no stage takes more than {largest:.2f} of {of}"
 
 
-def _footnotes(found: list[Phase], steps: int) -> Iterable[str]:
-    rows = [phase.row for phase in found if phase.row]
+def _footnotes(found: list[Stage], steps: int) -> Iterable[str]:
+    rows = [stage.row for stage in found if stage.row]
     if not rows:
         return
     yield (
-        "seconds are static, of the cycles for which the TPU compiler scheduled the program, with kernels at k = 1.0 (floor) and 1.27 "
-        "(estimate): no time was measured on a TPU"
+        "seconds are static: the cycles that the TPU compiler scheduled, with kernels at k = 1.0 "
+        "(floor) and 1.27 (estimate); no time was measured on a TPU"
     )
     made = table()["made"]
     yield f"compiled with jax {made['jax']} and libtpu {made['libtpu']} on {made['date']}"
-    scaled = [row["steps"] for row in rows if row["phase"] == "denoise" and row["steps"] != steps]
+    scaled = [row["steps"] for row in rows if row["stage"] == "denoise" and row["steps"] != steps]
     if scaled:
         yield f"denoise was compiled for {scaled[0]} steps; its seconds are scaled to {steps}"

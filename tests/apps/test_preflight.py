@@ -28,13 +28,17 @@ SAME = {
 }
 
 
+NEWER = "libtpu must be 0.0.42 or newer for this jax"
+INSTALL = 'run: pip install "libtpu==0.0.42.*", then this cell again'
+
+
 @pytest.fixture(autouse=True)
 def rows(monkeypatch):
-    """A table in which all phases fit eight chips, and one chip until a test changes a row."""
+    """A table in which all stages fit eight chips, and one chip until a test changes a row."""
     table = [
         {
             **SAME,
-            "phase": phase,
+            "stage": stage,
             "mesh": mesh,
             "fits": True,
             "peak_gib": 9.0,
@@ -42,7 +46,7 @@ def rows(monkeypatch):
             "static_seconds": 2.0,
         }
         for mesh in ("v5e-1", "v5e-8")
-        for phase in plan.PHASES
+        for stage in plan.STAGES
     ]
     monkeypatch.setattr(plan, "table", lambda: {"made": {}, "row": table})
     monkeypatch.setattr(preflight, "required_libtpu", lambda: ("0.0.42", "0.0.42.*"))
@@ -72,7 +76,8 @@ def test_a_released_checkpoint_passes_on_a_notebooks_tpu(machine):
 def test_without_an_accelerator_a_released_checkpoint_is_refused_with_the_way_out():
     (fault,) = faults(MODEL, LAPTOP, WEIGHTS)
     assert fault == (
-        "cogvideox-5b-i2v must run on an accelerator: got a CPU, which would take days; switch the machine to a TPU, or take cogi2v-tiny"
+        "cogvideox-5b-i2v must run on an accelerator: got a CPU, which would take days; switch "
+        "the machine to a TPU, or take cogi2v-tiny"
     )
 
 
@@ -90,15 +95,16 @@ def test_without_an_accelerator_a_released_checkpoint_is_refused_with_the_way_ou
         ),
         (
             {"libtpu": "0.0.17"},
-            'libtpu must be 0.0.42 or newer for this jax: got 0.0.17; run: pip install "libtpu==0.0.42.*", then this cell again',
+            f"{NEWER}: got 0.0.17; {INSTALL}",
         ),
         (
             {"libtpu": None},
-            'libtpu must be 0.0.42 or newer for this jax: got none; run: pip install "libtpu==0.0.42.*", then this cell again',
+            f"{NEWER}: got none; {INSTALL}",
         ),
         (
             {"kind": "TPU v2", "hbm_gib": 7.5},
-            "cogvideox-5b-i2v must fit the device's memory: got 1 x 7.5 GiB, less than the 10.5 of its transformer alone; "
+            "cogvideox-5b-i2v must fit the device's memory: got 1 x 7.5 GiB, less than the 10.5 "
+            "of its transformer alone; "
             "choose v5e-1 or v5e-8, or take cogi2v-tiny",
         ),
     ],
@@ -110,7 +116,8 @@ def test_what_a_machine_lacks_is_named_with_its_remedy(change, fault):
 def test_a_machine_on_which_the_compiler_saw_a_phase_overflow_is_refused(rows):
     rows[3]["fits"] = False
     assert faults(MODEL, V5E_1, WEIGHTS) == [
-        "cogvideox-5b-i2v must fit the device's memory: got decode, too large for 1 x TPU v5 lite; choose v5e-8, or take cogi2v-tiny"
+        "cogvideox-5b-i2v must fit the device's memory: got decode, too large for 1 x TPU v5 "
+        "lite; choose v5e-8, or take cogi2v-tiny"
     ]
     assert faults(MODEL, V5E_8, WEIGHTS) == []
 
@@ -142,7 +149,8 @@ def test_auto_takes_the_released_checkpoint_where_it_fits_and_says_that_nobody_r
     on(V5E_1)
     assert check() == MODEL
     assert capsys.readouterr().out.splitlines() == [
-        "this machine: 1 x TPU v5 lite of 15.8 GiB, libtpu 0.0.52, 47.0 GiB of memory, 100 GiB of disk free",
+        "this machine: 1 x TPU v5 lite of 15.8 GiB, libtpu 0.0.52, 47.0 GiB of memory, 100 GiB of "
+        "disk free",
         "cogvideox-5b-i2v: fits, by ahead-of-time compiles for v5e-1; nobody has run it there yet",
     ]
 
@@ -152,7 +160,8 @@ def test_auto_takes_the_embedded_model_without_an_accelerator_and_says_why(on, c
     assert check() == "cogi2v-tiny"
     assert capsys.readouterr().out.splitlines() == [
         "this machine: no accelerator, 16.0 GiB of memory, 200 GiB of disk free",
-        "there is no accelerator, so this takes cogi2v-tiny, a small model that knows only flat shapes",
+        "there is no accelerator, so this takes cogi2v-tiny, a small model that knows only flat "
+        "shapes",
     ]
 
 
@@ -252,7 +261,9 @@ def test_the_hub_is_asked_for_sizes_alone(monkeypatch):
 
 def test_a_hub_that_does_not_answer_is_said_and_stops_nothing(capsys):
     assert preflight.weights(MODEL) == Weights(0.0, 0.0)  # the tests have no network
-    assert capsys.readouterr().out.startswith("the hub doesn't say how large cogvideox-5b-i2v is (")
+    assert capsys.readouterr().out.startswith(
+        "the hub does not say how large cogvideox-5b-i2v is ("
+    )
 
 
 def test_a_conversion_in_the_cache_is_found_by_its_architecture(tmp_path, monkeypatch):

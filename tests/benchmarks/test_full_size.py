@@ -1,5 +1,5 @@
-"""The full-size benchmark, at its small size: its two sides are the same model, and it says so
-where they are not."""
+"""The full-size benchmark at its small size: both sides are the same model, and a difference fails
+the comparison."""
 
 import json
 import subprocess
@@ -20,11 +20,9 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def measured(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
-    assert (
-        full_size.main([*arguments, "--size=small", "--json", str(tmp_path / "result.json")])
-        == code
-    )
-    return json.loads((tmp_path / "result.json").read_text())
+    result = tmp_path / "result.json"
+    assert full_size.main([*arguments, "--size=small", "--json", str(result)]) == code
+    return json.loads(result.read_text())
 
 
 @pytest.mark.parametrize(
@@ -44,14 +42,9 @@ def test_every_stage_is_the_references_in_both_dtypes(
     assert [row["stage"] for row in found["rows"]] == list(stages)
     assert found["faults"] == []
     for row in found["rows"]:
-        assert (
-            0
-            < row["float32"]
-            < 1e-5
-            < row["bfloat16"]
-            <= full_size.RATIO * row["reference_bfloat16"]
-        )
-        assert 0.3 < row["rms"] < 3  # activations neither died nor blew up
+        assert 0 < row["float32"] < 1e-5
+        assert 1e-5 < row["bfloat16"] <= full_size.RATIO * row["reference_bfloat16"]
+        assert 0.3 < row["rms"] < 3  # activations neither vanished nor exploded
 
 
 def test_a_network_that_differs_fails_the_comparison(
@@ -65,20 +58,16 @@ def test_a_network_that_differs_fails_the_comparison(
         return network
 
     monkeypatch.setattr(full_stages, "ours", nudged)
-    (fault,) = measured(tmp_path, "parity", "--stages", "text", "--dtypes", "float32", code=1)[
-        "faults"
-    ]
+    found = measured(tmp_path, "parity", "--stages", "text", "--dtypes", "float32", code=1)
+    (fault,) = found["faults"]
     assert fault.startswith("text must be within 1e-05 of the reference in float32: got ")
     assert fault in capsys.readouterr().out
 
 
-def test_both_sides_are_timed_and_a_kernel_that_is_not_here_is_said_to_be_missing(
-    tmp_path: Path,
-) -> None:
+def test_both_sides_are_timed_and_a_missing_kernel_is_reported(tmp_path: Path) -> None:
     variants = ("eager", "eager, cuDNN attention")
-    found = measured(
-        tmp_path, "speed", "--stages", "denoising step", "--variants", *variants, "--repeats", "2"
-    )
+    settings = ("--stages", "denoising step", "--variants", *variants, "--repeats", "2")
+    found = measured(tmp_path, "speed", *settings)
     rows = {row["variant"]: row for row in found["rows"]}
     assert rows.keys() == {full_size.OURS, *variants}
     assert "refused" in rows["eager, cuDNN attention"]
@@ -101,17 +90,9 @@ def test_tuning_tries_every_backend_and_option(
 
 @pytest.mark.slow
 def test_a_profile_names_the_kernels_of_both_sides(tmp_path: Path) -> None:
-    """In a process of its own: two profilers in one that has done much else can end it."""
-    command = [
-        sys.executable,
-        full_size.__file__,
-        "profile",
-        "--size=small",
-        "--variants",
-        "eager",
-        "--json",
-        tmp_path / "result.json",
-    ]
+    """In its own process, because two profilers can crash a process that has done much else."""
+    command = [sys.executable, full_size.__file__, "profile", "--size=small", "--variants=eager"]
+    command += ["--json", tmp_path / "result.json"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     found = json.loads((tmp_path / "result.json").read_text())["rows"]
     for side in ("cogi2v-jax", "reference, eager"):
@@ -121,17 +102,12 @@ def test_a_profile_names_the_kernels_of_both_sides(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_path_runs_by_its_command_lines_and_is_found_again(tmp_path: Path) -> None:
+def test_the_whole_path_runs_by_its_commands_and_is_not_repeated(tmp_path: Path) -> None:
     folder = tmp_path / "path"
     folder.mkdir()
     found = measured(tmp_path, "path", "--folder", str(folder))
-    assert [row["step"] for row in found["rows"]] == [
-        "weights written",
-        "to-flax",
-        "sample",
-        "record",
-        "verify",
-    ]
+    steps = ["weights written", "to-flax", "sample", "record", "verify"]
+    assert [row["step"] for row in found["rows"]] == steps
     assert found["rows"][-1]["said"][-1].startswith("pass: ")
     assert all(2**27 < row["peak"] < 2**31 for row in found["rows"][1:])
     assert (folder / "out.mp4").stat().st_size > 1000
@@ -144,11 +120,8 @@ def test_results_become_tables_between_marks_of_the_readme(
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- benchmarks/full_size.py -->\nold\n<!-- end -->\nafter\n")
     monkeypatch.setattr(full_size, "README", page)
-    result = {
-        "title": "parity",
-        "table": [["stage", "error"], ["text", "1e-6"]],
-        "machine": ["a machine"],
-    }
+    result = {"title": "parity", "table": [["stage", "error"], ["text", "1e-6"]]}
+    result |= {"machine": ["a machine"]}
     (tmp_path / "one.json").write_text(json.dumps(result))
     full_size.main(["readme", str(tmp_path / "one.json")])
     text = page.read_text()
@@ -158,7 +131,7 @@ def test_results_become_tables_between_marks_of_the_readme(
     assert text.endswith("<!-- end -->\nafter\n")
 
 
-def test_full_size_asks_for_a_gpu(capsys) -> None:
+def test_full_size_requires_a_gpu(capsys) -> None:
     assert jax.default_backend() != "gpu"
     with pytest.raises(SystemExit, match="full size must have a GPU"):
         full_size.main(["parity"])

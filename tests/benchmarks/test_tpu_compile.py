@@ -1,5 +1,5 @@
-"""The TPU compiler's word: that it is read aright, on programs whose costs can be counted by hand,
-and that it holds for the released checkpoints at full size."""
+"""The TPU compiler's figures: they are read correctly for programs with costs that can be counted
+by hand, and are within bounds for the released checkpoints at full size."""
 
 import json
 import math
@@ -13,19 +13,18 @@ import pytest
 import tpu_compile
 import tpu_hlo
 import tpu_kernel
-import tpu_phase
+import tpu_stage
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
-    find_spec("libtpu") is None,
-    reason="libtpu is not installed: it exists for Linux on x86-64 alone",
+    find_spec("libtpu") is None, reason="libtpu (Linux on x86-64) is not installed"
 )
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each of `tpu_programs.PROGRAMS`."""
+    """A folder with one for each of `tpu_programs.PROGRAMS`."""
     folder, schedules = tmp_path_factory.mktemp("programs"), tmp_path_factory.mktemp("schedules")
     command = [sys.executable, ROOT / "tests" / "support" / "tpu_programs.py", folder, schedules]
     subprocess.run(
@@ -39,12 +38,12 @@ def cost(program: Path) -> tpu_hlo.Cost:
 
 
 def kernel_cost(program: Path) -> tuple[tpu_kernel.Kernel, float]:
-    """The kernel of a program that calls one once, and its cycles."""
+    """The kernel of a program that calls exactly one, once, and its cycles."""
     found = cost(program)
     ((name, times),) = found.kernels.items()
     assert times == 1
     kernel = tpu_kernel.read(found.bodies[name])
-    return kernel, tpu_kernel.cycles(tpu_phase.schedule_of(name, program), kernel)
+    return kernel, tpu_kernel.cycles(tpu_stage.schedule_of(name, program), kernel)
 
 
 def test_a_product_in_nested_loops_counts_once_for_every_trip(programs: Path) -> None:
@@ -60,7 +59,7 @@ def test_a_convolutions_taps_on_its_padding_do_not_count(programs: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("collective", "sent"),  # by each of four chips, for one MiB that each of them holds
+    ("collective", "sent"),  # MiB sent by each of four chips, for one MiB on each
     [
         ("all-to-all", 3 / 4),
         ("all-gather", 3),
@@ -90,16 +89,16 @@ def test_a_kernels_products_are_read_from_its_own_program(programs: Path) -> Non
         assert kernel.flops == 4 * (2 * rows * keys * 64) * 2
 
 
-def test_a_kernels_cycles_grow_with_its_grid_but_not_those_that_run_once_a_row_of_it(
+def test_a_kernels_cycles_grow_with_its_grid_except_those_that_run_once_a_row(
     programs: Path,
 ) -> None:
     cycles = {
         size: kernel_cost(programs / f"attention-{size[0]}-{size[1]}")[1]
         for size in ((1024, 1024), (2048, 1024), (1024, 2048))
     }
-    # But for what comes before the first step.
+    # Except for what comes before the first step.
     assert cycles[2048, 1024] == pytest.approx(2 * cycles[1024, 1024], rel=0.005)
-    # Beginning and finishing a row of the grid takes the same time however many keys are in it.
+    # Beginning and finishing a row of the grid takes the same time for any number of keys.
     assert 1.6 < cycles[1024, 2048] / cycles[1024, 1024] < 1.95
     # 512 x 512 logits of 64 + 64 multiplications each, in four units of 128 x 128 that the narrow
     # heads fill by half.
@@ -108,24 +107,21 @@ def test_a_kernels_cycles_grow_with_its_grid_but_not_those_that_run_once_a_row_o
 
 def test_a_program_that_does_not_fit_says_how_much_it_needs(programs: Path) -> None:
     error = (programs / "too-large" / "program.txt").read_text()
-    assert 32 <= tpu_phase.needed_gib(jax.errors.JaxRuntimeError(error)) < 33
-    used = "Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded hbm capacity by 768.00M."
-    assert tpu_phase.needed_gib(jax.errors.JaxRuntimeError(used)) == 16.5
+    assert 32 <= tpu_stage.needed_gib(jax.errors.JaxRuntimeError(error)) < 33
+    used = "Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. "
+    used += "Exceeded hbm capacity by 768.00M."
+    assert tpu_stage.needed_gib(jax.errors.JaxRuntimeError(used)) == 16.5
     with pytest.raises(jax.errors.JaxRuntimeError, match="another fault"):
-        tpu_phase.needed_gib(jax.errors.JaxRuntimeError("another fault"))
+        tpu_stage.needed_gib(jax.errors.JaxRuntimeError("another fault"))
 
 
 def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
-    for name in (
-        "9-splash.1-01",
-        "10-splash.1-01",
-        "11-splash.11-01",
-        "12-splash.1-00-schedule-analysis_",
-    ):
+    names = "9-splash.1-01 10-splash.1-01 11-splash.11-01 12-splash.1-00-schedule-analysis_"
+    for name in names.split():
         (tmp_path / f"{name}-packed-bundles-post-ra.txt".replace("_-", "_")).write_text(name)
-    assert tpu_phase.schedule_of("splash.1", tmp_path) == "10-splash.1-01"
+    assert tpu_stage.schedule_of("splash.1", tmp_path) == "10-splash.1-01"
     with pytest.raises(ValueError, match=r"a schedule of splash\.2: got none"):
-        tpu_phase.schedule_of("splash.2", tmp_path)
+        tpu_stage.schedule_of("splash.2", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +133,7 @@ def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
         ("source_target_pairs={{0,1},{1,0}}", 2),
     ],
 )
-def test_the_size_of_a_group_is_read_from_every_way_to_write_it(groups: str, chips: int) -> None:
+def test_the_size_of_a_group_is_read_from_every_notation(groups: str, chips: int) -> None:
     assert tpu_hlo.group_size(f", channel_id=1, {groups}") == chips
 
 
@@ -176,14 +172,14 @@ def test_a_loop_runs_as_often_as_its_counter_says() -> None:
     assert tpu_hlo.Reader(computations).trips(computations[entry].instructions["loop"], start) == 4
 
 
-def test_a_loop_that_counts_to_what_only_the_run_knows_is_an_error() -> None:
+def test_a_loop_that_counts_to_an_unknown_number_is_an_error() -> None:
     with pytest.raises(
         ValueError, match="a loop must count to a constant of at most 100000: got loop"
     ):
         tpu_hlo.read(LOOP.replace("tuple(%first", "tuple(%n"))
 
 
-def test_rows_are_written_as_they_are_read_and_made_anew_for_another_compiler(
+def test_rows_are_read_as_written_and_dropped_for_another_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tpu_compile, "PLANS", tmp_path / "plans.toml")
@@ -195,34 +191,14 @@ def test_rows_are_written_as_they_are_read_and_made_anew_for_another_compiler(
     assert tpu_compile.kept() == []
 
 
-ROW = {
-    "model": "m",
-    "mesh": "v5e-8",
-    "phase": "denoise",
-    "height": 480,
-    "guided": True,
-    "fits": True,
-    "peak_gib": 9.5,
-    "flops": 4.25e15,
-}
-ROW |= {
-    "collective_mib_per_layer": 79.0,
-    "static_seconds_floor": 44.5,
-    "static_seconds": 50.25,
-    "compile_seconds": 61.0,
-}
-REFUSED = {
-    "model": "m",
-    "mesh": "v5e-1",
-    "phase": "denoise",
-    "height": 768,
-    "guided": True,
-    "fits": False,
-    "peak_gib": 16.5,
-}
+ROW = {"model": "m", "mesh": "v5e-8", "stage": "denoise", "height": 480, "guided": True}
+ROW |= {"fits": True, "peak_gib": 9.5, "flops": 4.25e15, "collective_mib_per_layer": 79.0}
+ROW |= {"static_seconds_floor": 44.5, "static_seconds": 50.25, "compile_seconds": 61.0}
+REFUSED = {"model": "m", "mesh": "v5e-1", "stage": "denoise", "height": 768, "guided": True}
+REFUSED |= {"fits": False, "peak_gib": 16.5}
 
 
-def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
+def test_the_table_has_a_dash_for_figures_that_the_compiler_did_not_reach() -> None:
     table = tpu_compile.markdown(
         {"made": {"jax": "1", "libtpu": "2", "date": "2030-01-01"}, "row": [ROW, REFUSED]}
     ).splitlines()
@@ -233,7 +209,7 @@ def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "mesh", "phase", "most_gib", "most_mib", "most_seconds"),
+    ("model", "mesh", "stage", "most_gib", "most_mib", "most_seconds"),
     [
         ("cogvideox-5b-i2v", "v5e-1", "denoise", 15.75, 0, 330),
         ("cogvideox-5b-i2v", "v5e-8", "denoise", 12.5, 90, 48),
@@ -246,25 +222,15 @@ def test_the_table_leaves_open_what_the_compiler_did_not_get_to() -> None:
 def test_a_released_checkpoint_keeps_within_its_bounds(
     model: str,
     mesh: str,
-    phase: str,
+    stage: str,
     most_gib: float,
     most_mib: float,
     most_seconds: float,
     tmp_path: Path,
 ) -> None:
-    command = [
-        sys.executable,
-        ROOT / "benchmarks" / "tpu_compile.py",
-        "--model",
-        model,
-        "--mesh",
-        mesh,
-        "--phase",
-        phase,
-    ]
-    done = subprocess.run(
-        [*command, "--json", tmp_path / "row.json"], capture_output=True, text=True
-    )
+    command = [sys.executable, ROOT / "benchmarks" / "tpu_compile.py", "--model", model]
+    command += ["--mesh", mesh, "--stage", stage, "--json", tmp_path / "row.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "row.json").read_text())
     assert row["fits"], row

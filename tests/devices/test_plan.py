@@ -12,7 +12,15 @@ from cogi2v_jax import config
 from cogi2v_jax.devices import plan
 
 MODEL = "cogvideox-5b-i2v"
-COMMON = 'model = "cogvideox-5b-i2v"\nheight = 480\nwidth = 720\nnum_frames = 49\nsteps = 50\nguided = true\ndtype = "bfloat16"\n'
+COMMON = """
+model = "cogvideox-5b-i2v"
+height = 480
+width = 720
+num_frames = 49
+steps = 50
+guided = true
+dtype = "bfloat16"
+"""
 MESHES = """
 [generations.v5e]
 kind = "TPU v5 lite"
@@ -37,9 +45,9 @@ generation = "cpu"
 """
 
 
-def row(phase: str, mesh: str, gib: float, floor: float, **changes: object) -> str:
+def row(stage: str, mesh: str, gib: float, floor: float, **changes: object) -> str:
     values = {
-        "phase": phase,
+        "stage": stage,
         "mesh": mesh,
         "attention": "splash",
         "fits": True,
@@ -77,9 +85,9 @@ def tables(tmp_path, monkeypatch):
 
 @pytest.fixture
 def whole(tables):
-    """Everything compiled for eight chips, but one phase too large for a single one."""
-    numbers = {"text": (5, 0.25), "encode": (3, 0.5), "denoise": (9, 40), "decode": (4, 2)}
-    eight = [row(phase, "v5e-8", *pair) for phase, pair in numbers.items()]
+    """Everything compiled for eight chips, but one stage too large for a single one."""
+    numbers = {"text": (5, 0.25), "image": (3, 0.5), "denoise": (9, 40), "decode": (4, 2)}
+    eight = [row(stage, "v5e-8", *pair) for stage, pair in numbers.items()]
     tables(*eight, row("text", "v5e-1", 9, 1), row("decode", "v5e-1", 16.5, 11, fits=False))
 
 
@@ -88,23 +96,23 @@ def columns(line: str) -> list[str]:
 
 
 def test_a_compiled_request_has_its_mesh_its_phases_their_sum_and_a_verdict(whole):
-    mesh, request, _, _, *phases, blank, verdict, static, compiler = plan.lines(MODEL, "v5e-8")
+    mesh, request, _, _, *stages, blank, verdict, static, compiler = plan.lines(MODEL, "v5e-8")
     assert mesh == "v5e-8: 8 chips of TPU v5 lite (2x4), split over data 1, pair 2, context 4"
     assert (
         request == f"{MODEL}: one video of 49 frames of 480x720, 50 steps with guidance, bfloat16"
     )
-    assert [columns(line) for line in phases] == [
+    assert [columns(line) for line in stages] == [
         ["text", "5.00", "0.25", "0.31"],
-        ["encode", "3.00", "0.50", "0.62"],
+        ["image", "3.00", "0.50", "0.62"],
         ["denoise", "9.00", "40.00", "50.00"],
         ["decode", "4.00", "2.00", "2.50"],
         ["together", "9.00", "42.75", "53.44"],
     ]
-    assert phases[2].endswith("splash attention")
+    assert stages[2].endswith("splash attention")
     assert blank == ""
     assert (
         verdict
-        == "fits: no phase takes more than 9.00 of the 15.75 GiB that a program can use of a chip"
+        == "fits: no stage takes more than 9.00 of the 15.75 GiB that a program can use of a chip"
     )
     assert "static" in static
     assert static.endswith("no time was measured on a TPU")
@@ -138,10 +146,12 @@ def test_a_program_that_did_not_compile_has_no_numbers(tables):
 def test_what_was_not_compiled_is_not_guessed(tables):
     tables()
     lines = plan.lines(MODEL, "v5e-8")
-    assert lines[4:8] == [f"{phase:10}not compiled; nor is anything near" for phase in plan.PHASES]
+    assert lines[4:8] == [
+        f"{stage:10}not compiled; no similar program was compiled either" for stage in plan.STAGES
+    ]
     assert (
         lines[-1]
-        == "whether it fits is not known: not compiled for it: text, encode, denoise, decode"
+        == "whether it fits is not known: not compiled for it: text, image, denoise, decode"
     )
 
 
@@ -151,7 +161,8 @@ def test_the_nearest_is_the_same_machine_at_another_size_before_any_other_machin
     ]
     tables(row("denoise", "v5e-16", 5, 20), *smaller)
     assert plan.lines(MODEL, "v5e-8")[6] == (
-        "denoise   not compiled; nearest is v5e-8, 17 frames of 480x720 with guidance, bfloat16, splash attention: 8.00 GiB a chip"
+        "denoise   not compiled; nearest is v5e-8, 17 frames of 480x720 with guidance, bfloat16, "
+        "splash attention: 8.00 GiB a chip"
     )
 
 
@@ -165,7 +176,7 @@ def test_without_the_machine_the_nearest_is_the_one_of_the_most_similar_size(tab
     [
         ({"guidance_scale": 1}, {"text", "denoise"}),
         ({"num_frames": 41}, {"denoise", "decode"}),
-        ({"dtype": "float32"}, {"text", "encode", "denoise", "decode"}),
+        ({"dtype": "float32"}, {"text", "image", "denoise", "decode"}),
         ({"attention": "xla"}, {"denoise"}),
         (
             {
@@ -186,7 +197,7 @@ def test_a_phase_needs_a_row_for_just_what_its_program_depends_on(whole, setting
 
 
 def test_a_row_of_another_checkpoint_is_never_near(whole):
-    assert "text      not compiled; nor is anything near" in plan.lines(
+    assert "text      not compiled; no similar program was compiled either" in plan.lines(
         "cogvideox1.5-5b-i2v", "v5e-8"
     )
 
@@ -207,7 +218,8 @@ def test_a_hub_id_is_planned_as_its_checkpoint(whole, name):
         ),
         (
             ("sora", "v5e-8"),
-            "model must be one of cogi2v-tiny, cogvideox-5b-i2v, cogvideox1.5-5b-i2v to be planned: got 'sora'",
+            "model must be one of cogi2v-tiny, cogvideox-5b-i2v, cogvideox1.5-5b-i2v to be "
+            "planned: got 'sora'",
         ),
     ],
 )
@@ -218,10 +230,8 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(whole, arguments, error
 
 
 def test_what_the_network_cannot_compute_is_refused_as_for_a_request(whole):
-    with pytest.raises(
-        ValueError,
-        match=r"num_frames must be 8k\+1 and at most 49 for cogvideox-5b-i2v .* got 50; nearest is 49",
-    ):
+    rule = r"num_frames must be 8k\+1 and at most 49 for cogvideox-5b-i2v .* got 50; nearest is 49"
+    with pytest.raises(ValueError, match=rule):
         plan.lines(MODEL, "v5e-8", num_frames=50)
 
 
@@ -234,7 +244,7 @@ def test_a_machine_without_a_stated_memory_is_planned_too(whole):
 def test_planning_needs_no_jax(tmp_path):
     script = f"""
 import sys
-from cogi2v_jax import plan
+from cogi2v_jax.devices import plan
 print(*plan.lines({MODEL!r}, "v5e-8"), sep="\\n")
 sys.exit(str(heavy) if (heavy := sys.modules.keys() & {{"jax", "flax", "orbax", "torch"}}) else 0)
 """
@@ -249,7 +259,7 @@ sys.exit(str(heavy) if (heavy := sys.modules.keys() & {{"jax", "flax", "orbax", 
 def test_a_shipped_row_is_of_a_known_mesh_and_checkpoint_and_fits_as_it_says(number):
     row = plan.table()["row"][number]
     assert row["model"] in config.names()
-    assert row["phase"] in plan.PHASES
+    assert row["stage"] in plan.STAGES
     assert row["fits"] == (
         row.get("peak_gib", float("inf")) <= plan.generation(row["mesh"])["hbm_gib"]
     )

@@ -1,4 +1,4 @@
-"""Compiles one phase for a mesh that the machine lacks and adds up the compiler's figures. This is
+"""Compiles one stage for a mesh that the machine lacks and adds up the compiler's figures. This is
 the child process of `tpu_compile.py`, which sets the environment that libtpu reads when jax is
 imported."""
 
@@ -42,10 +42,10 @@ def devices_of(mesh: str) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
-def phase_row(
-    model: str, mesh: str, phase: str, attention: str, schedules: Path | None
+def stage_row(
+    model: str, mesh: str, stage: str, attention: str, schedules: Path | None
 ) -> tuple[dict[str, Any], str]:
-    """The row of a phase and the HLO of its programs. The row lacks keys without a figure from the
+    """The row of a stage and the HLO of its programs. The row lacks keys without a figure from the
     compiler; without a folder of kernel schedules, also those that need them."""
     checkpoint = config.named(model)
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
@@ -55,14 +55,14 @@ def phase_row(
         checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention
     )
     steps = request.num_inference_steps
-    row: dict[str, Any] = {"model": model, "mesh": mesh, "phase": phase}
+    row: dict[str, Any] = {"model": model, "mesh": mesh, "stage": stage}
     row |= {name: getattr(request, name) for name in ("height", "width", "num_frames")}
     row |= {"steps": steps, "guided": request.guided, "dtype": DTYPE.name}
     row["attention"] = resolve(attention, DTYPE, target.mesh.devices.flat[0])
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
     try:
-        executables = [call.compile() for call in target.calls(phase)]
+        executables = [call.compile() for call in target.calls(stage)]
     except jax.errors.JaxRuntimeError as error:
         return row | {"fits": False, "peak_gib": needed_gib(error)}, ""
     except ValueError as error:
@@ -88,7 +88,7 @@ def phase_row(
         "fits": peak <= chip["hbm_gib"],
         "peak_gib": round(peak, 3),
         "flops": total.flops + kernel_flops,
-        "collective_mib_per_layer": round(total.sent / layers.get(phase, 1) / MIB, 3),
+        "collective_mib_per_layer": round(total.sent / layers.get(stage, 1) / MIB, 3),
         "compile_seconds": round(seconds, 1),
     }
     if schedules or not total.kernels:
@@ -127,13 +127,13 @@ def schedule_of(kernel: str, schedules: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name in ("model", "mesh", "phase", "attention"):
+    for name in ("model", "mesh", "stage", "attention"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--schedules", type=Path, help="where libtpu dumps schedules")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--hlo", type=Path)
     args = parser.parse_args()
-    row, text = phase_row(args.model, args.mesh, args.phase, args.attention, args.schedules)
+    row, text = stage_row(args.model, args.mesh, args.stage, args.attention, args.schedules)
     args.json.write_text(json.dumps(row))
     if args.hlo:
         args.hlo.write_text(text)
