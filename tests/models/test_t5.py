@@ -33,7 +33,7 @@ def test_embeddings_are_the_references(
     module = twins.t5(**settings)
     network, _ = twins.twin("text_encoder", module)
     ids = rng.integers(0, 39, (2, tokens)).astype(np.int32)
-    ids[1, tokens // 2 :] = 0  # padding is attended like anything else
+    ids[1, tokens // 2 :] = 0  # padding, which is attended like all tokens
     assert_close(run(network, ids), reference(module, ids), TOLERANCE["module"])
 
 
@@ -58,7 +58,6 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(
         truth = reference(full, ids)
         error_ours.append(relative_error(np.float32(run(network, ids)), truth))
         error_theirs.append(relative_error(reference(half, ids), truth))
-    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(
-        np.mean(np.square(error_theirs))
-    )
+    ours, theirs = (np.sqrt(np.mean(np.square(e))) for e in (error_ours, error_theirs))
+    assert ours <= TOLERANCE["bfloat16"] * theirs
     assert min(error_theirs) > 1e-4

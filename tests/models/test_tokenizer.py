@@ -1,4 +1,4 @@
-"""Ids against transformers' T5Tokenizer, from either file that a tokenizer folder may hold."""
+"""Ids compared with transformers' T5Tokenizer, from both kinds of tokenizer file."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of many pieces, made as T5's own: the embedded one rarely splits a word."""
+    """A tokenizer with many pieces, trained like T5's: the embedded one rarely splits a word."""
     folder = tmp_path_factory.mktemp("larger")
     text = (Path(__file__).parents[2] / "LICENSE").read_text().splitlines()
     SentencePieceTrainer.train(
@@ -51,7 +51,7 @@ def test_ids_are_those_of_transformers(
     folder = twins.TINY / "tokenizer" if vocabulary == "embedded" else larger
     theirs = T5Tokenizer.from_pretrained(folder)
     if file == "tokenizer.json":
-        # Which the file then remembers.
+        # The file then keeps these settings.
         theirs("a", padding="max_length", max_length=3, truncation=True)
         theirs.save_pretrained(folder := tmp_path)
     assert (folder / file).is_file()

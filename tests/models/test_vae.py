@@ -13,7 +13,7 @@ from tolerances import TOLERANCE, assert_close, relative_error
 from cogi2v_jax.models.vae import VAE, Encoder, resize, sample_posterior
 from cogi2v_jax.models.vae_chunks import DECODE_CHUNK, ENCODE_CHUNK, ConvCache, in_chunks
 
-# An epsilon that shows where it is used.
+# A large norm_eps, so that a norm with the wrong epsilon fails.
 SMALL = {"block_out_channels": (8, 8, 16, 24), "layers_per_block": 1, "norm_eps": 1e-3}
 
 
@@ -38,9 +38,8 @@ decode = jax.jit(lambda network, latents: network.decode(latents))
 def test_encoding_is_the_references(
     module: torch.nn.Module, network: VAE, frames: int, height: int, width: int
 ) -> None:
-    video = torch.randn(
-        2, 3, frames, height, width, generator=torch.Generator().manual_seed(frames)
-    )
+    generator = torch.Generator().manual_seed(frames)
+    video = torch.randn(2, 3, frames, height, width, generator=generator)
     with torch.no_grad():
         truth = module.encode(video).latent_dist
     mean, log_variance = encode(network, twins.channels_last(video))
@@ -55,9 +54,8 @@ def test_encoding_is_the_references(
 def test_decoding_is_the_references(
     module: torch.nn.Module, network: VAE, frames: int, height: int, width: int
 ) -> None:
-    latents = torch.randn(
-        2, 4, frames, height, width, generator=torch.Generator().manual_seed(frames)
-    )
+    generator = torch.Generator().manual_seed(frames)
+    latents = torch.randn(2, 4, frames, height, width, generator=generator)
     with torch.no_grad():
         truth = module.decode(latents).sample
     video = decode(network, twins.channels_last(latents))
@@ -111,20 +109,17 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(part: str)
 
         def theirs(module: torch.nn.Module, x: torch.Tensor) -> np.ndarray:
             with torch.no_grad():
-                return twins.channels_last(
-                    module.encode(x).latent_dist.mean
-                    if part == "encode"
-                    else module.decode(x).sample
-                )
+                if part == "encode":
+                    return twins.channels_last(module.encode(x).latent_dist.mean)
+                return twins.channels_last(module.decode(x).sample)
 
         truth = theirs(full, x.float())
         given = jnp.asarray(twins.channels_last(x), jnp.bfloat16)
         result: Any = encode(network, given)[0] if part == "encode" else decode(network, given)
         error_ours.append(relative_error(np.float32(result), truth))
         error_theirs.append(relative_error(theirs(half, x), truth))
-    assert np.sqrt(np.mean(np.square(error_ours))) <= TOLERANCE["bfloat16"] * np.sqrt(
-        np.mean(np.square(error_theirs))
-    )
+    ours, reference = (np.sqrt(np.mean(np.square(e))) for e in (error_ours, error_theirs))
+    assert ours <= TOLERANCE["bfloat16"] * reference
     assert min(error_theirs) > 1e-4
 
 

@@ -50,7 +50,7 @@ def test_coarser_resolutions_have_fewer_strips_of_as_many_values() -> None:
     assert [strip_counts(1, 480)(rows) for rows in (480, 60)] == [1, 1]
 
 
-def test_strips_that_cut_a_latent_row_are_refused(network: VAE) -> None:
+def test_strips_that_split_a_latent_row_are_refused(network: VAE) -> None:
     with pytest.raises(ValueError, match="strips must divide the 60 latent rows: got 7"):
         strip_counts(7, 480)
 
@@ -76,17 +76,12 @@ def test_a_sharded_picture_gives_the_same_result(
     network: VAE, part: str, mesh: tuple[int, int]
 ) -> None:
     devices = Mesh(np.array(jax.devices()).reshape(mesh), ("rows", "columns"))
-    # The encoder's coarsest pictures, four rows of eight columns, have fewer rows than there are
-    # devices, or do not divide.
+    split = NamedSharding(devices, PartitionSpec(None, None, "rows", "columns"))
+    # The encoder's coarsest pictures, four rows of eight columns, have fewer rows than the mesh has
+    # devices, or a number that it doesn't divide.
     x = normal(1, 1, 32, 64, 3) if part == "encode" else normal(1, 5, 8, 8, 4)
     run: Any = encode if part == "encode" else decode
     weights = jax.device_put(network, NamedSharding(devices, PartitionSpec()))
-    sharded = run(
-        weights,
-        jax.device_put(x, NamedSharding(devices, PartitionSpec(None, None, "rows", "columns"))),
-        1,
-    )
-    for ours, alone in zip(
-        jax.tree.leaves(sharded), jax.tree.leaves(run(network, x, 1)), strict=True
-    ):
-        assert_close(ours, alone, TOLERANCE["module"])
+    pair = run(weights, jax.device_put(x, split), 1), run(network, x, 1)
+    for sharded, whole in zip(*map(jax.tree.leaves, pair), strict=True):
+        assert_close(sharded, whole, TOLERANCE["module"])

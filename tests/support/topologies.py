@@ -1,4 +1,4 @@
-"""TPUs to compile for on a machine that has none."""
+"""TPUs to compile for, on a machine without one."""
 
 import os
 from typing import Any
@@ -9,7 +9,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 AXES = ("data", "pair", "context")
-# A v4 chip is one device only so; the default lists its two cores.
+# In this configuration a v4 chip is one device; by default it is listed as two cores.
 NAMES: dict[str, dict[str, Any]] = {
     "v4": {"topology_name": "v4:2x2x1", "chip_config_name": "megacore"},
     "v5e": {"topology_name": "v5e:1x1"},
@@ -19,7 +19,7 @@ NAMES: dict[str, dict[str, Any]] = {
 
 
 def chip(name: str) -> Mesh:
-    """A mesh of one chip that nothing can run on. Skips the test where libtpu is not to be had."""
+    """A mesh of one chip, only to compile for. Skips the test if libtpu is not installed."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (Linux, x86-64)")
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",

@@ -1,7 +1,7 @@
-"""Programs whose costs can be counted by hand, compiled for TPUs that are not there. `python
-tpu_programs.py FOLDER SCHEDULES` makes a folder for each, with its HLO (or the error of one that
-does not fit) and what libtpu dumped into SCHEDULES meanwhile. In a process of its own, since libtpu
-is set up when jax is imported."""
+"""Programs with costs that can be counted by hand, compiled for TPUs on a machine without one.
+`python tpu_programs.py FOLDER SCHEDULES` makes a folder for each, with its HLO (or the error of one
+that does not fit) and what libtpu dumped into SCHEDULES meanwhile. It runs in its own process,
+because libtpu reads its settings when jax is imported."""
 
 import sys
 from collections.abc import Callable
@@ -25,7 +25,7 @@ HALF, LOOPS = jnp.bfloat16, 7
 
 
 def nested(x: jax.Array, weights: jax.Array, outer: int) -> jax.Array:
-    """`outer` times over all weights, a product each."""
+    """A product with each of the weights, `outer` times."""
     once = partial(lax.scan, lambda x, weight: (jnp.tanh(x @ weight), None), xs=weights)
     return lax.scan(lambda x, _: (once(x)[0], None), x, length=outer)[0]
 
@@ -37,7 +37,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def repeat(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """A collective over the four parts, `LOOPS` times in a loop that makes its operand anew."""
+    """A collective over the four parts, `LOOPS` times in a loop that computes a new operand."""
 
     def once(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         y = collective(jnp.sin(x))
@@ -50,7 +50,7 @@ def repeat(collective: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Ar
 
 
 def beside(x: jax.Array) -> jax.Array:
-    """Two exchanges with products that need not wait for them."""
+    """Two exchanges, and products that do not depend on them."""
     there = lax.all_to_all(x, "parts", 1, 0, tiled=True)
     return lax.all_to_all(there, "parts", 0, 1, tiled=True) + jnp.tanh(x @ (x.T @ x))
 
@@ -103,12 +103,8 @@ def main(folder: Path, schedules: Path) -> None:
         place = NamedSharding(mesh, PartitionSpec("parts") if mesh is EIGHT else PartitionSpec())
         arguments = [jax.ShapeDtypeStruct(shape, HALF, sharding=place) for shape in shapes]
         try:
-            text = (
-                jax.jit(function)
-                .lower(*arguments)
-                .compile({"xla_tpu_enable_async_all_to_all": True})
-                .as_text()
-            )
+            lowered = jax.jit(function).lower(*arguments)
+            text = lowered.compile({"xla_tpu_enable_async_all_to_all": True}).as_text()
         except jax.errors.JaxRuntimeError as error:
             text = str(error)
         (folder / name).mkdir()

@@ -1,5 +1,5 @@
-"""Reference networks of random weights and their twins of ours, carried over by the convert tables;
-and whole diffusers folders of them."""
+"""Reference networks with random weights, our twins of them, converted by the convert tables, and
+diffusers folders of these networks."""
 
 import shutil
 from pathlib import Path
@@ -41,26 +41,16 @@ SCHEDULER = {
     "clip_sample": False,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "1.0": {
-        "sample_height": 6,
-        "sample_width": 10,
-        "sample_frames": 17,
-        "use_learned_positional_embeddings": True,
-    },
-    "1.5": {
-        "patch_size_t": 2,
-        "ofs_embed_dim": 24,
-        "patch_bias": False,
-        "sample_height": 300,
-        "sample_width": 300,
-        "sample_frames": 81,
-    },
+    "1.0": {"sample_height": 6, "sample_width": 10, "sample_frames": 17}
+    | {"use_learned_positional_embeddings": True},
+    "1.5": {"sample_height": 300, "sample_width": 300, "sample_frames": 81}
+    | {"patch_size_t": 2, "ofs_embed_dim": 24, "patch_bias": False},
 }
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Weights at scales that keep activations near one; norms near the identity; the learned table
-    too, which is a buffer."""
+    """Random weights at scales that keep activations near one, with norms near the identity. The
+    learned table, a buffer, is random too."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,44 +69,22 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
 
 
 def transformer(seed: int = 0, **settings: Any) -> CogVideoXTransformer3DModel:
-    sizes = {
-        "num_attention_heads": 3,
-        "attention_head_dim": 32,
-        "in_channels": 8,
-        "out_channels": 4,
-        "num_layers": 3,
-    }
-    widths = {
-        "time_embed_dim": 24,
-        "text_embed_dim": 20,
-        "max_text_seq_length": 12,
-        "use_rotary_positional_embeddings": True,
-    }
-    return randomise(CogVideoXTransformer3DModel(**{**sizes, **widths, **settings}), seed)
+    sizes = {"num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 3}
+    sizes |= {"in_channels": 8, "out_channels": 4, "time_embed_dim": 24, "text_embed_dim": 20}
+    sizes |= {"max_text_seq_length": 12, "use_rotary_positional_embeddings": True}
+    return randomise(CogVideoXTransformer3DModel(**{**sizes, **settings}), seed)
 
 
 def vae(seed: int = 0, **settings: Any) -> AutoencoderKLCogVideoX:
-    sizes = {
-        "block_out_channels": (8, 8, 16, 24),
-        "latent_channels": 4,
-        "layers_per_block": 2,
-        "norm_num_groups": 4,
-        "scaling_factor": 0.7,
-    }
+    sizes = {"block_out_channels": (8, 8, 16, 24), "latent_channels": 4, "layers_per_block": 2}
+    sizes |= {"norm_num_groups": 4, "scaling_factor": 0.7}
     return randomise(AutoencoderKLCogVideoX(**{**sizes, **VAE_BLOCKS, **settings}), seed)
 
 
 def t5(seed: int = 0, **settings: Any) -> T5EncoderModel:
-    sizes = {
-        "vocab_size": 39,
-        "d_model": 20,
-        "d_kv": 8,
-        "d_ff": 36,
-        "num_layers": 3,
-        "num_heads": 4,
-        "feed_forward_proj": "gated-gelu",
-    }
-    return randomise(T5EncoderModel(T5Config(**{**sizes, "dropout_rate": 0.0, **settings})), seed)
+    sizes = {"vocab_size": 39, "d_model": 20, "d_kv": 8, "d_ff": 36, "num_layers": 3}
+    sizes |= {"num_heads": 4, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
+    return randomise(T5EncoderModel(T5Config(**{**sizes, **settings})), seed)
 
 
 CONFIGS = {"transformer": TransformerConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig}
@@ -128,9 +96,8 @@ def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[
     config = CONFIGS[part].from_json(dict(settings), part)
     tensors = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
     tensors.pop("encoder.embed_tokens.weight", None)
-    network = nnx.eval_shape(
-        lambda: NETWORKS[part](config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    )
+    kind, dtype = NETWORKS[part], jnp.dtype(dtype)
+    network = nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0)))
     homes = expand(TABLES[part](config), getattr(config, "num_layers", 0))
     shapes = {name: leaf.shape for name, leaf in leaf_names(network).items()}
     assert not misfits(homes, shapes, {name: tensor.shape for name, tensor in tensors.items()})
@@ -141,16 +108,8 @@ def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
-        filled.append(
-            (
-                path,
-                leaf.replace(
-                    jnp.asarray(
-                        np.stack(leaves[name]) if is_stacked(name) else leaves[name][0], dtype
-                    )
-                ),
-            )
-        )
+        value = np.stack(leaves[name]) if is_stacked(name) else leaves[name][0]
+        filled.append((path, leaf.replace(jnp.asarray(value, dtype))))
     return nnx.merge(graph, nnx.from_flat_state(filled)), config
 
 
@@ -165,7 +124,7 @@ def frames_last(latents: torch.Tensor) -> np.ndarray:
 
 
 def pipeline(family: str, seed: int = 0) -> CogVideoXImageToVideoPipeline:
-    """A whole reference pipeline of random weights, with the embedded model's tokenizer."""
+    """A whole reference pipeline with random weights and the embedded model's tokenizer."""
     network = transformer(seed, **FAMILIES[family])
     return CogVideoXImageToVideoPipeline(
         tokenizer=T5Tokenizer.from_pretrained(TINY / "tokenizer"),
@@ -177,8 +136,8 @@ def pipeline(family: str, seed: int = 0) -> CogVideoXImageToVideoPipeline:
 
 
 def save(pipe: CogVideoXImageToVideoPipeline, folder: Path, spiece: bool = True) -> Path:
-    """As a diffusers folder; `spiece` adds the sentencepiece file that newer transformers leave
-    out."""
+    """Saves a diffusers folder; `spiece` adds the sentencepiece file that newer transformers do not
+    save."""
     pipe.save_pretrained(folder)
     if spiece:
         shutil.copyfile(TINY / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")
@@ -192,5 +151,5 @@ def positions_of(config: TransformerConfig, latents: tuple[int, int, int]) -> An
 
 
 def one_device(tokens: int, attention: Any = BACKENDS["xla"]) -> Layout:
-    """The layout of a transformer that is not spread at all."""
+    """The layout of a transformer on one device."""
     return Layout(make_mesh(Sizes(), jax.devices()[:1]), attention, tokens)
