@@ -1,6 +1,5 @@
-"""The command line, run for real on the embedded model: what it makes, and what it says."""
+"""The command line, run on the embedded model: what it makes and what it prints."""
 
-import contextlib
 import io
 import json
 import os
@@ -9,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +25,13 @@ from cogi2v_jax.sample import LATENTS, main
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every run is in a folder of its own, with a photo in it."""
+    """A folder for every run, with a photo in it."""
     return enter(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def requests(monkeypatch):
-    """What would have been sampled; nothing is."""
+    """The requests that would have been sampled; nothing is sampled."""
     return without_sampling(monkeypatch)
 
 
@@ -42,10 +42,7 @@ def default(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()) as out,
-            contextlib.redirect_stderr(io.StringIO()) as err,
-        ):
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             code = main([])
     finally:
         os.chdir(before)
@@ -68,29 +65,13 @@ def test_the_default_run_makes_a_video_with_its_recipe_and_its_latents(default):
     assert read_frames(folder / "out.mp4").shape == (9, 64, 64, 3)
     recipe = read_recipe(folder / "out.mp4")
     assert recipe["prompt"] == "the cyan triangle grows"
-    assert (recipe["model"], recipe["checkpoint"], recipe["dtype"]) == (
-        "cogi2v-tiny",
-        "cogi2v-tiny",
-        "float32",
-    )
-    assert (
-        recipe["seed"],
-        recipe["noise"],
-        recipe["num_inference_steps"],
-        recipe["guidance_scale"],
-    ) == (42, "jax", 50, 3.0)
+    assert (recipe["model"], recipe["checkpoint"]) == ("cogi2v-tiny", "cogi2v-tiny")
+    assert recipe["dtype"] == "float32"
+    assert (recipe["seed"], recipe["noise"]) == (42, "jax")
+    assert (recipe["num_inference_steps"], recipe["guidance_scale"]) == (50, 3.0)
     assert recipe["program"] == f"cogi2v-jax {__version__}"
-    assert recipe.keys() >= {
-        "image",
-        "image_sha256",
-        "negative_prompt",
-        "fps",
-        "scheduler",
-        "use_dynamic_cfg",
-        "fit",
-        "jax",
-        "device",
-    }
+    others = "image image_sha256 negative_prompt fps scheduler use_dynamic_cfg fit jax device"
+    assert recipe.keys() >= set(others.split())
     latents = load_file(folder / "out.latents.safetensors")["latents"]
     assert (latents.shape, latents.dtype) == ((1, 3, 8, 8, 16), np.float32)
     assert np.isfinite(latents).all()
@@ -110,7 +91,7 @@ def test_the_same_shape_stays_if_the_prompt_says_so():
     assert min(areas) > 0.7 * areas[0]
 
 
-def test_the_run_ends_with_seconds_memory_and_what_was_made(default):
+def test_the_run_ends_with_the_seconds_the_memory_and_the_files(default):
     _, _, out, err = default
     seconds, memory, made = out.splitlines()
     phases = ("load", "text", "image", "compile", "denoise", "decode", "write")
@@ -134,7 +115,9 @@ def test_the_phases_sum_to_the_total(default):
     assert total > 0
 
 
-def test_finding_the_model_is_charged_to_the_first_video(requests, default, monkeypatch, capsys):
+def test_the_time_to_find_the_model_is_counted_for_the_first_video(
+    requests, default, monkeypatch, capsys
+):
     find = loading.load
 
     def slowly(*arguments):
@@ -168,19 +151,8 @@ def test_decoding_the_latents_gives_the_same_frames(output, default, capsys):
 
 
 def test_decoding_alone_may_change_the_speed(default, capsys):
-    assert (
-        main(
-            [
-                "--decode_latents",
-                str(default[0] / "out.latents.safetensors"),
-                "--output",
-                "fast.gif",
-                "--fps",
-                "25",
-            ]
-        )
-        == 0
-    )
+    latents = str(default[0] / "out.latents.safetensors")
+    assert main(["--decode_latents", latents, "--output", "fast.gif", "--fps", "25"]) == 0
     assert read_recipe("fast.gif") == {**read_recipe(default[0] / "out.mp4"), "fps": 25}
     assert capsys.readouterr().out.splitlines()[-1] == "fast.gif: 9 frames of 64x64 at 25 fps"
 
@@ -201,10 +173,10 @@ def test_latents_are_on_disk_before_decoding_starts(monkeypatch, capsys):
         patch.setattr(pipeline, "decode_batch", full)
         assert main([*QUICK]) == 1
     err = capsys.readouterr().err
-    assert (
-        err.splitlines()[-1]
-        == "cogi2v: the device ran out of memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
+    last = (
+        "the device ran out of memory: RESOURCE_EXHAUSTED: Out of memory while trying to allocate"
     )
+    assert err.splitlines()[-1] == f"cogi2v: {last}"
     assert files() == {"out.latents.safetensors"}
     assert main(["--decode_latents", "out.latents.safetensors"]) == 0
     assert read_frames("out.mp4").shape == (9, 64, 64, 3)
@@ -238,73 +210,30 @@ def test_every_flag_of_the_official_script_still_works(default, capsys):
         if name in recipe:
             assert str(recipe[name]) == value
     assert recipe["image"] == "photo.png"
-    assert recipe.keys() >= {
-        "prompt",
-        "guidance_scale",
-        "num_inference_steps",
-        "num_frames",
-        "width",
-        "height",
-        "fps",
-        "dtype",
-        "seed",
-    }
+    flags = "prompt guidance_scale num_inference_steps num_frames width height fps dtype seed"
+    assert recipe.keys() >= set(flags.split())
 
 
 def test_our_own_flags_reach_the_request(requests, default):
-    arguments = [
-        "--image",
-        "photo.png",
-        "--prompt",
-        "p",
-        "--negative_prompt",
-        "blurry",
-        "--model",
-        "cogi2v-tiny",
-        "--output",
-        "o.gif",
-    ]
-    arguments += [
-        "--scheduler",
-        "dpm",
-        "--use_dynamic_cfg",
-        "--fit",
-        "pad",
-        "--image_latent_scale",
-        "0.5",
-        "--attention",
-        "xla",
-    ]
-    arguments += ["--noise", "torch"]
-    assert main(arguments) == 0
+    arguments = "--image photo.png --prompt p --negative_prompt blurry --model cogi2v-tiny "
+    arguments += "--output o.gif --scheduler dpm --use_dynamic_cfg --fit pad --noise torch "
+    arguments += "--image_latent_scale 0.5 --attention xla"
+    assert main(arguments.split()) == 0
     (request,) = requests
-    assert (
-        request.prompt,
-        request.negative_prompt,
-        request.scheduler,
-        request.use_dynamic_cfg,
-    ) == ("p", "blurry", "dpm", True)
-    assert (request.fit, request.image_latent_scale, request.noise, str(request.image)) == (
-        "pad",
-        0.5,
-        "torch",
-        "photo.png",
-    )
+    assert (request.prompt, request.negative_prompt) == ("p", "blurry")
+    assert (request.scheduler, request.use_dynamic_cfg) == ("dpm", True)
+    assert (request.fit, request.image_latent_scale, request.noise) == ("pad", 0.5, "torch")
+    assert str(request.image) == "photo.png"
     assert main(["--no-use_dynamic_cfg", "--image_latent_scale", "sat"]) == 0
     assert (requests[1].use_dynamic_cfg, requests[1].image_latent_scale) == (False, "sat")
 
 
-def test_what_is_left_out_is_the_checkpoint_s(requests, default):
+def test_settings_that_are_left_out_are_those_of_the_checkpoint(requests, default):
     assert main([]) == 0
     (request,) = requests
     assert (request.height, request.width, request.num_frames, request.fps) == (64, 64, 9, 8)
-    assert (
-        request.scheduler,
-        request.use_dynamic_cfg,
-        request.fit,
-        request.noise,
-        request.seed,
-    ) == ("ddim", False, "crop", "jax", 42)
+    assert (request.scheduler, request.use_dynamic_cfg, request.fit) == ("ddim", False, "crop")
+    assert (request.noise, request.seed) == ("jax", 42)
 
 
 @pytest.mark.parametrize("output", ["clip.gif", "clip.png", "clip", "CLIP.MP4"])
@@ -329,9 +258,8 @@ def test_the_same_seed_makes_the_same_frames_and_another_makes_others(default):
 
 
 def test_several_videos_count_their_seeds_up_and_are_numbered(default, capsys):
-    assert (
-        main([*QUICK, "--num_videos_per_prompt", "2", "--seed", "7", "--output", "take.mp4"]) == 0
-    )
+    arguments = ["--num_videos_per_prompt", "2", "--seed", "7", "--output", "take.mp4"]
+    assert main([*QUICK, *arguments]) == 0
     assert files() == {
         f"take-{number}{suffix}" for number in (0, 1) for suffix in (".mp4", LATENTS)
     }
@@ -341,14 +269,15 @@ def test_several_videos_count_their_seeds_up_and_are_numbered(default, capsys):
     ]
 
 
-def test_numbers_sort_as_they_count(requests, default):
+def test_numbered_outputs_sort_in_the_order_of_the_videos(requests, default):
     assert main(["--num_videos_per_prompt", "11", "--output", "x.gif"]) == 0
     assert files() >= {"x-00.gif", "x-09.gif", "x-10.gif"}
 
 
 MANIFESTS = {
     "jobs.txt": "the cyan triangle grows@@photo.png\n\nthe cyan triangle spins@@photo.png\n",
-    "jobs.csv": "prompt,image,seed\nthe cyan triangle grows,photo.png,42\nthe cyan triangle spins,photo.png,\n",
+    "jobs.csv": "prompt,image,seed\nthe cyan triangle grows,photo.png,42\n"
+    "the cyan triangle spins,photo.png,\n",
     "jobs.jsonl": "".join(
         f'{{"prompt": "the cyan triangle {what}", "image": "photo.png"}}\n'
         for what in ("grows", "spins")
@@ -362,37 +291,19 @@ def test_a_manifest_makes_a_video_a_line(name, requests, default):
     Path("photo.png").rename("list/photo.png")  # its paths are relative to the manifest
     Path("list", name).write_text(MANIFESTS[name])
     assert main(["--manifest", f"list/{name}", "--output", "m.mp4"]) == 0
-    assert [(request.prompt, request.seed) for request in requests] == [
-        ("the cyan triangle grows", 42),
-        ("the cyan triangle spins", 42),
-    ]
-    assert [read_recipe(f"m-{number}.mp4")["prompt"] for number in (0, 1)] == [
-        "the cyan triangle grows",
-        "the cyan triangle spins",
-    ]
+    prompts = ["the cyan triangle grows", "the cyan triangle spins"]
+    assert [(request.prompt, request.seed) for request in requests] == [(p, 42) for p in prompts]
+    assert [read_recipe(f"m-{number}.mp4")["prompt"] for number in (0, 1)] == prompts
 
 
-def test_a_manifest_s_own_seeds_and_negative_prompts_come_first(requests, default):
+def test_seeds_and_negative_prompts_of_a_manifest_take_precedence(requests, default):
     rows = [
         {"prompt": "a", "image": "photo.png", "seed": 1, "negative_prompt": "x"},
         {"prompt": "b", "image": "photo.png"},
     ]
     Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert (
-        main(
-            [
-                "--manifest",
-                "jobs.jsonl",
-                "--seed",
-                "9",
-                "--negative_prompt",
-                "y",
-                "--num_videos_per_prompt",
-                "2",
-            ]
-        )
-        == 0
-    )
+    arguments = ["--manifest", "jobs.jsonl", "--seed", "9", "--negative_prompt", "y"]
+    assert main([*arguments, "--num_videos_per_prompt", "2"]) == 0
     expected = [("a", "x", 1), ("a", "x", 2), ("b", "y", 9), ("b", "y", 10)]
     assert [
         (request.prompt, request.negative_prompt, request.seed) for request in requests
@@ -400,25 +311,20 @@ def test_a_manifest_s_own_seeds_and_negative_prompts_come_first(requests, defaul
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("row", "expected"),
     [
-        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "gone.png"}', "gone.png"),
-        (
-            '{"prompt": "a", "image": "photo.png"}\n{"prompt": "b", "image": "photo.png", "seed": -1}',
-            "seed must be an integer from 0",
-        ),
-        ('{"prompt": "a", "image": "photo.png"}\n{"prompt": "b"}', "line 2"),
-        (
-            '{"prompt": "a", "image": "photo.png"}\n{"prompt": "a b c d e f g h i j", "image": "photo.png"}',
-            "at most 10 tokens",
-        ),
-        ("", "no jobs"),
+        ('{"prompt": "b", "image": "gone.png"}', "gone.png"),
+        ('{"prompt": "b", "image": "photo.png", "seed": -1}', "seed must be an integer from 0"),
+        ('{"prompt": "b"}', "line 2"),
+        ('{"prompt": "a b c d e f g h i j", "image": "photo.png"}', "at most 10 tokens"),
+        (None, "no jobs"),
     ],
 )
-def test_a_manifest_at_fault_is_refused_before_its_first_video(
-    text, expected, requests, default, capsys
+def test_a_wrong_manifest_is_refused_before_its_first_video(
+    row, expected, requests, default, capsys
 ):
-    Path("jobs.jsonl").write_text(text)
+    first = '{"prompt": "a", "image": "photo.png"}'
+    Path("jobs.jsonl").write_text(f"{first}\n{row}" if row else "")
     assert expected in failed(capsys, ["--manifest", "jobs.jsonl"], 1)
     assert requests == []
 
@@ -449,10 +355,8 @@ def test_stopping_leaves_no_half_written_file(moment, default, monkeypatch, caps
         )
     capsys.readouterr()
     assert main([*QUICK]) == 130
-    assert (
-        capsys.readouterr().err.splitlines()[-1]
-        == "cogi2v: stopped; no half-written video was left"
-    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "cogi2v: stopped; no half-written video was left"
     assert files() == (set() if moment == "loop" else {"out.latents.safetensors"})
 
 
@@ -465,7 +369,7 @@ def test_stopping_keeps_the_video_of_an_earlier_run(default, monkeypatch):
     assert Path("out.mp4").read_bytes() == b"earlier"
 
 
-def test_ctrl_c_in_a_terminal_s_program_ends_it_cleanly(default):
+def test_ctrl_c_ends_a_running_program_without_a_file(default):
     command = [sys.executable, "-m", "cogi2v_jax.sample", "--num_inference_steps", "999"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = ""
@@ -484,7 +388,7 @@ def test_ctrl_c_in_a_terminal_s_program_ends_it_cleanly(default):
 
 
 def test_the_program_samples_a_diffusers_folder_without_torch(default, tmp_path):
-    """Its conversion included: into a cache of its own, with the compilations of the others."""
+    """Converts it first, into a new cache, but uses the compilations that are cached already."""
     program = """
 import runpy, sys
 sys.argv = ["sample", *sys.argv[1:]]
@@ -492,7 +396,8 @@ try:
     runpy.run_module("cogi2v_jax.sample", run_name="__main__")
 except SystemExit as end:
     print("exit code", end.code)
-print("imported:", *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "transformers", "diffusers", "tensorflow", "jax"}))
+known = {"torch", "transformers", "diffusers", "tensorflow", "jax"}
+print("imported:", *sorted({name.split(".")[0] for name in sys.modules} & known))
 """
     cache = Path(os.environ["XDG_CACHE_HOME"]) / "cogi2v-jax" / "xla"
     environment = {
@@ -500,18 +405,8 @@ print("imported:", *sorted({name.split(".")[0] for name in sys.modules} & {"torc
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     }
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        *QUICK,
-        "--model",
-        str(twins.TINY),
-        "--image",
-        "photo.png",
-        "--prompt",
-        "the cyan triangle grows",
-    ]
+    command = [sys.executable, "-c", program, *QUICK, "--model", str(twins.TINY)]
+    command += ["--image", "photo.png", "--prompt", "the cyan triangle grows"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert f"converting {twins.TINY}" in done.stderr
     assert done.stdout.splitlines()[-3:] == [

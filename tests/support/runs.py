@@ -1,4 +1,4 @@
-"""Runs of the command line in a folder of their own, and what tests ask of them."""
+"""Runs of the command line, each in a folder of its own."""
 
 from pathlib import Path
 
@@ -13,27 +13,26 @@ QUICK = ("--num_inference_steps", "2")
 
 
 def enter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Runs begin in `folder`, with a photo in it."""
+    """Puts a photo into `folder` and makes it the working directory."""
     Image.open(EXAMPLE_IMAGE).convert("RGB").save(folder / "photo.png")
     monkeypatch.chdir(folder)
     return folder
 
 
 def without_sampling(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Arguments alone, in no time: black videos. Returns the list that the requests will be in."""
+    """Replaces sampling by black videos. Returns the list that collects the requests."""
     asked = []
 
     def black(models, request, on_step, on_latents):
         resolved = request.resolve(models.config)
         asked.append(resolved)
-        on_latents(np.zeros((1, 3, 8, 8, 16), np.float32), resolved)
-        seconds = dict.fromkeys(("load", "text", "image", "compile", "denoise", "decode"), 0.5)
-        return pipeline.Result(
-            np.zeros((1, 9, 64, 64, 3), np.uint8),
+        latents, video = (
             np.zeros((1, 3, 8, 8, 16), np.float32),
-            resolved,
-            seconds,
+            np.zeros((1, 9, 64, 64, 3), np.uint8),
         )
+        on_latents(latents, resolved)
+        seconds = dict.fromkeys(("load", "text", "image", "compile", "denoise", "decode"), 0.5)
+        return pipeline.Result(video, latents, resolved, seconds)
 
     monkeypatch.setattr(pipeline, "generate", black)
     return asked
@@ -44,7 +43,7 @@ def files() -> set[str]:
 
 
 def failed(capsys, arguments, code: int) -> str:
-    """The one line of a run that failed and left nothing."""
+    """The one line of a run that fails with `code` and leaves no file."""
     before = files()
     capsys.readouterr()
     if code == 2:
