@@ -23,7 +23,7 @@ from .request import SETTINGS, Request, Video
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
-PHASES = ("load", "text", "image", "compile", "denoise", "decode", "write")
+TIMED = ("load", "text", "image", "compile", "denoise", "decode", "write")  # as printed
 
 FILE: dict[str, Any] = {"metavar": "FILE", "type": Path}
 NUMBER: dict[str, Any] = {"metavar": "N", "type": int}
@@ -292,7 +292,7 @@ def _finish(
         "load": seconds["load"] + loading,
         "write": time.perf_counter() - started,
     }
-    shown = "  ".join(f"{phase} {seconds[phase]:.1f}" for phase in PHASES if phase in seconds)
+    shown = "  ".join(f"{name} {seconds[name]:.1f}" for name in TIMED if name in seconds)
     print(f"seconds: {shown}  (total {sum(seconds.values()):.1f})")
     print(f"peak memory: {_peak_memory()}")
     print("\n".join(lines))
