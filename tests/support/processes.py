@@ -1,5 +1,6 @@
 """Several processes on this machine: their environment, and what they print."""
 
+import re
 import socket
 
 
@@ -13,6 +14,13 @@ def announcements(count: int) -> list[dict[str, str]]:
     return [announced | {"COGI2V_PROCESS": str(process)} for process in range(count)]
 
 
+# What the gloo library prints to stdout in each thread of a process: the parts may interleave.
+GLOO = re.compile(
+    r"(\[Gloo\] Rank | is connected to | peer ranks\. |"
+    r"Expected number of connected peer ranks is : |\d)*\n"
+)
+
+
 def without_gloo(out: str) -> str:
-    """What a program printed itself: the gloo library prints its connections to stdout."""
-    return "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]"))
+    """What a program printed itself, without gloo's lines."""
+    return "".join(line for line in out.splitlines(True) if not GLOO.fullmatch(line))
