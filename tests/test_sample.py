@@ -371,7 +371,10 @@ def test_stopping_keeps_the_video_of_an_earlier_run(default, monkeypatch):
 
 def test_ctrl_c_ends_a_running_program_without_a_file(default):
     command = [sys.executable, "-m", "cogi2v_jax.sample", "--num_inference_steps", "999"]
+    # A shell that runs the tests in the background makes them, and their children, ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     said = ""
     while "first step done" not in said:
         line = process.stderr.readline()
