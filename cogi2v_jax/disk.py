@@ -91,7 +91,8 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """A path on the target's disk to write a file or a folder to. It replaces the target, whole, if
-    nothing was raised; otherwise the target stays as it was. Its folder is for temporary files."""
+    nothing was raised; otherwise the target stays as it was. Its folder is for temporary files. A
+    folder is replaced by a folder alone: a file in its place raises OSError."""
     prefix = f".{target.name}.part-"
     with tempfile.TemporaryDirectory(
         prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
@@ -99,7 +100,7 @@ def beside(target: Path) -> Iterator[Path]:
         part, old = Path(folder, "new"), Path(folder, "old")
         yield part
         try:
-            if target.is_dir():  # os.replace does not replace a folder
+            if target.is_dir() and part.is_dir():  # os.replace does not replace a folder
                 os.replace(target, old)
             os.replace(part, target)
         finally:

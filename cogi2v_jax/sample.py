@@ -178,6 +178,9 @@ def _jobs(options: argparse.Namespace) -> list[tuple[Video, Path]]:
         (path,), width = outputs, len(str(len(videos) - 1))
         stems = [f"{path.stem}-{number:0{width}d}" for number in range(len(videos))]
         outputs = [path.with_name(stem + path.suffix) for stem in stems]
+    for path in outputs:
+        if (latents := path.with_name(path.stem + LATENTS)).is_dir():
+            raise ValueError(f"latents must be a file or a new name: got the folder {latents}")
     return list(zip(videos, map(_checked, outputs), strict=True))
 
 

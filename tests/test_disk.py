@@ -122,3 +122,13 @@ def test_a_target_that_can_not_be_written_is_refused(tmp_path: Path, name: str, 
     inputs = (tmp_path / "read", tmp_path / "input.png")
     with pytest.raises(ValueError, match=rf"^{line}: got "):
         check_target("x", tmp_path / name, inputs, ".png")
+
+
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "mine").write_text("kept")
+    with pytest.raises(OSError, match="target"), beside(target) as part:
+        part.write_text("new")
+    assert (target / "mine").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

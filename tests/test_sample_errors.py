@@ -286,3 +286,13 @@ def test_progress_is_one_line_on_a_terminal_and_two_lines_in_a_log(live, monkeyp
     assert shown == ([first, second, third, last] if live else [first, last])
     assert text.count("\n") == (1 if live else 2)
     assert text.endswith("\n")
+
+
+def test_a_folder_in_the_place_of_the_latents_is_refused_before_sampling_and_kept(capsys):
+    Path("out.latents.safetensors").mkdir()
+    Path("out.latents.safetensors", "mine").write_text("kept")
+    line = failed(capsys, ["--output", "out.mp4"], 1)
+    assert line == (
+        "cogi2v: latents must be a file or a new name: got the folder out.latents.safetensors"
+    )
+    assert Path("out.latents.safetensors", "mine").read_text() == "kept"
