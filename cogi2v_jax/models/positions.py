@@ -17,8 +17,8 @@ def sinusoid(
     where the last bit of a frequency changes the result by 6e-5 at timestep 999; so frequencies are
     rounded where it rounds them, after an exact exponential."""
     half = width // 2
-    steps = np.arange(half, dtype=np.float32) / np.float32(half)
-    exponents = np.float32(-math.log(10000.0)) * steps
+    products = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32)
+    exponents = products / np.float32(half)  # in the reference's order: it rounds both
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = values.astype(np.float32)[:, None] * frequencies
     return np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)

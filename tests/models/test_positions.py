@@ -93,8 +93,12 @@ def test_a_sinusoid_is_the_references(values: np.ndarray, width: int) -> None:
     reference = get_timestep_embedding(
         torch.tensor(values), width, flip_sin_to_cos=True, downscale_freq_shift=0
     )
+    differences = np.abs(sinusoid(values, width) - reference.numpy())
     # Frequencies may differ in their last bit, by 6e-8, and angles reach 999 radians.
-    np.testing.assert_allclose(sinusoid(values, width), reference, atol=1e-4, rtol=0)
+    assert differences.max() < 1e-4
+    # torch's exp is inexact at 1 to 2.5 % of the frequencies. Exponents that are rounded in another
+    # order make 13 % of the results differ.
+    assert np.mean(differences > 1e-6) < 0.02
 
 
 KNOWN = {0: 0.99965, 1: 0.959839, 100: -0.254167, 1535: 0.994954, 1536: -0.026461, 3071: 0.100332}
