@@ -171,14 +171,14 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "b t h w c"],  # noisy latents, then the image's, on channels
-        text: Float[Array, "b p e"],  # as T5 encodes it
+        text: Float[Array, "b p d"],  # from `text_in`: the same in every step
         modulation: Modulation,  # of one step
         positions: Positions,  # of the padded joint sequence
         layout: Layout,
     ) -> Float[Array, "b t h w c2"]:
         (t, r, c), (_, frames, rows, columns, _) = self.patch, latents.shape
         patches = rearrange(latents, "b (f t) (h r) (w c) z -> b (f h w) (t r c z)", t=t, r=r, c=c)
-        x = jnp.concatenate([self.text_in(text), self.video_in(patches)], axis=1)
+        x = jnp.concatenate([text, self.video_in(patches)], axis=1)
         # Frames are the slowest axis of the learned table: fewer frames read a prefix of it.
         table = positions.table if self.table is None else self.table[: x.shape[1]]
         if table is not None:

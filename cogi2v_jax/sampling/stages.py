@@ -107,6 +107,7 @@ def denoise(
         lambda column: lax.dynamic_slice_in_dim(column, first, steps), (tableau, modulation)
     )
     copies = text.shape[0] // image.shape[0]  # 2 where guided
+    text = network.text_in(text)  # embedded once, not in every step
 
     def one_step(state: State, inputs: tuple[Any, ...]) -> tuple[State, None]:
         index, (row, modulation), noise = inputs

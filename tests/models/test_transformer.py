@@ -47,7 +47,7 @@ def ours(
     ) -> Any:
         modulation = jax.tree.map(lambda steps: steps[0], network.modulation(time, ofs))
         layout = twins.one_device(len(positions.is_text))
-        return network(latents, text, modulation, positions, layout)
+        return network(latents, network.text_in(text), modulation, positions, layout)
 
     positions = twins.positions_of(config, latents.shape[1:4])
     time = sinusoid(np.array([TIMESTEP]), config.width)
