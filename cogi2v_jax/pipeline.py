@@ -23,7 +23,8 @@ from .sampling.programs import RequestTarget, Session, Target, this_machine
 from .sampling.schedule import draws
 from .weights.checkpoint import Models
 
-OnStep = Callable[[int, int, Any], None]  # (step, steps, latents), on the host, after every step
+# (step, steps, latents on the devices and with padding), after every step.
+OnStep = Callable[[int, int, Any], None]
 OnLatents = Callable[[Any, Resolved], None]  # (latents, resolved request), before decoding
 
 
@@ -66,6 +67,7 @@ def generate(
         if on_step is not None:
             on_step(first + group, steps, state.x)
     latents = to_host(state.x)[:, job.shape.padding :]  # [b t h w c]
+    del text, moments, image, modulation, state, inputs, rows  # decoding needs their memory
     if on_latents is not None:
         on_latents(latents, job.request)
     return Result(decode_batch(run, latents), latents, job.request, run.clock.seconds)
