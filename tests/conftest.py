@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cogi2v-tests-")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -35,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def without_type_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users run it: without the type checks of the tests, which would refuse a value first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # Small random models of the reference, of both families. (Imported inside fixtures: importing torch

@@ -9,7 +9,15 @@ from types import SimpleNamespace
 import pytest
 
 from cogi2v_jax import disk
-from cogi2v_jax.disk import beside, cache_folder, check_space, check_target, first_line, sha256
+from cogi2v_jax.disk import (
+    beside,
+    cache_folder,
+    check_space,
+    check_target,
+    first_line,
+    read_json,
+    sha256,
+)
 
 
 def test_the_cache_is_the_users_and_is_not_created(
@@ -132,3 +140,29 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
         part.write_text("new")
     assert (target / "mine").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "line"),
+    [
+        (b"{", ValueError, "must be a JSON file: "),
+        (b'{"a": "\xff"}', ValueError, "must be a JSON file: "),
+        (b"[1]", ValueError, "must hold a JSON object: got list"),
+        (None, FileNotFoundError, "must hold config.json: found none"),
+    ],
+)
+def test_an_unreadable_file_is_one_line_naming_it(
+    tmp_path: Path, content: bytes | None, kind: type[Exception], line: str
+) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(kind, match=line) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_json_file_is_read_as_its_object(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"é": [1, null]}', encoding="utf-8")
+    assert read_json(tmp_path / "config.json") == {"é": [1, None]}
