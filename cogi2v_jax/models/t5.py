@@ -101,6 +101,5 @@ class T5(nnx.Module):
         x = self.embedding[ids].astype(jnp.float32)
         bias = self.position_bias[buckets(ids.shape[1])].astype(jnp.float32)
         bias = rearrange(bias, "q p n -> n q p")
-        graph, layers = nnx.split(self.blocks)
-        x, _ = lax.scan(lambda x, layer: (nnx.merge(graph, layer)(x, bias), None), x, layers)
+        x, _ = lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
         return self.norm(x)

@@ -301,15 +301,9 @@ class VAE(nnx.Module):
 
     def encode(
         self, video: Float[Array, "b f h w c"], strips: int = 1
-    ) -> tuple[Float[Array, "b t h2 w2 z"], Float[Array, "b t h2 w2 z"]]:
-        """Pixels in [-1, 1] to (mean, log-variance) of the posterior: (f - 1) // 4 + 1 latent
-        frames, an eighth of the rows and columns."""
-        return posterior(self.moments(video, strips))
-
-    def moments(
-        self, video: Float[Array, "b f h w c"], strips: int = 1
     ) -> Float[Array, "b t h2 w2 z2"]:
-        """As `encode`, with mean and log-variance not yet split: what `posterior` takes."""
+        """Pixels in [-1, 1] to moments, which `posterior` splits: (f - 1) // 4 + 1 latent frames,
+        an eighth of the rows and columns."""
         return in_chunks(self.encoder, video, ENCODE_CHUNK, strip_counts(strips, video.shape[2]))
 
     def decode(

@@ -40,7 +40,7 @@ def encode_image(
     """The moments (mean and log-variance) of the latents of pixels in [-1, 1]."""
     grid = spatial(mesh, *(side // vae.spatial_ratio for side in pixels.shape[2:4]))
     pixels = pin(pixels.astype(vae.dtype), grid, "video", None, "rows", "columns")
-    return pin(vae.moments(pixels), grid, "video")
+    return pin(vae.encode(pixels), grid, "video")
 
 
 def draw_image(

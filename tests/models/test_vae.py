@@ -10,7 +10,7 @@ import torch
 import twins
 from tolerances import TOLERANCE, assert_close, relative_error
 
-from cogi2v_jax.models.vae import VAE, Encoder, resize, sample_posterior
+from cogi2v_jax.models.vae import VAE, Encoder, posterior, resize, sample_posterior
 from cogi2v_jax.models.vae_chunks import DECODE_CHUNK, ENCODE_CHUNK, ConvCache, in_chunks
 
 # A large norm_eps, so that a norm with the wrong epsilon fails.
@@ -27,7 +27,7 @@ def network(module: torch.nn.Module) -> VAE:
     return twins.twin("vae", module)[0]
 
 
-encode = jax.jit(lambda network, video: network.encode(video))
+encode = jax.jit(lambda network, video: posterior(network.encode(video)))
 decode = jax.jit(lambda network, latents: network.decode(latents))
 
 

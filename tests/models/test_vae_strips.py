@@ -11,14 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tolerances import TOLERANCE, assert_close
 
 from cogi2v_jax.config import VAEConfig, named
-from cogi2v_jax.models.vae import VAE, strips_within
+from cogi2v_jax.models.vae import VAE, posterior, strips_within
 from cogi2v_jax.models.vae_strips import strip_counts
 
 CONFIG = VAEConfig(
     block_out_channels=(4, 4, 8, 8), layers_per_block=2, norm_num_groups=2, latent_channels=4
 )
 
-encode = jax.jit(lambda network, video, strips: network.encode(video, strips), static_argnums=2)
+encode = jax.jit(
+    lambda network, video, strips: posterior(network.encode(video, strips)), static_argnums=2
+)
 decode = jax.jit(lambda network, latents, strips: network.decode(latents, strips), static_argnums=2)
 
 

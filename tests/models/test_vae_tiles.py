@@ -23,7 +23,7 @@ SMALL = {
     "sample_width": 80,
 }
 
-moments = jax.jit(lambda network, video: network.moments(video))
+moments = jax.jit(lambda network, video: network.encode(video))
 decode = jax.jit(lambda network, latents: network.decode(latents))
 
 
