@@ -113,8 +113,9 @@ class Layout:
         def in_sequence(*batch: Array) -> Array:
             if len(batch[0]) == ways:
                 return predict(*batch)
-            turns = [jnp.moveaxis(x.reshape(ways, -1, *x.shape[1:]), 1, 0) for x in batch]
-            y = lax.map(lambda turn: predict(*turn), turns)
+            # [groups ways ...]: every device computes one video of each group.
+            groups = [jnp.moveaxis(x.reshape(ways, -1, *x.shape[1:]), 1, 0) for x in batch]
+            y = lax.map(lambda group: predict(*group), groups)
             return jnp.moveaxis(y, 0, 1).reshape(-1, *y.shape[2:])
 
         return in_sequence if self.sequential else predict

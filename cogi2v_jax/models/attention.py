@@ -103,12 +103,12 @@ class Xla(Backend):
         return rearrange(y, "slices b n rows k -> b (slices rows) (n k)")[:, :s]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fused(Backend):
     """A library's fused attention of q, k, v [b s n k]."""
 
     unit: int = NVIDIA_ROWS
-    kernel: Callable[[Heads, Keys, Keys], Heads] = jax.nn.dot_product_attention
+    kernel: Callable[[Heads, Keys, Keys], Heads]
 
     def __call__(
         self, q: Flat, k: Flat, v: Flat, norms: Norms, positions: Positions, tokens: int
