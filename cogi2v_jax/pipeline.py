@@ -56,7 +56,7 @@ def generate(
     group = steps if on_step is None else 1  # steps of one call of the loop
     with run.ahead(job.loop(len(job.keys), group, job.noise_of(0, group))):
         text = run(stages.encode_text, job.ids)  # [pairs p d]
-        moments = encode_image(run, job.pixels)  # [b 1 h w 2c]
+        moments = encode_pixels(run, job.pixels)  # [b 1 h w 2c]
         image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
         modulation = run(stages.modulate, *job.time)
     state = run(stages.draw_start, job.noise.initial, job.keys, shape=tuple(job.shape[:4]))
@@ -78,14 +78,15 @@ def decode(
 ) -> UInt8[np.ndarray, "b f h2 w2 3"]:
     """Scaled latents without padding to frames: 4 (t - 1) + 1 of them where t is odd, 4 t where it
     is even. Adds wall-clock seconds by name to `seconds`."""
-    run = Session(models, Target(*this_machine(models, len(latents), guided=True)))
+    machine = this_machine(models, len(latents), guided=True)
+    run = Session(models, Target(models.config, models.dtype, *machine))
     video = decode_batch(run, np.asarray(latents, np.float32))
     if seconds is not None:
         seconds.update(run.clock.seconds)
     return video
 
 
-def encode_image(run: Session, pixels: Float[Any, "b 1 h w 3"]) -> Float[Any, "b 1 h2 w2 c"]:
+def encode_pixels(run: Session, pixels: Float[Any, "b 1 h w 3"]) -> Float[Any, "b 1 h2 w2 c"]:
     """Pixels in [-1, 1] to the moments of their latents."""
 
     def encode(pixels: Float[Any, "b 1 h w 3"]) -> Float[Any, "b 1 h2 w2 c"]:
@@ -174,8 +175,8 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
 
 def target_of(models: Models, request: Resolved) -> RequestTarget:
     """What the programs of a request are compiled for on this machine."""
-    videos, guided = len(request.videos), request.guided
-    return RequestTarget(*this_machine(models, videos, guided), request, models.attention)
+    machine = this_machine(models, len(request.videos), request.guided)
+    return RequestTarget(models.config, models.dtype, *machine, request, models.attention)
 
 
 def videos_at_once(models: Models, request: Request) -> int:

@@ -77,6 +77,14 @@ def mesh_for(
     )
 
 
+def this_machine(models: Models, videos: int, guided: bool) -> tuple[Mesh, int]:
+    """(the mesh for so many videos on the devices of this machine, or of all processes; the bytes
+    of a device). Raises ValueError as `mesh_for` does."""
+    memory, devices = memory_limit(), jax.devices()
+    work = models.config, models.dtype, models.mesh, videos, guided
+    return mesh_for(*work, devices, memory), memory
+
+
 class Call(NamedTuple):
     """A stage with its arguments, or with shapes in their place: what its program is compiled
     for."""
@@ -111,8 +119,9 @@ class Target:
         static arguments mesh and layout."""
         stage = STAGES[function]
         network = () if stage.piece is None else (self.network(stage.piece),)
-        own = {name: getattr(self, name) for name in stage.program.static if name not in static}
-        return Call(stage, (*network, *args), own | static)
+        for name in {"mesh", "layout"} & {*stage.program.static}:
+            static[name] = getattr(self, name)
+        return Call(stage, (*network, *args), static)
 
     def strips(self, rows: int, columns: int) -> int:
         """The strips in which a device decodes latents of this size; one where several devices
@@ -132,15 +141,6 @@ class Target:
         if self.config.int8:
             lines.append(f"int8 weights: in the blocks of {' and '.join(self.config.int8)}")
         return lines
-
-
-def this_machine(
-    models: Models, videos: int, guided: bool
-) -> tuple[CheckpointConfig, jnp.dtype, Mesh, int]:
-    """The fields of a `Target` for the devices of this machine, or of all processes."""
-    config, dtype, memory = models.config, models.dtype, memory_limit()
-    mesh = mesh_for(config, dtype, models.mesh, videos, guided, jax.devices(), memory)
-    return config, dtype, mesh, memory
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,9 @@ class RequestTarget(Target):
     def _position_shardings(self, where: Positions) -> Positions:
         """Rotations are applied where a device has whole sequences, modulation where it has its
         part of one."""
-        whole = split(self.mesh)
-        table = None if where.table is None else whole
-        return Positions(whole, whole, split(self.mesh, "sequence"), table)
+        replicated = split(self.mesh)
+        table = None if where.table is None else replicated
+        return Positions(replicated, replicated, split(self.mesh, "sequence"), table)
 
     def loop(
         self, videos: int, steps: int, noise: Float[Any, "{steps} b t h w c"] | None = None
@@ -295,11 +295,11 @@ class Session:
             with self.clock("compile"):
                 ready.result()
 
-    def _network(self, piece: str, program: jax.stages.Compiled) -> Any:
+    def _network(self, name: str, program: jax.stages.Compiled) -> Any:
         if self._last[:1] != (program,):  # equal in every step of the loop
             self._last = ()  # frees its network, if another stage needs the room
-            self._last = program, self._load(piece, program)
+            self._last = program, self._load(name, program)
         return self._last[1]
 
-    def _load(self, piece: str, program: jax.stages.Compiled, ahead: bool = False) -> Any:
-        return self.models.piece(piece, self.target.network(piece), workspace(program), ahead)
+    def _load(self, name: str, program: jax.stages.Compiled, ahead: bool = False) -> Any:
+        return self.models.piece(name, self.target.network(name), workspace(program), ahead)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cogi2v_jax.devices.sharding import put, split, to_host
-from cogi2v_jax.pipeline import Job, decode_frames, encode_image, prepare
+from cogi2v_jax.pipeline import Job, decode_frames, encode_pixels, prepare
 from cogi2v_jax.request import Noise, Request
 from cogi2v_jax.sampling import stages
 from cogi2v_jax.sampling.noise import draw_as_torch
@@ -72,7 +72,7 @@ class Replay:
             return to_host(run(stages.draw_image, moments, *rest, frames=self.job.shape.frames))
 
         run, image = self.run, to_host(self.free.image)
-        yield Ours("moments", FED, to_host(encode_image(run, self.trace.read("pixels"))))
+        yield Ours("moments", FED, to_host(encode_pixels(run, self.trace.read("pixels"))))
         yield Ours("moments", FREE, to_host(self.moments))
         yield Ours("posterior", FED, draw(self.trace.read("moments"), noise)[:, :1] / scale)
         yield Ours("posterior", FREE, image[:, :1] / scale)
@@ -169,7 +169,7 @@ class Replay:
 
     @cached_property
     def moments(self) -> Float[Any, "b 1 h w c2"]:
-        return encode_image(self.run, self.job.pixels)
+        return encode_pixels(self.run, self.job.pixels)
 
     @cached_property
     def modulation(self) -> Any:
