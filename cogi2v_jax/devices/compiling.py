@@ -69,8 +69,7 @@ class Program:
         if missing:
             try:
                 options = compiler_options(_device(leaves).device_kind, self.loop)
-                lowered = self._jitted(*args, **static).lower(*args, **static)
-                future.set_result(compile_with(options, lowered))
+                future.set_result(compile_with(options, self.lower(*args, **static)))
             except BaseException as error:
                 with self._lock:
                     del self._executables[key]  # the next call tries again
@@ -78,12 +77,26 @@ class Program:
         return future.result()
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
-        """The program as XLA is given it."""
-        return self._jitted(*args, **static).lower(*args, **static)
-
-    def _jitted(self, *args: Any, **static: Any) -> Any:
+        """The program as XLA is given it, whatever settings of jax the process has."""
         placed = self._out_shardings and {"out_shardings": self._out_shardings(*args, **static)}
-        return jax.jit(self.function, static_argnames=self.static, **placed or {})
+        with jax_defaults():
+            jitted = jax.jit(self.function, static_argnames=self.static, **placed or {})
+            return jitted.lower(*args, **static)
+
+
+@contextmanager
+def jax_defaults() -> Iterator[None]:
+    """jax's default for every setting that changes the random numbers, the dtypes or the broadcasts
+    of a program: a seed's noise is the same bits in every process."""
+    with (
+        jax.threefry_partitionable(True),
+        jax.default_prng_impl("threefry2x32"),
+        jax.enable_custom_prng(False),
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
 
 
 def _signature(leaf: Any) -> tuple[Any, ...]:

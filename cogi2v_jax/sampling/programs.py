@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from ..config import CheckpointConfig
 from ..devices import compiler_options
-from ..devices.compiling import Program, Stopwatch, workspace
+from ..devices.compiling import Program, Stopwatch, jax_defaults, workspace
 from ..devices.mesh import GUIDED, choose_sizes, make_mesh, spatial, work_of
 from ..devices.sharding import AXES, Layout, put, split
 from ..models.attention import choose, resolve
@@ -205,7 +205,8 @@ class RequestTarget(Target):
         text = (pairs, network.max_text_seq_length, network.text_embed_dim)
         text = self._shaped(text, self.dtype, "batch")
         modulate = partial(stages.modulate, mesh=self.mesh)
-        modulation = jax.eval_shape(modulate, self.network("modulation"), *self.time)
+        with jax_defaults():
+            modulation = jax.eval_shape(modulate, self.network("modulation"), *self.time)
         modulation = jax.tree.map(lambda x: self._shaped(x.shape, x.dtype), modulation)
         where = jax.eval_shape(self._positions)
         where = jax.tree.map(

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from ..config import CheckpointConfig
+from ..devices.compiling import jax_defaults
 from ..devices.sharding import parameter_shardings
 from ..models.t5 import T5
 from ..models.transformer import Transformer
@@ -34,9 +35,10 @@ def abstract(config: CheckpointConfig, part: str, dtype: jnp.dtype) -> nnx.Modul
     """A network with shapes for parameters: no memory, at any size. Shared by all callers, to be
     read only."""
     network, settings = NETWORKS[part], {"int8": True} if part in config.int8 else {}
-    return nnx.eval_shape(
-        lambda: network(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0), **settings)
-    )
+    with jax_defaults():
+        return nnx.eval_shape(
+            lambda: network(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0), **settings)
+        )
 
 
 @cache

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
 from jax import monitoring
 
 from cogi2v_jax.devices.compiling import Program, Stopwatch, keep_compilations
+from cogi2v_jax.weights.pieces import abstract, piece, placed
 
 FOLDER, ENABLED = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
 LEAST = "jax_persistent_cache_min_compile_time_secs"
@@ -277,3 +279,34 @@ def test_a_second_process_finds_what_the_first_compiled(tmp_path: Path) -> None:
     assert first == ["0", "0", "0", "1"]
     assert second == ["0", "0", "1", "0"]
     assert result == same
+
+
+CHANGED = {
+    "jax_threefry_partitionable": False,
+    "jax_default_prng_impl": "rbg",
+    "jax_enable_custom_prng": True,
+    "jax_enable_x64": True,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_legacy_prng_key": "error",
+    "jax_random_seed_offset": 1,
+}
+
+
+@pytest.mark.parametrize("setting", CHANGED)
+def test_no_setting_of_jax_changes_a_program(setting: str) -> None:
+    small = lowering.target(jax.devices()[:1], "float32", num_inference_steps=2)
+
+    def texts() -> dict[str, str]:
+        calls = [call for stage in ("text", "image", "denoise") for call in small.calls(stage)]
+        return {call.stage.program.function.__name__: call.lower().as_text() for call in calls}
+
+    expected, before = texts(), jax.config.values[setting]
+    for made_once in (piece, placed, abstract):
+        made_once.cache_clear()
+    assert expected.keys() >= {"draw_image", "draw_start", "denoise"}
+    jax.config.update(setting, CHANGED[setting])
+    try:
+        assert texts() == expected
+    finally:
+        jax.config.update(setting, before)
