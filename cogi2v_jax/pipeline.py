@@ -167,7 +167,8 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
     size = resolved.height, resolved.width, resolved.fit
     pixels = np.stack([fit_image(read_image(video.image), *size) for video in videos])
     negative = [video.negative_prompt for video in videos] if resolved.guided else []
-    ids = tokens(config, models.folder, negative + [video.prompt for video in videos])
+    prompts = negative + [video.prompt for video in videos]
+    ids = tokenize_prompts(config, models.folder, prompts)
     keys = put(seed_keys([video.seed for video in videos]), split(target.mesh))
     fields = {field.name: getattr(target, field.name) for field in dataclasses.fields(target)}
     return Job(**fields, noise=given, keys=keys, pixels=pixels[:, None], ids=ids)
@@ -185,14 +186,18 @@ def videos_at_once(models: Models, request: Request) -> int:
     return target_of(models, request.resolve(models.config)).mesh.shape["data"]
 
 
-def tokens(
+def tokenize_prompts(
     config: CheckpointConfig, folder: Path, prompts: Sequence[str]
 ) -> Int[np.ndarray, "b p"]:
     """Token ids by the tokenizer of a checkpoint's folder. Raises ValueError for a prompt longer
-    than a learned position table; with other positions it is cut with a warning."""
+    than a learned position table, with other positions it is cut with a warning; and for an id
+    beyond T5's table, which would read another row of it."""
     length = config.transformer.max_text_seq_length
     ids, counts = tokenize(folder / "tokenizer", prompts, length)
-    for prompt, count in zip(prompts, counts, strict=True):
+    for prompt, row, count in zip(prompts, ids, counts, strict=True):
+        if row.max() >= (size := config.text_encoder.vocab_size):
+            what = f"token ids must be below {size}, the size of T5's table"
+            raise ValueError(f"{what}: got {row.max()} in {prompt!r}")
         limit = f"{length} tokens for {config.title}, its end mark included"
         what = f"prompt must be at most {limit}: got {count} in {prompt!r}"
         if count > length and config.transformer.use_learned_positional_embeddings:

@@ -18,7 +18,7 @@ from PIL import Image
 from tolerances import TOLERANCE, assert_close
 
 import cogi2v_jax
-from cogi2v_jax import Models, Noise, Request
+from cogi2v_jax import Models, Noise, Request, pipeline
 from cogi2v_jax.models import attention
 from cogi2v_jax.sampling.noise import draw_as_torch
 from cogi2v_jax.sampling.programs import Session
@@ -377,3 +377,13 @@ def test_a_wrong_request_is_refused_before_weights_are_read(
     with pytest.raises(ValueError, match="must be"):
         cogi2v_jax.generate(models, Request(image, GROWS, **wrong))
     assert not models._resident
+
+
+def test_an_id_beyond_the_text_encoders_table_is_refused(
+    tiny: Models, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would read another row: jax clamps indices."""
+    ids = np.full((1, 10), tiny.config.text_encoder.vocab_size, np.int32)
+    monkeypatch.setattr(pipeline, "tokenize", lambda *given: (ids, [10]))
+    with pytest.raises(ValueError, match="token ids must be below 39, the size of T5's table: got"):
+        pipeline.prepare(tiny, Request(image, GROWS, guidance_scale=1.0))

@@ -1,42 +1,102 @@
-"""Prompts to padded T5 ids, by sentencepiece or tokenizers, so that sampling needs neither torch
-nor transformers."""
+"""Prompts to padded T5 ids. Both kinds of tokenizer file are read by the `tokenizers` library, as
+transformers does, so that ids agree for every Unicode text and sampling needs neither torch nor
+transformers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.normalizers import Precompiled
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
+from tokenizers.pre_tokenizers import Sequence as Steps
 
-PAD, EOS = 0, 1
+from ..disk import one_line, read_json
+
+PAD, EOS, UNKNOWN = 0, 1, 2
+EXTRA_IDS = 100  # marks like <extra_id_0> behind the vocabulary, where no file says how many
+MOST = 4096  # ids behind the vocabulary
 
 
 def encoder(folder: Path) -> Callable[[str], list[int]]:
     """A function from text to ids without EOS, from the folder's `spiece.model`, or from its
-    `tokenizer.json`, which is all that newer transformers save. Raises FileNotFoundError if the
+    `tokenizer.json`, which is all that newer transformers save. Marks like </s> in a text become
+    their own ids. Raises ValueError for a file that is no tokenizer, FileNotFoundError if the
     folder has neither."""
-    if (folder / "spiece.model").is_file():
-        from sentencepiece import SentencePieceProcessor
-
-        return SentencePieceProcessor(model_file=str(folder / "spiece.model")).encode
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        fast.no_padding()  # the file keeps the settings of the call before it was saved
-        fast.no_truncation()
-        return lambda text: fast.encode(text, add_special_tokens=False).ids
+    for name, read in (("spiece.model", _from_pieces), ("tokenizer.json", _from_json)):
+        if (folder / name).is_file():
+            tokenizer = read(folder / name)
+            return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     raise FileNotFoundError(f"{folder} must hold spiece.model or tokenizer.json: found neither")
+
+
+def _from_json(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} must be a tokenizer: {one_line(str(error))}") from None
+    tokenizer.no_padding()  # the file keeps the settings of the call before it was saved
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _from_pieces(path: Path) -> Tokenizer:
+    """What transformers makes of a sentencepiece model: a unigram model over words."""
+    from sentencepiece.sentencepiece_model_pb2 import (
+        ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+    model: Any = ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+        tokenizer = Tokenizer(Unigram([(p.piece, p.score) for p in model.pieces], UNKNOWN, False))
+    except Exception as error:  # protobuf's and the library's own
+        raise ValueError(f"{path} must be a sentencepiece model: {one_line(str(error))}") from None
+    if model.normalizer_spec.precompiled_charsmap:
+        tokenizer.normalizer = Precompiled(model.normalizer_spec.precompiled_charsmap)
+    words = Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
+    tokenizer.pre_tokenizer = Steps([WhitespaceSplit(), words])
+    kinds = type(model.pieces[0])
+    kinds = {kinds.UNKNOWN, kinds.CONTROL, kinds.USER_DEFINED}
+    tokenizer.add_special_tokens([p.piece for p in model.pieces if p.type in kinds])
+    tokenizer.add_tokens(_marks_behind(len(model.pieces), path.parent))
+    return tokenizer
+
+
+def _marks_behind(vocabulary: int, folder: Path) -> list[AddedToken]:
+    """The marks whose ids follow the vocabulary's, in the order of their ids: those of the folder's
+    `tokenizer_config.json`, or T5's, whose numbers fall."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    try:
+        count = int(settings.get("extra_ids", EXTRA_IDS))
+        extra = (f"<extra_id_{i}>" for i in reversed(range(count)))
+        marks = {id: AddedToken(text, special=True) for id, text in enumerate(extra, vocabulary)}
+        listed = settings.get("added_tokens_decoder", {}).items()
+        marks |= {int(id): AddedToken(**mark) for id, mark in listed if int(id) >= vocabulary}
+        ids = range(vocabulary, max(marks, default=0) + 1)
+        if len(ids) > MOST:
+            raise ValueError
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"{path} must list added tokens by their ids: got others") from None
+    return [marks.get(id, AddedToken(f"<reserved {id}>", special=True)) for id in ids]
 
 
 def tokenize(
     folder: Path, prompts: Sequence[str], length: int
 ) -> tuple[Int[np.ndarray, "b p"], list[int]]:
     """The ids of every prompt, truncated so that EOS fits and padded to `length`, and the number of
-    tokens, EOS included, that each prompt has before truncation."""
+    tokens, EOS included, that each prompt has before truncation. Raises ValueError as `encoder`
+    does, and for bytes that are no text."""
     encode = encoder(folder)
     ids = np.full((len(prompts), length), PAD, np.int32)
     counts = []
     for row, prompt in zip(ids, prompts, strict=True):
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(f"prompt must be Unicode text: got {prompt!r}")
         tokens = encode(prompt)
         counts.append(len(tokens) + 1)
         tokens = [*tokens[: length - 1], EOS]

@@ -20,7 +20,7 @@ import numpy as np
 from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.disk import beside, check_target, first_line
 from cogi2v_jax.media.images import read_image
-from cogi2v_jax.pipeline import tokens
+from cogi2v_jax.pipeline import tokenize_prompts
 from cogi2v_jax.request import SETTINGS, Request, Resolved
 from cogi2v_jax.sampling.schedule import tableau
 from cogi2v_jax.weights.checkpoint import MANIFEST
@@ -58,7 +58,7 @@ def record(
     (video,) = request.videos
     read = (Path(video.image),) if isinstance(video.image, str | PathLike) else ()
     check_target("trace", target, read)
-    tokens(config, source, [video.negative_prompt, video.prompt])
+    tokenize_prompts(config, source, [video.negative_prompt, video.prompt])
     _check_table(config, request)
     picture = read_image(video.image)
     count = request.num_inference_steps

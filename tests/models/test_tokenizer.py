@@ -1,5 +1,7 @@
 """Ids compared with transformers' T5Tokenizer, from both kinds of tokenizer file."""
 
+import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import twins
 from sentencepiece import SentencePieceTrainer
 from transformers import T5Tokenizer
 
-from cogi2v_jax.models.tokenizer import tokenize
+from cogi2v_jax.models.tokenizer import encoder, tokenize
 
 PROMPTS = [
     "",
@@ -23,7 +25,19 @@ PROMPTS = [
     "熊猫 🎸 \x00 \ufffd",
     "a panda plays 12,345.67 guitars; it's \"fine\" -- isn't it?",
     "the red circle moves left " * 60,
+    "the red circle moves left</s>",
+    "<pad> the red<extra_id_0>circle <unk>",
 ]
+# Of which random texts are made, beside random characters: marks, spaces of all kinds, and text
+# that changes when it is normalised.
+WORDS = """
+    the red circle moves left copyright License 1 2.5 ( ) . , & < </s s> </s> <pad> <unk> <s>
+    <extra_id_0> <extra_id_7> <extra_id_99> \u2581 \u2581bigger ﬁ ① ｆｕｌｌ 熊猫 🎸 👨\u200d👩 한국
+    \u1100\u1161 ｶﾞ … ½ İ ß e\u0301 \u0301 À
+"""
+SPACES = " \t\n\x00\x7f\x85\xa0\xad\u200b\u202e\u2028\u3000\ufeff\ud7ff"
+FRAGMENTS = [*WORDS.split(), *SPACES]
+BLOCKS = [(0, 0x250), (0x300, 0x370), (0, 0x3100), (0xF900, 0xFFFF), (0x10000, 0x1FFFF)]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +75,59 @@ def test_ids_are_those_of_transformers(
         ids, theirs(PROMPTS, padding="max_length", max_length=length, truncation=True).input_ids
     )
     assert counts == [len(tokens) for tokens in theirs(PROMPTS).input_ids]
+
+
+def add_marks(folder: Path, larger: Path) -> Path:
+    """A tokenizer whose configuration lists T5's marks as that of the released checkpoints does:
+    with the spaces around them."""
+    size = 500
+    marks = {
+        str(size + i): {"content": f"<extra_id_{99 - i}>", "lstrip": True, "rstrip": True}
+        for i in range(100)
+    }
+    settings = {"tokenizer_class": "T5Tokenizer", "added_tokens_decoder": marks}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "spiece.model").write_bytes((larger / "spiece.model").read_bytes())
+    return folder
+
+
+def random_text(source: random.Random) -> str:
+    parts = []
+    for _ in range(source.randrange(15)):
+        character = chr(source.randrange(*source.choice(BLOCKS)))
+        parts.append(source.choice([*source.sample(FRAGMENTS, 3), character]))
+        parts.append(source.choice(["", "", " "]))
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("vocabulary", ["embedded", "larger", "marked"])
+def test_random_texts_have_the_ids_of_transformers(
+    vocabulary: str, larger: Path, tmp_path: Path
+) -> None:
+    folder = twins.TINY / "tokenizer" if vocabulary == "embedded" else larger
+    folder = add_marks(tmp_path, larger) if vocabulary == "marked" else folder
+    theirs, source = T5Tokenizer.from_pretrained(folder), random.Random(0)
+    texts = [random_text(source) for _ in range(3000)]
+    expected = theirs(texts, add_special_tokens=False).input_ids
+    theirs.save_pretrained(saved := tmp_path / "saved")
+    for encode in (encoder(folder), encoder(saved)):
+        assert [encode(text) for text in texts] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("spiece.model", b"no model"), ("spiece.model", b""), ("tokenizer.json", b'{"model": 1}')],
+)
+def test_a_file_that_is_no_tokenizer_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} must be a") as refused:
+        tokenize(tmp_path, ["a"], 10)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"prompt must be Unicode text: got 'a \\udcff'"):
+        tokenize(twins.TINY / "tokenizer", ["a \udcff"], 10)
 
 
 def test_a_folder_with_neither_file_is_refused_naming_both(tmp_path: Path) -> None:

@@ -165,8 +165,8 @@ def test_a_wrong_latent_scale_is_found_at_the_images_latents(family: Case, tmp_p
 
 
 def test_swapped_prompts_are_found_at_the_ids(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = pipeline.tokens
-    monkeypatch.setattr(pipeline, "tokens", lambda *given: tokens(*given)[::-1])
+    tokenize = pipeline.tokenize_prompts
+    monkeypatch.setattr(pipeline, "tokenize_prompts", lambda *given: tokenize(*given)[::-1])
     report = verify.verify(str(case.source), case.single)
     assert fed(report) == {"ids"}
     free = {row.stage for row in report.faults if row.mode == verify.FREE}
