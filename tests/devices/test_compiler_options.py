@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -70,7 +71,7 @@ def test_the_loop_alone_is_compiled_with_the_loop_s_options(
 ) -> None:
     monkeypatch.setattr(module, "LOOP", {"cpu": {"xla_cpu_enable_fast_math": "false"}})
     for loop in (False, True):
-        Program(lambda x: x + 2, loop=loop).compile(jax.ShapeDtypeStruct((), float))
+        Program(lambda x: x + 2, loop=loop).compile(jax.ShapeDtypeStruct((), jnp.float32))
     assert compiled_with == [None, {"xla_cpu_enable_fast_math": False}]
     assert STAGES[stages.denoise].program.loop
     assert not STAGES[stages.decode].program.loop
@@ -122,7 +123,7 @@ def test_options_reach_the_compiler(
 ) -> None:
     chosen = "xla_cpu_enable_fast_math=true xla_backend_optimization_level=1"
     monkeypatch.setenv(VARIABLE, f"{chosen} xla_dump_hlo_as_text=False")
-    assert float(Program(lambda x: x + 1).compile(jax.ShapeDtypeStruct((), float))(1.0)) == 2
+    assert float(Program(lambda x: x + 1).compile(jax.ShapeDtypeStruct((), jnp.float32))(1.0)) == 2
     typed = {"xla_cpu_enable_fast_math": True, "xla_backend_optimization_level": "1"}
     assert compiled_with == [typed | {"xla_dump_hlo_as_text": False}]
 
