@@ -1,18 +1,25 @@
 """Files on disk: the cache, free space, JSON and TOML, and writing that leaves nothing half-written
 under a final name."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
+
+DEEPEST = 64  # levels in JSON; Python's own limit is about 1000 levels of what walks a value
+LONGEST = 300  # digits of an integer in JSON; a float holds at most 308
+SHA256 = re.compile(r"[0-9a-f]{64}")
+PART = ".part-"  # in the names of files and folders that are being written
 
 
 def cache_folder(*parts: str) -> Path:
@@ -56,13 +63,39 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a user's JSON text. Raises ValueError, in one line, for what is no JSON, and for
+    what Python reads but code that uses it would fail at: values nested deeper than DEEPEST,
+    integers longer than LONGEST digits."""
+    try:
+        value = json.loads(text, parse_int=_parse_integer)
+        level = [value]
+        for _ in range(DEEPEST):
+            level = [inner for outer in level for inner in _values(outer)]
+        if not level:
+            return value
+    except RecursionError:
+        pass
+    raise ValueError(f"its values must be nested at most {DEEPEST} deep: got more")
+
+
+def _parse_integer(digits: str) -> int:
+    if len(digits) > LONGEST:
+        raise ValueError(f"its integers must have at most {LONGEST} digits: got {len(digits)}")
+    return int(digits)
+
+
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises FileNotFoundError or ValueError in one line."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} must hold {path.name}: found none") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} must be a JSON file: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object: got {type(value).__name__}")
@@ -73,7 +106,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises ValueError in one line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except FileNotFoundError:
+        raise ValueError(f"{path} must be a TOML file: found none") from None
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} must be a TOML file: {error}") from None
 
 
@@ -84,8 +119,9 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of an error's message, or its type where it has none. The message may quote a
+    file: escaped as by `one_line`."""
+    return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 @contextmanager
@@ -93,12 +129,13 @@ def beside(target: Path) -> Iterator[Path]:
     """A path on the target's disk to write a file or a folder to. It replaces the target, whole, if
     nothing was raised; otherwise the target stays as it was. Its folder is for temporary files. A
     folder is replaced by a folder alone: a file in its place raises OSError."""
-    prefix = f".{target.name}.part-"
+    prefix = f".{target.name}{PART}"
     with tempfile.TemporaryDirectory(
         prefix=prefix, dir=target.parent, ignore_cleanup_errors=True
     ) as folder:
         part, old = Path(folder, "new"), Path(folder, "old")
         yield part
+        sync_all(part)
         try:
             if target.is_dir() and part.is_dir():  # os.replace does not replace a folder
                 os.replace(target, old)
@@ -106,12 +143,25 @@ def beside(target: Path) -> Iterator[Path]:
         finally:
             if old.exists() and not target.exists():
                 os.replace(old, target)
+        sync(target.parent)
+
+
+def sync_all(path: Path) -> None:
+    """Writes a file, or a folder and all that is in it, from the system's cache to the disk. What
+    is renamed afterwards is whole under its new name, even after a power cut."""
+    for each in (*path.rglob("*"), path):
+        sync(each)
 
 
 def sync(path: Path) -> None:
     """Writes a file's bytes, or a folder's names, from the system's cache to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Some network disks can't sync folders; a folder may be written and not be read.
+        if error.errno not in (errno.EINVAL, errno.EACCES):
+            raise

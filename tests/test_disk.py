@@ -1,6 +1,8 @@
 """Files on disk: what a failure leaves, and which targets are refused."""
 
+import errno
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +17,9 @@ from cogi2v_jax.disk import (
     check_space,
     check_target,
     first_line,
+    parse_json,
     read_json,
+    read_toml,
     sha256,
 )
 
@@ -45,7 +49,12 @@ def test_a_checksum_is_that_of_the_files_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "line"),
-    [(ValueError("\none\ntwo"), "one"), (ValueError(), "ValueError"), (OSError(" \n"), "OSError")],
+    [
+        (ValueError("\none\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+        (OSError(" \n"), "OSError"),
+        (ValueError("found \x1b[2J"), r"found \x1b[2J"),
+    ],
 )
 def test_an_error_has_one_line_also_without_a_message(error: Exception, line: str) -> None:
     assert first_line(error) == line
@@ -86,6 +95,51 @@ def test_after_an_error_the_old_target_is_there(
         renew()
     assert content(target, name) == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("name", ["file", "folder"])
+def test_a_target_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """After a power cut, a name whose bytes were not written yet would be of an empty file."""
+    synced, sync, replace = set(), os.fsync, os.replace
+
+    def record(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def check(source: Path, destination: Path) -> None:
+        inside = [Path(source), *Path(source).rglob("*")]
+        assert {path.stat().st_ino for path in inside} <= synced
+        replace(source, destination)
+
+    monkeypatch.setattr(disk.os, "fsync", record)
+    monkeypatch.setattr(disk.os, "replace", check)
+    with beside(tmp_path / name) as part:
+        write(part, name, "new")
+    assert tmp_path.stat().st_ino in synced
+    assert content(tmp_path / name, name) == "new"
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.EIO])
+def test_a_disk_that_can_not_sync_is_written_to_and_one_that_fails_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(code, "no")
+
+    def renew() -> None:
+        with beside(target) as part:
+            part.write_text("new")
+
+    target = old(tmp_path, "file")
+    monkeypatch.setattr(disk.os, "fsync", fail)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match="no"):
+            renew()
+    else:
+        renew()
+    assert target.read_text() == ("old" if code == errno.EIO else "new")
 
 
 def write(path: Path, name: str, text: str) -> None:
@@ -148,6 +202,9 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
         (b"{", ValueError, "must be a JSON file: "),
         (b'{"a": "\xff"}', ValueError, "must be a JSON file: "),
         (b"[1]", ValueError, "must hold a JSON object: got list"),
+        (b'{"a": ' * 99_999, ValueError, "must be a JSON file: .* at most 64 deep: got more"),
+        (b"1" * 400, ValueError, "must be a JSON file: .* at most 300 digits: got 400"),
+        (b"1" * 9999, ValueError, "must be a JSON file: .* at most 300 digits: got 9999"),
         (None, FileNotFoundError, "must hold config.json: found none"),
     ],
 )
@@ -166,3 +223,24 @@ def test_an_unreadable_file_is_one_line_naming_it(
 def test_a_json_file_is_read_as_its_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"é": [1, null]}', encoding="utf-8")
     assert read_json(tmp_path / "config.json") == {"é": [1, None]}
+
+
+def test_json_is_read_as_deep_and_as_long_as_any_reader_can_take() -> None:
+    for text in ("[" * 64 + "]" * 64, "-" + "9" * 299, '{"a": [1, -2.5e300, "x", null, true]}'):
+        assert parse_json(text) == json.loads(text)
+    for text in ("[" * 65 + "]" * 65, '{"a":' * 65 + "0" + "}" * 65, "9" * 301, b"\xff", "{"):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (each has a message of its own)
+            parse_json(text)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [None, b"a = ", b"\xff", b"a = " + b"[" * 9999])
+def test_an_unreadable_toml_file_is_one_line_naming_it(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = tmp_path / "a.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path} must be a TOML file: ") as caught:
+        read_toml(path)
+    assert str(caught.value).isprintable()

@@ -2,7 +2,6 @@
 `check` compares."""
 
 import math
-import re
 import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,11 +12,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from cogi2v_jax.disk import sha256
+from cogi2v_jax.disk import SHA256, sha256
 
 Sums = dict[str, dict[str, Any]]  # dtype, shape and CRC-32 of each leaf of a unit
 BLOCK = 2**17  # numbers that are checked at a time: temporary arrays of that size stay in the cache
-SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Digests:

@@ -1,6 +1,7 @@
 """A folder that appears under its name only when it is complete: one process at a time fills it,
 hidden beside its final name."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cogi2v_jax.disk import sync
+from cogi2v_jax.disk import sync, sync_all
 from cogi2v_jax.weights import bucket
 from cogi2v_jax.weights.checkpoint import MANIFEST
 
@@ -39,7 +40,9 @@ def appearing(destination: Path | str, wait: bool = False) -> Iterator[Path]:
                 is_folder = stale.is_dir() and not stale.is_symlink()
                 shutil.rmtree(stale) if is_folder else stale.unlink()
             yield folder
+            sync_all(folder)
             _rename(folder, destination)
+            sync(destination.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -76,8 +79,9 @@ def _locked(folder: Path, destination: Path, wait: bool) -> Iterator[None]:
 def _rename(folder: Path, destination: Path) -> None:
     try:
         os.rename(folder, destination)
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         raise FileExistsError(
             f"{destination} must not exist yet: another program made it meanwhile"
         ) from None
-    sync(destination.parent)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cogi2v_jax.disk import check_space, sync
+from cogi2v_jax.disk import check_space, sync_all
 from cogi2v_jax.weights.checkpoint import unit_path, write_unit
 
 from ..sources.gather import Source
@@ -118,8 +118,7 @@ class Conversion:
         # Before every unit: on a full disk, orbax prints its own errors as well.
         check_space(self.folder, size + size // 16 + MARGIN, f"a layer of the {part}")
         write_unit(self.folder, part, layer, leaves)
-        unit = unit_path(self.folder, part, layer)
-        for path in (*unit.rglob("*"), unit):
-            sync(path)
+        # Now, while the next layer is converted, and not all layers at the end.
+        sync_all(unit_path(self.folder, part, layer))
         self.sums[part, layer] = found
         self.meter.add(part, size)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cogi2v_jax import __version__
-from cogi2v_jax.disk import read_json, sha256, sync
+from cogi2v_jax.disk import read_json, sha256
 from cogi2v_jax.weights.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -59,8 +59,6 @@ def write(conversion: Conversion, digests: Digests) -> None:
         "files": weight_files(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    sync(folder / MANIFEST)
-    sync(folder)
 
 
 def read(folder: Path) -> dict[str, Any]:

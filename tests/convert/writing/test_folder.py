@@ -1,5 +1,6 @@
 """Conversions that are killed, concurrent, without disk space or of invalid weights."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,8 +17,10 @@ import pytest
 import torch
 import twins
 from cogi2v_convert.__main__ import main
-from cogi2v_convert.conversion import to_flax
+from cogi2v_convert.conversion import to_flax, to_torch
+from cogi2v_convert.writing import folder as folder_module
 from cogi2v_convert.writing import layers, manifest
+from cogi2v_convert.writing.folder import appearing
 from folders import left, one_line, rewrite, weights
 
 from cogi2v_jax import loading
@@ -196,6 +199,52 @@ def test_a_waiting_conversion_finds_the_folder_of_the_other(
     assert len(errors) == 1
     assert left(tmp_path) == {"source", "flax"}
     assert list(manifest.check(tmp_path / "flax")) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        (errno.ENOTEMPTY, "must not exist yet: another program made it meanwhile"),
+        (errno.EEXIST, "must not exist yet: another program made it meanwhile"),
+        (errno.EACCES, "Permission denied"),
+        (errno.EXDEV, "Invalid cross-device link"),
+    ],
+)
+def test_why_the_finished_folder_could_not_get_its_name_is_said(
+    code: int, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, destination: Path) -> None:
+        raise OSError(code, os.strerror(code), str(source), None, str(destination))
+
+    monkeypatch.setattr(folder_module.os, "rename", fail)
+    with pytest.raises(OSError, match=line) as caught, appearing(tmp_path / "flax") as folder:
+        (folder / "file").touch()
+    assert isinstance(caught.value, FileExistsError) == ("must not exist" in line)
+    assert left(tmp_path) == set()
+
+
+def test_a_folder_is_on_the_disk_before_it_gets_its_name(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, a name whose bytes were not written yet would be of empty files."""
+    synced, renamed, sync, rename = set(), [], os.fsync, os.rename
+
+    def record(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def check(folder: Path, destination: Path) -> None:
+        if Path(destination).parent == tmp_path:  # orbax renames too
+            renamed.append(destination)
+            lacking = {path for path in Path(folder).rglob("*") if path.stat().st_ino not in synced}
+            assert lacking == set()
+        rename(folder, destination)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(os, "rename", check)
+    to_flax(made[0], tmp_path / "flax")
+    to_torch(made[1], tmp_path / "torch")
+    assert renamed == [tmp_path / "flax", tmp_path / "torch"]
 
 
 # without disk space
