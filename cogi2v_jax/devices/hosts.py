@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
+from ..disk import first_line
+
 VARIABLES = COORDINATOR, PROCESSES, PROCESS = (
     "COGI2V_COORDINATOR",
     "COGI2V_PROCESSES",
@@ -132,13 +134,13 @@ def join(heartbeat: int = HEARTBEAT) -> None:
         jax.distributed.initialize(
             **arguments, initialization_timeout=ARRIVAL, heartbeat_timeout_seconds=heartbeat
         )
-        _joined, _process = True, jax.process_index()
     except Exception as error:  # of the network, of Kubernetes' client, of malformed numbers
-        line = next(iter(str(error).splitlines()), type(error).__name__)
         raise OSError(
-            f"cannot join the other processes: {line}; set {', '.join(VARIABLES)}, "
+            f"cannot join the other processes: {first_line(error)}; set {', '.join(VARIABLES)}, "
             f"or {PROCESSES}=1 to run alone"
         ) from None
+    _joined = True
+    _process = jax.process_index()  # starts the devices, which may fail
 
 
 def leads() -> bool:
@@ -153,26 +155,49 @@ def distributed(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> int:
-        try:
-            code = main(*args, **kwargs)
-        except BaseException as error:
-            if not _joined:
-                raise
-            if isinstance(error, SystemExit):
-                code = error.code if isinstance(error.code, int) else 1
-            else:
-                traceback.print_exception(error)
-                code = 1
+        code = _exit_code(main, *args, **kwargs)
+        if _joined and not code:
+            code = _exit_code(_end_together)
         if _joined and code:
             sys.stdout.flush()
             sys.stderr.flush()
             # Without process 0 jax aborts the others, which may be about to print the same error.
             time.sleep(LINGER * leads())
             os._exit(code)
-        if _joined:
-            import jax
-
-            jax.distributed.shutdown()
         return code
 
     return run
+
+
+def _exit_code(program: Callable[..., int], *args: Any, **kwargs: Any) -> int:
+    """Calls a program. Where it raises after joining, prints what Python prints of an exception
+    that ends it, and returns its exit code."""
+    try:
+        return program(*args, **kwargs)
+    except BaseException as error:
+        if not _joined:
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+            return 1
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        print(error.code, file=sys.stderr)
+        return 1
+
+
+def _end_together() -> int:
+    """Waits for all processes and leaves jax's service. Raises SystemExit with one line."""
+    import jax
+    from jax.experimental.multihost_utils import sync_global_devices
+
+    try:
+        # A client of the service waits in its shutdown for 5 minutes and then aborts, whatever
+        # `shutdown_timeout_seconds` the service has. Process 0 may encode videos for longer.
+        sync_global_devices("end")
+        jax.distributed.shutdown()
+    except Exception as error:
+        raise SystemExit(f"cannot end with the other processes: {first_line(error)}") from None
+    return 0

@@ -212,3 +212,54 @@ def test_a_program_that_runs_alone_is_not_changed() -> None:
     assert [program(0), program(code=3)] == [0, 3]
     with pytest.raises(KeyError):
         program(-1)
+
+
+JOINED = "hosts._joined = True"  # without a service, whose shutdown then does nothing
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "err"),
+    [
+        ("sys.exit()", 0, ""),
+        ("sys.exit(0)", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('no image')", 1, "no image\n"),
+        ("raise KeyboardInterrupt", 130, ""),
+    ],
+)
+def test_a_program_that_joined_ends_as_python_would_end_it(
+    ending: str, code: int, err: str, tmp_path: Path
+) -> None:
+    lines = f"{JOINED}\n@hosts.distributed\ndef main(): {ending}\nsys.exit(main())"
+    done = alone(lines, tmp_path, {})
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", err)
+
+
+def test_a_shutdown_that_fails_is_one_line(tmp_path: Path) -> None:
+    lines = f"""{JOINED}
+import jax
+
+def broken():
+    raise RuntimeError("the service is gone\\nand more")
+
+jax.distributed.shutdown = broken
+sys.exit(hosts.distributed(lambda: 0)())"""
+    done = alone(lines, tmp_path, {})
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "cannot end with the other processes: the service is gone\n"
+
+
+def test_devices_that_do_not_start_are_no_failure_to_join(tmp_path: Path) -> None:
+    lines = """
+import jax
+
+def broken():
+    raise RuntimeError("the devices are busy")
+
+jax.distributed.initialize, jax.process_index = lambda **_: None, broken
+try:
+    hosts.join()
+except RuntimeError as error:
+    print(error, hosts._joined)"""
+    done = alone(lines, tmp_path, BY_HAND)
+    assert (done.stdout, done.stderr) == ("the devices are busy True\n", "")
