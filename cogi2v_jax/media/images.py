@@ -1,35 +1,51 @@
 """Picture files and arrays -> pixels."""
 
+import base64
+import binascii
+import io
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..request import FITS
+from .colours import NoColour, to_srgb
+from .download import SCHEMES, download
 
 MAX_SIDE = 32768
 # PIL's limit for files, above which it suspects a decompression bomb; here for arrays too.
 MAX_PIXELS = 178_956_970
-# PIL's own conversion clips these to 0..255.
-DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # brands of such files
 
 
-def read_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
-    """A picture as an upright 8-bit RGB image in memory, from a path, a PIL image or an array
-    (channels last).
+def read_image(source: Any) -> Image.Image:
+    """A picture as an upright 8-bit sRGB image in memory: from a path, a http, https or data
+    address, the bytes of a file, an open file, a PIL image or an array (channels last).
 
-    Arrays are uint8 or float in [0, 1], [h w] or [h w 1|3|4]. EXIF orientation is applied, an
-    animated file gives its first frame, 16 bits are scaled to 8, and transparency is blended with
-    white, as viewers show it; without alpha, hidden colours would appear. Raises FileNotFoundError
-    for a missing path, ValueError for a broken picture and for a size beyond the limits (checked
-    before decoding).
+    Arrays are unsigned integers, or floats in [0, 1], [h w] or [h w 1|3|4]. An animated file gives
+    its first frame; `to_srgb` says how colours are read. Raises FileNotFoundError for a missing
+    path, OSError for an address that can't be fetched, ValueError for a broken picture and for a
+    size beyond the limits (checked before decoding).
     """
     if isinstance(source, Image.Image):
         return _rgb(source, "a PIL image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(bytes(source), "bytes")
+    if hasattr(source, "read"):
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise ValueError(f"image must be a file opened as binary: got {type(data).__name__}")
+        return _decode(data, str(getattr(source, "name", "a file")))
+    if isinstance(source, str) and source.startswith(SCHEMES):
+        return _decode(download(source), source)
+    if isinstance(source, str) and source.startswith("data:"):
+        return _decode(_data(source), "a data address")
     if not isinstance(source, str | os.PathLike):
         return _rgb(_from_array(np.asarray(source)), "an array")
     path = Path(source)
@@ -38,10 +54,44 @@ def read_image(source: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
     if not path.is_file() or path.stat().st_size == 0:
         what = "empty" if path.is_file() else "a folder or device"
         raise ValueError(f"image must be a picture file: got {path}, which is {what}")
-    with decoding("image", path):
-        image = Image.open(path)
+    return _decode(path, str(path))
+
+
+def _data(address: str) -> bytes:
+    """The bytes of a data address, as pages and programs pass pictures."""
+    head, _, text = address.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"data address must be base64: got {address[:40]}...") from None
+
+
+def _decode(source: Path | bytes, name: str) -> Image.Image:
+    """A picture file, or its bytes."""
+    if isinstance(source, bytes):
+        head, file = source[:32], io.BytesIO(source)
+    else:
+        with source.open("rb") as opened:
+            head = opened.read(32)
+        file = source
+    if head[4:8] == b"ftyp" and head[8:12] in HEIF and b"avif" not in head:
+        if not find_spec("pillow_heif"):
+            way = "pip install pillow-heif, or save it as JPEG"
+            raise ValueError(
+                f"image must be in a format that is read here: got HEIC in {name}; {way}"
+            )
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+        register_heif_opener()
+    if head.startswith(b"version https://git-lfs"):
+        way = "fetch the file with git lfs pull"
+        raise ValueError(f"image must be a picture file: got a git-lfs pointer in {name}; {way}")
+    with decoding("image", name):
+        image = Image.open(file)
     with image:
-        return _rgb(image, path)
+        return _rgb(image, name)
 
 
 def fit_image(image: Image.Image, height: int, width: int, fit: str) -> np.ndarray:
@@ -83,6 +133,8 @@ def decoding(what: str, name: str | os.PathLike) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
+        except NoColour:
+            raise
         except Image.DecompressionBombError as error:
             got = f"{name} ({error}); scale it down"
             raise ValueError(f"{what} must have at most {MAX_PIXELS} pixels: got {got}") from error
@@ -97,38 +149,24 @@ def _rgb(image: Image.Image, name: str | os.PathLike) -> Image.Image:
         rule = f"sides of 1 to {MAX_SIDE} and at most {MAX_PIXELS} pixels"
         raise ValueError(f"image must have {rule}: got {width}x{height} in {name}")
     with decoding("image", name):
-        image = image.copy()  # the caller's stays as it is
-        # In place, PIL rotates the image before it rewrites the EXIF block, which fails for that of
-        # many cameras.
-        with suppress(Exception):
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode not in DEEP_MODES:
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            # An orientation or a transparent colour left here would be applied again.
-            image.info.clear()
-            return image
-        values = np.asarray(image, np.float32)
-    # Integers are 16 bits. Floats are in 0..1, as TIFF writers have it, or in 0..255, as PIL's
-    # convert("F") has it.
-    top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
-    if not (values.min() >= 0 and values.max() <= top):
-        got = f"{values.min():g}..{values.max():g} in {name}"
-        raise ValueError(f"image of mode {image.mode} must hold 0..{top}: got {got}")
-    return Image.fromarray(np.rint(values / top * 255).astype(np.uint8)).convert("RGB")
+        return to_srgb(image)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim < 2 or array.shape[2:] not in ((), (1,), (3,), (4,)) or 0 in array.shape:
+        if array.dtype == object or array.ndim < 2:
+            kinds = "a path, an address, bytes, an open file, a PIL image or an array"
+            raise ValueError(f"image must be {kinds}: got {type(array.flat[0]).__name__}")
         rule = "[h w] or [h w 1|3|4], channels last, no side 0"
         raise ValueError(f"image array must be {rule}: got {list(array.shape)}")
+    if array.dtype in (np.uint16, np.uint32):
+        array = array / np.iinfo(array.dtype).max
     if array.dtype.kind == "f":
         if not (array.min() >= 0 and array.max() <= 1):  # also where there is a NaN
             got = f"{array.min():g}..{array.max():g}"
             raise ValueError(f"float image must be in [0, 1]: got {got}; rescale it")
         array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"image array must be uint8, or float in [0, 1]: got {array.dtype}")
+        rule = "unsigned integers, or float in [0, 1]"
+        raise ValueError(f"image array must be {rule}: got {array.dtype}")
     return Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)

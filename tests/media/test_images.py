@@ -120,35 +120,6 @@ def test_sixteen_bits_are_scaled_to_eight_not_clipped(tmp_path, suffix):
     )
 
 
-@pytest.mark.parametrize("mode", ["I", "I;16", "I;16B", "I;16L"])
-def test_every_integer_mode_is_scaled_to_eight_bits(mode):
-    image = Image.new(mode, (3, 2), 100 * 257 + 200)  # nearer to 101
-    np.testing.assert_array_equal(pixels(read_image(image)), 101)
-
-
-@pytest.mark.parametrize("top", [1, 255])
-def test_float_images_are_read_as_unit_range_or_as_eight_bits(tmp_path, top):
-    grey = picture()[..., 0]
-    Image.fromarray(grey.astype(np.float32) * (top / 255)).save(tmp_path / "x.tiff")
-    np.testing.assert_array_equal(
-        pixels(read_image(tmp_path / "x.tiff")), np.repeat(grey[..., None], 3, 2)
-    )
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        np.full((2, 2), 70000, np.int32),
-        np.full((2, 2), -1, np.int32),
-        np.full((2, 2), np.nan, np.float32),
-    ],
-)
-def test_deep_values_out_of_range_are_refused(values):
-    with pytest.raises(ValueError, match="must hold 0") as caught:
-        read_image(Image.fromarray(values))
-    one_line(caught)
-
-
 ROTATIONS = {  # orientation -> how the camera stored an upright picture
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -236,7 +207,7 @@ def test_floats_are_rounded_to_the_nearest_level():
         np.zeros((4,), np.uint8),
         np.zeros((0, 5, 3), np.uint8),
         np.zeros((4, 0), np.float32),
-        np.zeros((4, 5, 3), np.uint16),
+        np.zeros((4, 5, 3), np.int16),
         np.zeros((4, 5, 3), bool),
         np.full((4, 5, 3), 2.0),
         np.full((4, 5, 3), -0.1),

@@ -1,0 +1,153 @@
+"""Pictures from bytes, open files and addresses."""
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import one_line, picture
+from PIL import Image
+
+from cogi2v_jax.media import download
+from cogi2v_jax.media.images import read_image
+
+
+def encoded(format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture()).save(file, format)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
+def test_the_bytes_of_a_file_are_read_as_the_file(kind: Any) -> None:
+    np.testing.assert_array_equal(read_image(kind(encoded())), picture())
+
+
+def test_an_open_file_is_read_and_left_open(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(encoded())
+    with (tmp_path / "x.png").open("rb") as file:
+        np.testing.assert_array_equal(read_image(file), picture())
+        assert not file.closed
+
+
+def test_a_data_address_is_read() -> None:
+    address = "data:image/png;base64," + base64.b64encode(encoded()).decode()
+    np.testing.assert_array_equal(read_image(address), picture())
+
+
+@pytest.mark.parametrize(
+    "source", [b"", b"no picture", "data:image/png,abc", "data:;base64,!", io.StringIO("x")]
+)
+def test_bytes_that_are_no_picture_are_refused_in_one_line(source: Any) -> None:
+    with pytest.raises(ValueError, match="must") as refused:
+        read_image(source)
+    one_line(refused)
+
+
+@pytest.mark.parametrize("source", [None, object(), {"a": 1}])
+def test_what_is_no_picture_at_all_is_told_what_may_be_given(source: Any) -> None:
+    with pytest.raises(ValueError, match="image must be a path, an address, bytes") as refused:
+        read_image(source)
+    one_line(refused)
+
+
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "x.png").write_bytes(pointer)
+    with pytest.raises(ValueError, match=r"got a git-lfs pointer in .*x.png; fetch the file"):
+        read_image(tmp_path / "x.png")
+
+
+def test_heic_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogi2v_jax.media.images.find_spec", lambda name: None)
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(ValueError, match=r"got HEIC in .*; pip install pillow-heif, or save it as"):
+        read_image(tmp_path / "x.heic")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        match self.path:
+            case "/picture" | "/%E7%8C%AB.png":
+                self.answer(200, encoded())
+            case "/moved":
+                self.answer(302, b"", Location="/picture")
+            case "/loop":
+                self.answer(302, b"", Location="/loop")
+            case "/away":
+                self.answer(302, b"", Location="file:///etc/hostname")
+            case "/slow":
+                self.send_response(200)
+                self.end_headers()
+                threading.Event().wait(1.0)
+            case "/page":
+                self.answer(200, b"<html></html>")
+            case _:
+                self.answer(404, b"")
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/picture", "/moved", "/猫.png"])
+def test_a_picture_at_an_address_is_fetched(path: str, server: str) -> None:
+    np.testing.assert_array_equal(read_image(server + path), picture())
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [("/none", "Not Found"), ("/loop", "redirect"), ("/away", "not allowed")],
+)
+def test_what_cannot_be_fetched_is_an_error_that_names_the_address(
+    path: str, why: str, server: str
+) -> None:
+    with pytest.raises(OSError, match=f"cannot download {server}{path}: .*{why}") as refused:
+        read_image(server + path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_page_is_no_picture(server: str) -> None:
+    with pytest.raises(ValueError, match=f"must be whole .*: got {server}/page"):
+        read_image(f"{server}/page")
+
+
+def test_more_bytes_than_the_limit_are_not_fetched(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "LARGEST", 100)
+    with pytest.raises(ValueError, match="image must have at most 0 MiB: got more from http"):
+        read_image(f"{server}/picture")
+
+
+def test_an_address_that_does_not_answer_is_given_up(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "SECONDS", 0.2)
+    with pytest.raises(OSError, match=f"cannot download {server}/slow: timed out"):
+        read_image(f"{server}/slow")
+
+
+def test_an_address_without_a_host_is_an_error_of_one_line() -> None:
+    with pytest.raises(OSError, match="cannot download http://: no host given") as refused:
+        read_image("http://")
+    assert "\n" not in str(refused.value)
