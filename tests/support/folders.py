@@ -1,13 +1,19 @@
-"""Changes and compares diffusers folders, byte by byte."""
+"""Changes and compares diffusers folders, byte by byte; reads converted ones."""
 
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import torch
 import twins
 from cogi2v_convert.__main__ import main
 from safetensors.torch import load_file, save_file
+
+from cogi2v_jax.weights.checkpoint import open_folder, read_unit
+from cogi2v_jax.weights.pieces import layer_count
 
 PARTS = ("transformer", "vae", "text_encoder")
 FILES = {
@@ -66,6 +72,18 @@ def one_line(capsys, arguments: list, code: int = 1) -> str:
 
 def left(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def units(folder: Path, part: str) -> Iterator[tuple[int | None, dict[str, np.ndarray]]]:
+    """(layer, leaves) of each unit of a converted folder; first what is in no layer."""
+    layers = layer_count(open_folder(folder, jnp.dtype("float32")).config, part)
+    for layer in (None, *range(layers)):
+        yield layer, read_unit(folder, part, layer)
+
+
+def scale_of(kernel: str) -> str:
+    """The name of the scale that belongs to an int8 kernel."""
+    return kernel.replace(".kernel", ".scale")
 
 
 # changes after which a folder does not fit
