@@ -1,4 +1,5 @@
-"""Converts whole folders, both ways, with one layer in memory at a time."""
+"""Converts whole folders, both ways, with two layers in memory at most: into ours, one is written
+while the next is converted; back, one is read at a time."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cogi2v_jax.disk import check_space, read_json
+from cogi2v_jax.disk import check_space, one_line, read_json
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST, open_folder, read_leaves
 from cogi2v_jax.weights.pieces import NETWORKS, unit_shapes
 
@@ -150,7 +151,8 @@ class Converted:
         rest, rows = unit_shapes(self.config, part)
         leaves = read_leaves(self.folder, part, layer, rest if layer is None else rows)
         if fault := next(manifest.check_unit(self.manifest, part, layer, leaves), None):
-            raise ValueError(f"{self.folder} is damaged: {fault}; convert its source again")
+            what = f"{self.folder} is damaged: {one_line(fault)}"
+            raise ValueError(f"{what}; convert its source again")
         return int8.dequantise(leaves)
 
 

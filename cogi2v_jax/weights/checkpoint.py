@@ -1,6 +1,6 @@
 """A converted folder: the JSON and tokenizer files of a diffusers folder unchanged, and the weights
-in our names and layouts as orbax checkpoints ("units"), one a layer, so that neither writing nor
-loading ever holds more than a layer of them on the host.
+in our names and layouts as orbax checkpoints ("units"), one a layer. The host holds two layers
+while a folder is written (the one being written and the next), and one while it is loaded.
 
     checkpoint.json     format, sources, checksums of all tensors, sizes of all weight files
     model_index.json, scheduler/, tokenizer/, {transformer,vae,text_encoder}/config.json
@@ -29,7 +29,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from ..config import PARTS, CheckpointConfig
 from ..devices.mesh import Sizes, make_mesh
-from ..disk import first_line, read_json
+from ..disk import first_line, one_line, read_json
 from .lora import Leaves, Lora, changing, check_leaves, read_merged
 from .pieces import (
     NETWORKS,
@@ -96,7 +96,7 @@ def open_folder(folder: Path, dtype: jnp.dtype, **settings: Any) -> "Models":
         raise ValueError(f"{folder / MANIFEST} must list the sizes of its files; {again}")
     broken = [name for name, size in files.items() if found.get(name) != size]
     if broken:
-        got = f"{len(broken)} files missing or cut short, first {broken[0]}"
+        got = f"{len(broken)} files missing or cut short, first {one_line(broken[0])}"
         raise ValueError(f"{folder} must be whole: got {got}; copy it again")
     return Models(folder, read_config(folder), jnp.dtype(dtype), **settings)
 
@@ -202,7 +202,8 @@ def _check_shapes(path: Path, found: Shapes, shapes: Shapes) -> None:
     ]
     wrong += [f"{name} not of this network" for name in found if name not in shapes]
     if wrong:
-        raise ValueError(f"{path} must hold the network's leaves: got {', '.join(wrong[:8])}")
+        got = one_line(", ".join(wrong[:8]))
+        raise ValueError(f"{path} must hold the network's leaves: got {got}")
 
 
 @dataclass
@@ -244,6 +245,8 @@ class Models:
             while self._used() > room and self._resident and not ahead:
                 del self._resident[next(iter(self._resident))]
             if ahead and self._used() > room:
+                if network is not None:  # its stage will ask for it again
+                    self._resident[name] = network
                 return None
             if network is None:
                 network = restore(self.folder, self.config, name, shapes, loras)

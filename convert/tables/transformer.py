@@ -5,7 +5,7 @@ from cogi2v_jax.config import TransformerConfig
 from .rules import Rule, Table, linear, norm
 
 # Rotary channel pairs of a head: adjacent in torch, half a head apart here (see
-# models.transformer.rotate). n heads, k pairs, r the two channels of a pair.
+# models.attention.rotate). n heads, k pairs, r the two channels of a pair.
 ADJACENT = "(n k r)"
 HALVES = "(n r k)"
 

@@ -148,7 +148,7 @@ def test_a_dtype_casts_every_weight_as_torch_does(dtype, kind, source, tmp_path)
 
 
 def test_no_unit_holds_more_than_one_layer(converted):
-    """So that 20 GB are converted in the memory of one layer."""
+    """So that 20 GB are converted in the memory of two layers."""
     for layer in range(3):
         unit = read_unit(converted, "transformer", layer)
         assert unit["blocks.attn.q.kernel"].shape == (96, 96)

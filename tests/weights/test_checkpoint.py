@@ -242,6 +242,18 @@ def test_ahead_of_its_stage_a_piece_is_loaded_only_if_no_other_must_be_dropped(
     assert models.piece("transformer") is ahead
 
 
+def test_a_loaded_piece_that_is_asked_for_ahead_stays_where_its_stage_lacks_room(
+    converted: Path, limit: Callable[[int], None], reads: list
+) -> None:
+    models = open_folder(converted, FLOAT32)
+    limit(size(models, "vae", "transformer"))
+    first = [models.piece(name) for name in ("vae", "transformer")]
+    count = len(reads)
+    assert models.piece("vae", workspace=1, ahead=True) is None
+    assert models.piece("vae", workspace=1) is first[0]
+    assert len(reads) == count
+
+
 def test_the_pieces_of_the_transformer_are_all_of_it(converted: Path) -> None:
     config = open_folder(converted, FLOAT32).config
     whole = leaf_names(abstract(config, "transformer", FLOAT32))
