@@ -6,12 +6,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..disk import beside, cache_folder, check_space, first_line
+from ..disk import PART, beside, cache_folder, check_space, first_line, one_line
 from .needed_files import wanted
 
 SCHEME = "gs:/"  # pathlib leaves one slash of two
@@ -50,10 +50,19 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
             with (root / name).open("rb") as there, part.open("wb") as here:
                 shutil.copyfileobj(there, here, CHUNK)
             os.utime(part, (stat.mtime, stat.mtime))
-    for file in [*target.rglob("*")]:
-        if file.is_file() and file.relative_to(target).as_posix() not in stats:
-            file.unlink()  # of an earlier state of the folder
+    _remove_others(target, stats.keys())
     return target
+
+
+def _remove_others(folder: Path, names: Collection[str]) -> None:
+    """Removes what an earlier state of a bucket's folder had beside these files, as far as it can
+    be removed; never what another process is writing."""
+    for inside, folders, files in os.walk(folder):  # unlike rglob, it ignores what disappears
+        folders[:] = [name for name in folders if PART not in name]
+        for path in (Path(inside, file) for file in files):
+            if path.relative_to(folder).as_posix() not in names:
+                with suppress(OSError):
+                    path.unlink()
 
 
 @contextmanager
@@ -66,7 +75,7 @@ def uploading(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
         root = _root(target)
         there = next(_names(root, target), None)
     if there is not None:
-        raise FileExistsError(f"{target} must not exist yet: found {there} in it")
+        raise FileExistsError(f"{target} must not exist yet: found {one_line(there)} in it")
     with tempfile.TemporaryDirectory(prefix="cogi2v-", ignore_cleanup_errors=True) as parent:
         folder = Path(parent, PurePosixPath(target).name)
         folder.mkdir()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import config
-from ..disk import check_space, first_line
+from ..disk import check_space, first_line, one_line
 from . import bucket
 from .checkpoint import MANIFEST
 from .needed_files import wanted
@@ -70,7 +70,7 @@ def ask(repository: str, revision: str = "") -> Listing:
     files = {file.path: file for file in listed if isinstance(file, RepoFile)}
     names = sorted(files) if MANIFEST in files else wanted(files)
     if not names:
-        seen = ", ".join(sorted(files)[:3]) or "nothing"
+        seen = one_line(", ".join(sorted(files)[:3])) or "nothing"
         way = "download a single file and give its path to cogi2v-convert"
         raise FileNotFoundError(f"model {repository} must be a diffusers folder: got {seen}; {way}")
     chosen = [files[name] for name in names]
@@ -104,7 +104,7 @@ def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
         Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME sets another place)"
     )
     size = f"{found.missing / 1e9:.1f} GB" if found.missing else "nothing new"
-    licence = _licence(repository, found.about)
+    licence = one_line(_licence(repository, found.about))
     say(f"fetching {hub_id} from the hub, {size} (its licence: {licence})")
     try:
         names = [glob.escape(file.path) for file in found.files]
