@@ -1,6 +1,7 @@
 """Describes weights for a person, in lines."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -84,7 +85,8 @@ def _parameters(config: CheckpointConfig, part: str) -> int:
 
 def _list_keys(tensors: Mapping[str, object], targets: Mapping[str, Target]) -> list[str]:
     rules = {name: targets[name].rule for name in sorted(tensors) if name in targets}
-    return [f"  {name} -> {rule.flax} {rule.axes}".rstrip() for name, rule in rules.items()]
+    lines = (f"{name} -> {rule.flax} {rule.axes}".rstrip() for name, rule in rules.items())
+    return [f"  {one_line(line)}" for line in lines]
 
 
 def _describe_file(part: str, given: Given) -> tuple[str, bool]:
@@ -107,8 +109,9 @@ def describe_lora(path: Path, model: str, keys: bool) -> tuple[list[str], bool]:
     found = lora_match.match(open_lora(path), config)
     check_loras(config, FLOAT32, [found.lora] if found.lora else [])
     lines = [f"{found.line()} ({found.title})", *found.unmatched(len(found.rows))]
-    lines += [f"  ! {fault}" for fault in found.general]
-    lines += [f"  {row.key} -> {row.place}" for row in found.rows.values() if keys and row.place]
+    lines += [f"  ! {one_line(fault)}" for fault in found.general]
+    used = [row for row in found.rows.values() if keys and row.place]
+    lines += [f"  {one_line(row.key)} -> {row.place}" for row in used]
     return lines, found.lora is not None
 
 
@@ -117,7 +120,7 @@ def _config_of(model: str) -> CheckpointConfig:
     for name in names():
         if asked in (name, toml(name)["source"].get("hub", "").lower()):
             return named(name)
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if not folder.is_dir():
         known = ", ".join(names())
         raise FileNotFoundError(f"model must be a folder or one of {known}: found no {model}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cogi2v_jax.config import CheckpointConfig
+from cogi2v_jax.disk import one_line
 from cogi2v_jax.weights.lora import Factors, Lora
 
 from .sources.lora_file import LoraFile
@@ -17,6 +18,7 @@ from .sources.matching import shapes, targets
 from .tables.lora_keys import KINDS, kind, meaning
 from .tables.rules import Target
 
+LARGEST = float(np.finfo(np.float32).max)
 SAT_ALPHA = 1.0  # SAT's default, which its published recipes use and its files don't state
 
 
@@ -87,11 +89,12 @@ class Match:
         parts.append(f"weight {self.weight:g}")
         if self.file.base:
             parts.append(f"made for {self.file.base}")
-        return ", ".join(parts)
+        return one_line(", ".join(parts))
 
     def unmatched(self, shown: int = 20) -> list[str]:
         """A line for each tensor that changes no leaf, `shown` lines at most."""
-        rows = [f"  ! {row.key} {row.reason}" for row in self.rows.values() if not row.place]
+        unused = [f"{row.key} {row.reason}" for row in self.rows.values() if not row.place]
+        rows = [f"  ! {one_line(row)}" for row in unused]
         if len(rows) <= shown:
             return rows
         return [*rows[: shown - 1], f"  ! and {len(rows) - shown + 1} more"]
@@ -102,7 +105,8 @@ class Match:
             shown = [*self.general, *self._misfits[:1]]
             if more := len(self.faults) - len(shown):
                 shown.append(f"and {more} more")
-            raise ValueError(f"lora {self.file.name} must fit {self.title}: {'; '.join(shown)}")
+            what = f"lora {self.file.name} must fit {self.title}"
+            raise ValueError(one_line(f"{what}: {'; '.join(shown)}"))
         return self.lora
 
 
@@ -180,7 +184,8 @@ def _read(
     for module, keys in modules.items():
         values = {side: file.read(key) for side, key in keys.items()}
         for side, key in keys.items():
-            numbers = values[side].astype(np.float32)
+            with np.errstate(over="ignore"):
+                numbers = values[side].astype(np.float32)
             if not np.isfinite(numbers).all():
                 bad = values[side][~np.isfinite(numbers)].flat[0]
                 found.refuse(key, f"must be finite: got {bad}")
@@ -189,6 +194,8 @@ def _read(
         try:
             own = values.get("alpha")
             scale, alpha, unstated = _scale(file.settings, module, rank, own, is_sat)
+            if abs(total := found.weight * scale) > LARGEST:
+                raise ValueError(f"must have a scale that float32 holds: got {total:g}")
         except ValueError as error:
             found.refuse(keys["A"], str(error))
             continue
@@ -232,7 +239,8 @@ def _of_module(settings: Mapping[str, Any], name: str, patterns: str, module: st
                 value = of_pattern
                 break
         number = None if value is None else float(value)
-    except (re.error, TypeError, ValueError) as error:
+    # A pattern's repetitions may be too many, and its brackets too deep.
+    except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"must have a number as {name}, {patterns} a number for each module: {error}"
         ) from None

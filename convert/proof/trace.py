@@ -11,6 +11,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 from safetensors import SafetensorError, safe_open
 
+from cogi2v_jax.disk import first_line, one_line, parse_json
 from cogi2v_jax.request import SETTINGS
 
 FORMAT = 1
@@ -76,8 +77,7 @@ class Trace(NamedTuple):
             with safe_open(self.path, framework="numpy") as file:
                 value = np.ascontiguousarray(rearrange(file.get_tensor(full), LAYOUTS[name]))
         except (SafetensorError, OSError, EinopsError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{self.path} must hold {full}: {why}") from None
+            raise ValueError(f"{self.path} must hold {full}: {first_line(error)}") from None
         return value if np.issubdtype(value.dtype, np.integer) else value.astype(np.float32)
 
 
@@ -92,7 +92,7 @@ def open_trace(path: Path) -> Trace:
         raise FileNotFoundError(f"trace must be an existing file: got {path}")
     try:
         with safe_open(path, framework="numpy") as file:
-            head = json.loads((file.metadata() or {})["trace"])
+            head = parse_json((file.metadata() or {})["trace"])
             if head["format"] != FORMAT:
                 raise ValueError(f"its format is {head['format']}, this program reads {FORMAT}")
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -101,11 +101,11 @@ def open_trace(path: Path) -> Trace:
         faults = _faults(found, shapes, kinds)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         rule = "trace must be a whole file of cogi2v-convert record"
-        raise ValueError(f"{rule}: {path} is not ({error})") from None
+        raise ValueError(f"{rule}: {path} is not ({first_line(error)})") from None
     if faults:
         more = f"; and {len(faults) - 1} more like it" if len(faults) > 1 else ""
         rule = "trace must be as cogi2v-convert record makes it"
-        raise ValueError(f"{rule}: {path} has {faults[0]}{more}")
+        raise ValueError(f"{rule}: {path} has {one_line(faults[0])}{more}")
     return found
 
 
@@ -124,9 +124,12 @@ def _faults(
         for name, kind in MADE.items()
         if name in made and not isinstance(made[name], kind)
     ]
-    for name in ("num_inference_steps", "guidance_scale", "seed"):
-        if not isinstance(settings.get(name, 0), int | float):
+    numbers = {"num_inference_steps": int, "guidance_scale": int | float, "seed": int}
+    for name, kind in numbers.items():
+        if not isinstance(settings.get(name, 0), kind):
             faults.append(f"{name} {settings[name]!r}")
+    if not faults and trace.steps > len(shapes):  # every step has latents
+        faults.append(f"{len(shapes)} tensors for {trace.steps} steps")
     if faults:
         return faults
     pair = ("unconditional", "conditional") if settings["guidance_scale"] > 1 else ("conditional",)

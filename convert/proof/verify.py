@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from cogi2v_jax import __version__, loading
+from cogi2v_jax.disk import one_line
 
 from .replay import FED, FREE, Ours, Replay
 from .trace import Trace, open_trace
@@ -102,7 +103,8 @@ class Report:
         versions = f"diffusers {reference['diffusers']} with torch {reference['torch']}"
         checkpoint = f"{self.about['checkpoint']} in {reference['dtype']}"
         devices = ours["device"], reference["device"]
-        return f"{checkpoint}: jax {ours['jax']} on {devices[0]} against {versions} on {devices[1]}"
+        against = f"{versions} on {devices[1]}"
+        return one_line(f"{checkpoint}: jax {ours['jax']} on {devices[0]} against {against}")
 
     def verdict(self) -> str:
         figures, stages = len(self.rows), len({row.stage for row in self.rows})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cogi2v_jax.config import PARTS, CheckpointConfig
-from cogi2v_jax.disk import read_json
+from cogi2v_jax.disk import one_line, read_json
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST
 from cogi2v_jax.weights.hub import locate, report
 from cogi2v_jax.weights.pieces import NETWORKS
@@ -100,7 +100,8 @@ class Source:
                 if name in found:
                     files = f"{found[name].file.name} and {tensor.file.name}"
                     where = tensor.file.parent
-                    raise ValueError(f"{where}: {name} must be in one file: got it in {files}")
+                    fault = one_line(f"{name} must be in one file: got it in {files}")
+                    raise ValueError(f"{where}: {fault}")
                 found[name], owners[name] = tensor, weights
         self._owners[part] = owners
         return found

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from cogi2v_jax.config import CheckpointConfig
+from cogi2v_jax.disk import one_line
 from cogi2v_jax.lookalikes import by_channels, by_tensors
 
 TABLE = "patch_embed.pos_embedding"
@@ -42,7 +43,8 @@ def facts(shapes: Mapping[str, tuple[int, ...]]) -> Facts | None:
 def described(names: Iterable[str]) -> str:
     """What the weights of none of our networks are: a relative, or their number and first name."""
     names = list(names)
-    return by_tensors(names) or f"{len(names)} tensors, the first {names[0] if names else 'none'}"
+    first = one_line(names[0]) if names else "none"
+    return by_tensors(names) or f"{len(names)} tensors, the first {first}"
 
 
 def unlike(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -1,6 +1,5 @@
 """LoRA files: their tensors, and what the header and files beside them say."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cogi2v_jax.disk import read_json, sha256
+from cogi2v_jax.disk import one_line, parse_json, read_json, sha256
 
 from .tensor_files import DTYPES, NARROW, open_file
 
@@ -50,7 +49,8 @@ def open_lora(path: Path) -> LoraFile:
     for tensor, entry in file.entries.items():
         if entry.dtype not in codes:
             must = f"must hold tensors of {', '.join(codes)}"
-            raise ValueError(f"{path} {must}: got {tensor} of {entry.dtype}")
+            got = one_line(f"{tensor} of {entry.dtype}")
+            raise ValueError(f"{path} {must}: got {got}")
     shapes = {tensor: entry.shape for tensor, entry in file.entries.items()}
     beside = read_json(path.with_name(BESIDE)) if path.with_name(BESIDE).is_file() else {}
     settings = _settings(path, file.note) or beside
@@ -78,10 +78,10 @@ def _settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     try:
         return {
             key.removeprefix("transformer."): value
-            for key, value in json.loads(header.get(HEADER, "{}")).items()
+            for key, value in parse_json(header.get(HEADER, "{}")).items()
             if not key.startswith("text_encoder")
         }
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         must = f"must have a JSON object as {HEADER} in its header"
         raise ValueError(f"{path} {must}: {error}") from None
 

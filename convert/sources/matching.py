@@ -21,6 +21,7 @@ TABLES: dict[str, Callable[[Any], tuple]] = {
     "vae": vae.table,
     "text_encoder": t5.table,
 }
+MOST_LAYERS = 1000  # 42 is the most that a published network has
 
 
 class Match(NamedTuple):
@@ -33,8 +34,13 @@ class Match(NamedTuple):
 
 
 def targets(config: CheckpointConfig, part: str) -> dict[str, Target]:
-    """Our leaf for each torch name of a part."""
-    return expand(TABLES[part](getattr(config, part)), layer_count(config, part))
+    """Our leaf for each torch name of a part. Raises ValueError for more layers than any network of
+    this family has: it would take memory for each."""
+    settings = getattr(config, part)
+    count = layer_count(config, part)
+    if (layers := max(count, getattr(settings, "layers_per_block", 0))) > MOST_LAYERS:
+        raise ValueError(f"{part} must have at most {MOST_LAYERS} layers: got {layers}")
+    return expand(TABLES[part](settings), count)
 
 
 def shapes(config: CheckpointConfig, part: str) -> dict[str, tuple[int, ...]]:

@@ -1,16 +1,17 @@
 """What a weight file holds, recognised by the names in it, and its tensors under diffusers' names:
 plain files, files from ComfyUI (prefixes, float8 with scales) and from SAT."""
 
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from cogi2v_jax.disk import one_line, parse_json
 
 from ..tables import sat
 from ..tables.rules import FileTensor
@@ -80,14 +81,14 @@ class Weights:
 
     def _tensor(self, stored: FileTensor) -> Tensor:
         shape, code = self.file.entries[stored.name]
-        where = f"{self.file.path}: {stored.name}"
+        where = one_line(f"{self.file.path}: {stored.name}")
         if code not in DTYPES:
-            raise ValueError(f"{where} must be one of {', '.join(DTYPES)}: got {code}")
+            raise ValueError(f"{where} must be one of {', '.join(DTYPES)}: got {one_line(code)}")
         if stored.scale:
             scale = self.file.entries[stored.scale]
             rows = (shape[:1], (*shape[:1], *(1 for _ in shape[1:])))  # one scale an output
             if scale.dtype not in DTYPES or scale.shape not in ((), (1,), *rows):
-                got = f"{stored.scale} {list(scale.shape)} {scale.dtype}"
+                got = one_line(f"{stored.scale} {list(scale.shape)} {scale.dtype}")
                 raise ValueError(f"{where} must have one scale, or one an output row: got {got}")
         if stored.chunks > 1:
             if not shape or shape[0] % stored.chunks:
@@ -176,7 +177,7 @@ def parts_of(path: Path) -> dict[str, Weights]:
             owned[max(prefixes, key=len)].append(name)
         elif not NO_WEIGHTS.search(name):
             parts = ", ".join(part for part, _ in found.values())
-            raise ValueError(f"{path} must hold nothing but {parts}: got {name}")
+            raise ValueError(f"{path} must hold nothing but {parts}: got {one_line(name)}")
     return {
         part: of_part(file, part, naming, prefix, owned[prefix])
         for prefix, (part, naming) in found.items()
@@ -185,26 +186,24 @@ def parts_of(path: Path) -> dict[str, Weights]:
 
 def _check_quantisation(file: WeightFile) -> None:
     """Raises ValueError unless every quantised weight is float8 times its scale."""
-    for layer, note in _notes(file):
+    for layer, note in _read_notes(file).items():
         other = {
             key: value for key, value in note.items() if value not in PLAIN.get(key, (None, False))
         }
         if other:
             got = ", ".join(f"{key} {value!r}" for key, value in other.items())
-            raise ValueError(
-                f"{file.path}: {layer} must be float8 times a scale: got {got}; "
-                "take the bf16 or fp8 file instead"
-            )
+            what = one_line(f"{layer} must be float8 times a scale: got {got}")
+            raise ValueError(f"{file.path}: {what}; take the bf16 or fp8 file instead")
 
 
-def _notes(file: WeightFile) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_notes(file: WeightFile) -> dict[str, dict[str, Any]]:
     """ComfyUI's notes of quantised layers, from the header or from a tensor beside each weight."""
     try:
-        noted = json.loads(file.note.get("_quantization_metadata", "{}")).get("layers", {})
-        yield from noted.items()
+        notes = dict(parse_json(file.note.get("_quantization_metadata", "{}")).get("layers", {}))
         for name, entry in file.entries.items():
             if name.endswith(".comfy_quant") and entry.dtype == BYTES:
-                yield name.removesuffix(".comfy_quant"), dict(json.loads(bytes(file.read(name))))
+                notes[name.removesuffix(".comfy_quant")] = parse_json(bytes(file.read(name)))
+        return {layer: dict(note) for layer, note in notes.items()}
     except (ValueError, TypeError, AttributeError):
         raise ValueError(
             f"{file.path} must note its quantisation in JSON: got something else"

@@ -1,7 +1,6 @@
 """Weight files, read one tensor or some rows of it at a time, so that no file is in memory whole.
 The first bytes of a file decide its format, not its name."""
 
-import json
 import pickle
 import re
 import struct
@@ -13,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cogi2v_jax.disk import first_line
+from cogi2v_jax.disk import first_line, one_line, parse_json
 
 # Weights' dtypes by their names in safetensors. Float8 comes with scales; no network here holds it.
 NARROW: dict[str, np.dtype[Any]] = {
@@ -57,11 +56,11 @@ class Safetensors:
                 pass
             with path.open("rb") as file:
                 (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
-        except (SafetensorError, OSError) as error:
+                header = parse_json(file.read(length))
+        except (SafetensorError, OSError, ValueError) as error:
             line = first_line(error)
             raise ValueError(f"{path} must be a whole safetensors file: {line}") from None
-        self.note: dict[str, str] = header.pop("__metadata__", {})
+        self.note: dict[str, str] = header.pop("__metadata__", None) or {}
         self.entries, self._starts = {}, {}
         for name, entry in header.items():
             self.entries[name] = Entry(tuple(entry["shape"]), entry["dtype"])
@@ -154,7 +153,7 @@ def _asked(error: pickle.UnpicklingError) -> str:
     """What a pickle asked for, from torch's message."""
     for pattern in (r"GLOBAL (\S+) was", r"WeightsUnpickler error: (.*)"):
         if found := re.search(pattern, str(error)):
-            return found[1]
+            return one_line(found[1])
     return first_line(error)
 
 

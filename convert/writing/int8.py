@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cogi2v_jax.config import BLOCKS, CheckpointConfig
+from cogi2v_jax.disk import one_line
 from cogi2v_jax.weights.checkpoint import int8_errors
 from cogi2v_jax.weights.pieces import abstract, leaf_names
 
@@ -61,7 +62,7 @@ def error_lines(folder: Path) -> Iterator[str]:
     for part, errors in int8_errors(folder).items():
         yield f"{part}: {summary(errors)}; the worst:"
         for name in sorted(errors, key=errors.__getitem__, reverse=True)[:SHOWN]:
-            yield f"  {errors[name]:7.2%}  {name}"
+            yield f"  {errors[name]:7.2%}  {one_line(name)}"
 
 
 def summary(errors: Mapping[str, float]) -> str:

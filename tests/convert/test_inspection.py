@@ -151,6 +151,25 @@ def test_inspect_prints_why_a_lora_would_be_refused(
     )
 
 
+def test_inspect_prints_names_from_a_file_with_escapes(
+    tiny: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stem = "transformer.transformer_blocks.0.attn1.to_q.lora_{}.\x1b[2J.weight"
+    width = named("cogi2v-tiny").transformer.width
+    shapes = {"A": (4, width), "B": (width, 4)}
+    tensors = {stem.format(side): torch.ones(shape) for side, shape in shapes.items()}
+    loras.save(tiny, tensors)
+    assert main(["inspect", str(tiny), "--model", "cogi2v-tiny", "--keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(r"to_q.lora_A.\x1b[2J.weight -> blocks" in line for line in lines) == 1
+    assert all(line.isprintable() for line in lines)
+
+
+def test_an_unknown_user_s_home_is_no_folder(tiny: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["inspect", str(tiny), "--model", "~nobody-of-this-name/flax"]) == 1
+    assert "found no ~nobody-of-this-name/flax" in capsys.readouterr().err
+
+
 def test_inspect_asks_for_the_model(tiny: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["inspect", str(tiny)]) == 1
     assert (

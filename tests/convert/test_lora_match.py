@@ -123,6 +123,18 @@ FAULTS = {
         stating(r=RANK, alpha_pattern={"(": 1}),
         r"must have a number as lora_alpha, alpha_pattern a number for each module: ",
     ),
+    "a pattern that can't be compiled": (
+        stating(r=RANK, alpha_pattern={"a{99999999999}": 1}),
+        r"must have a number as lora_alpha, .*: the repetition number is too large; and 11 more$",
+    ),
+    "a rank of 401 digits": (
+        stating(r=10**400),
+        r"must have a JSON object as lora_adapter_metadata in its header: .* 300 digits: got 401$",
+    ),
+    "an alpha beyond float32": (
+        stating(lora_alpha=1e300),
+        r"to_k.lora_A.weight must have a scale that float32 holds: got 2.5e\+299; and 11 more$",
+    ),
     "endless alpha": (
         stating(lora_alpha=math.inf),
         r"must have a finite number as lora_alpha: got inf; and 11 more$",

@@ -4,9 +4,8 @@ at its own stage."""
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,64 +19,11 @@ from cogi2v_convert import __main__
 from cogi2v_convert.proof import record, replay, trace, verify
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from traces import FAMILY_SCHEDULER, STEPS, Case, damaged, flags, size_of
 
 from cogi2v_jax import Request, pipeline
 from cogi2v_jax.devices.compiling import Program
 from cogi2v_jax.sampling import programs, schedule, stages
-
-SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
-STEPS = 4
-FAMILY_SCHEDULER = {"1.0": "dpm", "1.5": "ddim"}
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def size_of(family: str) -> dict[str, int]:
-    return dict(zip(("height", "width", "num_frames"), SIZES[family], strict=True))
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-
-class Case:
-    """A family's diffusers folder and traces of it."""
-
-    def __init__(self, family: str, folder: Path, picture: Path):
-        self.family, self.folder = family, folder
-        self.source = twins.save(twins.pipeline(family), folder / "source")
-        ways = {"scheduler": FAMILY_SCHEDULER[family], "fit": "stretch", **size_of(family)}
-        prompts = "the red circle", "a square"
-        self.request = Request(picture, *prompts, num_inference_steps=STEPS, **ways)
-        self.single, self.half = (self.record(dtype) for dtype in ("float32", "bfloat16"))
-
-    def record(self, dtype: str) -> Path:
-        target = self.folder / f"{dtype}.safetensors"
-        record.record(self.source, target, self.request, dtype=dtype)
-        return target
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory, picture: Path) -> Callable[[str], Case]:
-    return cache(lambda family: Case(family, tmp_path_factory.mktemp(f"case-{family}"), picture))
-
-
-@pytest.fixture(params=["1.0", "1.5"])
-def family(request: pytest.FixtureRequest, cases: Callable[[str], Case]) -> Case:
-    return cases(request.param)
-
-
-@pytest.fixture
-def case(cases: Callable[[str], Case]) -> Case:
-    """One family, for what does not depend on the family."""
-    return cases("1.0")
-
 
 STAGES = {"ids", "pixels", "text", "moments", "posterior", "image", "timesteps", "guidance"}
 STAGES |= {"unconditional", "conditional", "guided", "latents", "video"}
@@ -306,150 +252,3 @@ def test_the_command_line_exits_1_on_a_fault_and_shows_it(
     assert lines[-1].startswith("FAIL: ")
     assert __main__.main(["verify", str(case.source), str(case.single), "--markdown"]) == 1
     assert "| stage | input | step |" in capsys.readouterr().out
-
-
-def damaged(
-    target: Path,
-    source: Path,
-    removed: str = "$",
-    changed: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
-    made: dict[str, Any] | None = None,
-) -> Path:
-    """A copy of a trace without the tensors whose names match, with others changed, or with other
-    entries about how it was made."""
-    kept, tensors = trace.open_trace(source), load_file(source)
-    tensors = {name: x for name, x in tensors.items() if not re.fullmatch(removed, name)}
-    for name, change in (changed or {}).items():
-        tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, target, trace.head(kept.settings, kept.made | (made or {})))
-    return target
-
-
-@pytest.mark.parametrize(
-    ("damage", "line"),
-    [
-        ({"removed": "text"}, "has no text"),
-        ({"removed": r"guided\.\d"}, "has no guided.0; and 3 more like it"),
-        ({"removed": "noise.2"}, "has no noise.2"),
-        ({"removed": "x0_prev.1"}, "has no x0_prev.1"),
-        ({"changed": {"ids": torch.Tensor.float}}, "has ids of type F32"),
-        ({"changed": {"x0_prev.1": lambda x: x[:, 1:]}}, "has x0_prev.1 of shape [1, 4, "),
-        ({"changed": {"guided.0": lambda x: x[0]}}, "has guided.0 of shape ["),
-        ({"changed": {"moments": lambda x: x[..., 1:]}}, "moments must have the shape"),
-    ],
-)
-def test_a_damaged_trace_is_refused_in_one_line(
-    damage: dict[str, Any], line: str, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    target = damaged(tmp_path / "damaged.safetensors", case.single, **damage)
-    assert __main__.main(["verify", str(case.source), str(target)]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    (error,) = (one for one in lines if not one.startswith("converting"))
-    assert line in error
-    assert error.startswith("cogi2v-convert: ")
-
-
-@pytest.mark.parametrize(
-    ("settings", "made", "line"),
-    [
-        ({"prompt": None}, {}, "no prompt in its settings"),
-        ({"image": "a"}, {}, "the unknown image in its settings"),
-        ({"num_inference_steps": "4"}, {}, "num_inference_steps '4'"),
-        ({}, {"torch": None}, "no torch in its making"),
-        ({}, {"vae_tiling": "no"}, "vae_tiling 'no' in its making"),
-    ],
-)
-def test_a_trace_with_wrong_entries_about_itself_is_refused(
-    settings: dict, made: dict, line: str, case: Case, tmp_path: Path
-) -> None:
-    kept = trace.open_trace(case.single)
-    both = (kept.settings | settings, kept.made | made)
-    entries = [{name: value for name, value in one.items() if value is not None} for one in both]
-    save_file(load_file(case.single), target := tmp_path / "trace", trace.head(*entries))
-    with pytest.raises(ValueError, match=re.escape(line)):
-        trace.open_trace(target)
-
-
-def test_input_files_are_not_overwritten(
-    case: Case, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    for name, content in (("image.png", picture.read_bytes()), ("trace", case.single.read_bytes())):
-        (tmp_path / name).write_bytes(content)
-    image, target = str(tmp_path / "image.png"), str(tmp_path / "trace")
-    what = flags({"image": image, "prompt": "a", "height": 48, "width": 80})
-    assert __main__.main(["record", str(case.source), image, *what]) == 1
-    assert "trace must be outside of what is read" in capsys.readouterr().err
-    assert __main__.main(["verify", str(case.source), target, "--json", target]) == 1
-    assert "json must be outside of what is read" in capsys.readouterr().err
-    assert __main__.main(["verify", str(case.source), target, "--json", str(tmp_path)]) == 1
-    assert "json must be a file or a new name" in capsys.readouterr().err
-    assert (tmp_path / "image.png").read_bytes() == picture.read_bytes()
-    assert (tmp_path / "trace").read_bytes() == case.single.read_bytes()
-
-
-def test_a_file_that_is_not_a_trace_is_refused_in_one_line(
-    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    contents = {"cut": case.single.read_bytes()[:-100], "empty": b"", "text": b"not a trace"}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    save_file({"latents": torch.zeros(3)}, tmp_path / "weights")
-    for name in (*contents, "weights"):
-        path = tmp_path / name
-        assert __main__.main(["verify", str(case.source), str(path)]) == 1
-        error = capsys.readouterr().err
-        assert "trace must be a whole file of cogi2v-convert record" in error
-        assert error.count("\n") == 1
-    assert __main__.main(["verify", str(case.source), str(tmp_path / "none")]) == 1
-    assert "trace must be an existing file" in capsys.readouterr().err
-
-
-def test_a_truth_must_be_a_float32_trace_of_the_same_request(case: Case, tmp_path: Path) -> None:
-    for checked in (case.half, case.single):
-        with pytest.raises(ValueError, match="truth must be a float32 trace beside a bfloat16 one"):
-            verify.verify(str(case.source), checked, checked)
-    inverted = {"picture": lambda picture: 255 - picture}
-    other = damaged(tmp_path / "other", case.single, changed=inverted)
-    line = r"truth must be a trace of the same request: got .* with another picture"
-    with pytest.raises(ValueError, match=line):
-        verify.verify(str(case.source), case.half, other)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["--keep_steps", "0,50"], "keep_steps must be from 0 to 49: got 0, 50"),
-        (["--image", "no such picture.png"], "image must be an existing file"),
-        (["--num_frames", "11"], "num_frames must be"),
-        (["--num_inference_steps", "61"], "num_inference_steps must be"),
-        (["--num_frames", "9"], "num_frames must be 17 for a trace of"),
-        (["--prompt", "the red circle " * 9], "prompt must be at most 12 tokens"),
-        (["--device", "cuda"], "device must be cpu where PyTorch finds no CUDA: got cuda"),
-    ],
-)
-def test_a_request_that_cannot_be_recorded_is_refused_first_and_leaves_nothing(
-    arguments: list[str],
-    line: str,
-    case: Case,
-    picture: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is CUDA")
-    usual = flags({"image": picture, "prompt": "a", **size_of(case.family)})
-    command = ["record", str(case.source), str(tmp_path / "trace"), *usual, *arguments]
-    assert __main__.main(command) == 1
-    error = capsys.readouterr().err
-    assert line in error
-    assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_record_without_the_reference_names_the_extra_that_it_needs(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    line = r"record must have the reference: .*; pip install 'cogi2v-jax\[reference\]'"
-    with pytest.raises(ValueError, match=line):
-        record.record(case.source, tmp_path / "trace", case.request)

@@ -17,7 +17,7 @@ from cogi2v_convert.tables.transformer import table
 from tolerances import relative_error
 
 from cogi2v_jax import loading
-from cogi2v_jax.arguments import weighted
+from cogi2v_jax.arguments import parse_loras
 from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.weights.lora import Lora
 
@@ -173,7 +173,7 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
         (Path("a"), 0.0),
         str(tmp_path / "a"),
     ]
-    assert weighted(asked) == [
+    assert parse_loras(asked) == [
         (Path("a"), 1.0),
         (Path("a:0.5"), 1.0),
         (Path("a"), -0.25),
@@ -186,13 +186,13 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     ]
     for wrong in ("a:", "a:x", "a:nan", "a:-inf", ("a", None, "a"), ("a", "big")):
         with pytest.raises((ValueError, TypeError)):
-            weighted([wrong])
+            parse_loras([wrong])
     for missing in ("c", "c:1", "b", "b:d:1", ":1"):
         with pytest.raises(
             (FileNotFoundError, ValueError),
             match="lora must be an existing file or folder: found no",
         ):
-            weighted([missing])
+            parse_loras([missing])
 
 
 OF_TEXT = "is of a text encoder, which stays as it is"
@@ -263,3 +263,19 @@ def test_meanings_and_factors_need_no_network() -> None:
     )
     np.testing.assert_array_equal(up, np.arange(16).reshape(4, 4)[[0, 2, 1, 3]].T)
     np.testing.assert_array_equal(down, np.eye(4))
+
+
+def test_text_from_a_file_can_not_move_a_terminal_s_cursor(
+    attention: loras.Pairs, config: CheckpointConfig, tmp_path: Path
+) -> None:
+    key = "text_encoder.\x1b[2J\n.lora_A.weight"
+    header = {"base_model": "mine\x1b]0;title\x07"}
+    tensors = loras.peft(attention) | {key: torch.zeros(1)}
+    found = match(open_lora(loras.save(tmp_path / "a.safetensors", tensors, header)), config)
+    assert found.line().endswith(r", made for mine\x1b]0;title\x07")
+    assert found.unmatched() == [rf"  ! text_encoder.\x1b[2J\n.lora_A.weight {OF_TEXT}"]
+    found.refuse(key, "is refused")
+    found.lora = None
+    with pytest.raises(ValueError, match="must fit") as caught:
+        found.checked()
+    assert str(caught.value).isprintable()
