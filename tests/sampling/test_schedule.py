@@ -217,7 +217,7 @@ def test_a_column_that_is_off_by_a_billionth_breaks_the_identity_of_the_signal(
         return right._replace(**{column: getattr(right, column) + 1e-9})
 
     monkeypatch.setitem(SAMPLERS, scheduler, wrong)
-    with pytest.raises(AssertionError, match="signal of a tableau must be that of its levels"):
+    with pytest.raises(ValueError, match="must have exact coefficients: got signal off by"):
         tableau(config(), scheduler, 50, 6.0, True)
 
 
@@ -241,8 +241,14 @@ def test_noise_that_is_off_by_a_billionth_breaks_the_identity_of_the_variance(
 
     for wrong in (keeps, adds):
         monkeypatch.setitem(SAMPLERS, scheduler, wrong)
-        with pytest.raises(AssertionError, match="variance of a tableau must be that of its level"):
+        with pytest.raises(ValueError, match="must have exact coefficients: got variance off by"):
             tableau(config(), scheduler, 50, 6.0, True)
+
+
+def test_noise_levels_that_float64_cannot_resolve_are_refused_in_one_line() -> None:
+    levels = SchedulerConfig(10, 0.00085, 1e-12, snr_shift_scale=0.001)
+    with pytest.raises(ValueError, match=r"^scheduler dpm must have exact coefficients: .*\)$"):
+        tableau(levels, "dpm", 7, 6.0, False)
 
 
 def test_an_unknown_scheduler_is_refused_with_the_known_ones() -> None:
