@@ -127,9 +127,10 @@ def _all_sizes(devices: int) -> Iterator[Sizes]:
 
 
 def make_mesh(sizes: Sizes, devices: Sequence[Any]) -> Mesh:
-    """A mesh over the first devices, each sequence group on a compact block of the machine's grid.
-    With several processes all of their devices take part: further copies of the mesh (axis
-    "copies") repeat the work."""
+    """A mesh over the first devices in the order of `by_blocks`, which gives each sequence group a
+    compact block of the machine's grid. Devices of one process that it leaves idle are warned
+    about, unless they are a CPU's. Over several processes the mesh is repeated as often as their
+    devices allow: its copies (axis "copies") do the same work."""
     copies = 1
     if len({device.process_index for device in devices}) > 1:
         copies = len(devices) // sizes.devices
