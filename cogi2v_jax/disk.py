@@ -27,11 +27,17 @@ def cache_folder(*parts: str) -> Path:
     return user_cache_path("cogi2v-jax").joinpath(*parts)
 
 
+def free_space(folder: Path) -> tuple[int, Path]:
+    """Bytes free on the disk of a folder, which may not exist yet, and its nearest parent that
+    does."""
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(nearest).free, nearest
+
+
 def check_space(folder: Path, needed: int, what: str) -> None:
     """Raises OSError, in one line, where the disk of a folder, which may not exist yet, has less
     than `needed` bytes free for `what`."""
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(nearest).free
+    free, nearest = free_space(folder)
     if needed > free:
         raise OSError(
             f"{nearest} must have {needed / 1e9:.1f} GB free for {what}: got {free / 1e9:.1f} GB"

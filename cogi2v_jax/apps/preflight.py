@@ -1,18 +1,15 @@
 """Whether this machine can hold a checkpoint, for notebooks to ask before they fetch tens of
 gigabytes. `look` finds the facts, `faults` judges them, `check` does both and prints the result."""
 
-import os
 import re
-import shutil
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import NamedTuple
 
 from .. import config
 from ..devices import plan
-from ..devices.hosts import has_tpu
-from ..disk import cache_folder
+from ..devices.hosts import has_tpu, host_memory
+from ..disk import cache_folder, free_space
 from ..request import Request
 
 EMBEDDED = "cogi2v-tiny"
@@ -23,7 +20,6 @@ SMALL = f"so this takes {EMBEDDED}, a small model that knows only flat shapes"
 # the system and for data in transfer; notebook machines start at 12 GB.
 RAM_GIB = 8.0
 DISK_GIB = 2.0  # for compiled programs and videos
-MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 
 
 class Unfit(ValueError):
@@ -125,7 +121,8 @@ def look() -> Machine:
     """The facts. Starts jax, unless a TPU's library is too old: then the right one can be installed
     without a restart."""
     libtpu = installed("libtpu")
-    host = libtpu, ram_gib(), shutil.disk_usage(_existing(_cache())).free / 2**30
+    free, _ = free_space(cache_folder("converted"))
+    host = libtpu, host_memory() / 2**30, free / 2**30
     unstarted = Machine("TPU", 0, None, *host)
     if has_tpu() and library_fault(unstarted):
         return unstarted
@@ -189,7 +186,7 @@ def is_converted(model: str) -> bool:
     """Whether the cache holds a conversion of a checkpoint of this architecture."""
     from ..weights.checkpoint import MANIFEST, read_config
 
-    found = (manifest.parent for manifest in _cache().glob(f"[!.]*/{MANIFEST}"))
+    found = (manifest.parent for manifest in cache_folder("converted").glob(f"[!.]*/{MANIFEST}"))
     return any(read_config(folder).name == model for folder in found)
 
 
@@ -210,21 +207,6 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def ram_gib() -> float:
-    """Memory of the container, where it has less than its host."""
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    own = MEMORY_MAX.read_text().strip() if MEMORY_MAX.is_file() else "max"
-    return (min(host, int(own)) if own.isdecimal() else host) / 2**30
-
-
-def _cache() -> Path:
-    return cache_folder("converted")
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def _meshes(machine: Machine) -> list[str]:

@@ -30,6 +30,7 @@ VARIABLES = COORDINATOR, PROCESSES, PROCESS = (
 ARRIVAL = 100  # seconds within which all processes must have started
 HEARTBEAT = 30  # seconds without a heartbeat after which a process is lost
 LINGER = 1.0  # seconds from process 0's failure to its exit
+MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 
 _joined = False
 _process = 0
@@ -99,6 +100,13 @@ def has_tpu() -> bool:
     chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
     return bool(chips) and any(path.read_text().strip() == "0x1ae0" for path in vendors)
+
+
+def host_memory() -> int:
+    """Bytes of memory that this host has, or its container where that is given less."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    given = MEMORY_MAX.read_text().strip() if MEMORY_MAX.is_file() else "max"
+    return min(host, int(given)) if given.isdecimal() else host
 
 
 def _metadata(key: str) -> str:

@@ -1,7 +1,6 @@
 """What a stage loads, as shapes and shardings: no orbax, no files."""
 
 import math
-import os
 from functools import cache
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..config import CheckpointConfig
 from ..devices.compiling import jax_defaults
+from ..devices.hosts import host_memory
 from ..devices.sharding import parameter_shardings
 from ..models.t5 import T5
 from ..models.transformer import Transformer
@@ -131,5 +131,4 @@ def memory_limit(mesh: Any = None) -> int:
     memory."""
     local: list[Any] = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
     stats = local[0].memory_stats() or {}
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return stats.get("bytes_limit") or host // len(local)
+    return stats.get("bytes_limit") or host_memory() // len(local)

@@ -214,16 +214,6 @@ def test_this_machine_is_found_as_it_is():
     assert 0 < machine.disk_gib < 1e6
 
 
-def test_a_container_has_no_more_memory_than_it_was_given(tmp_path, monkeypatch):
-    given = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "MEMORY_MAX", given)
-    host = preflight.ram_gib()
-    given.write_text(f"{2**30}\n")
-    assert preflight.ram_gib() == 1.0
-    given.write_text("max\n")
-    assert preflight.ram_gib() == host
-
-
 def test_a_tpu_whose_library_is_too_old_is_not_woken(monkeypatch):
     monkeypatch.setattr(preflight, "has_tpu", lambda: True)
     monkeypatch.setattr(preflight, "installed", lambda package: "0.0.17")

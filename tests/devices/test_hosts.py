@@ -180,6 +180,16 @@ def test_metadata_that_nobody_serves_is_nothing(monkeypatch: pytest.MonkeyPatch)
     assert hosts._metadata("worker-network-endpoints") == ""
 
 
+def test_a_container_has_no_more_memory_than_it_was_given(tmp_path, monkeypatch) -> None:
+    given = tmp_path / "memory.max"
+    monkeypatch.setattr(hosts, "MEMORY_MAX", given)
+    host = hosts.host_memory()
+    given.write_text(f"{2**30}\n")
+    assert hosts.host_memory() == 2**30
+    given.write_text("max\n")
+    assert hosts.host_memory() == host
+
+
 def alone(lines: str, folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess:
     """One process of Python, in an environment that announces no more than `variables`."""
     environment = {
