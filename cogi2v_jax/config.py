@@ -4,7 +4,7 @@ a diffusers folder, and the TOML files of `configs/`, which add what those files
 
 import dataclasses
 import functools
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +22,12 @@ CONFIGS = next(filter(Path.is_dir, _PLACES), _PLACES[0])
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value <= sys.float_info.max  # JSON's integers may be larger
 
 
 def _are_counts(value: Any) -> bool:
@@ -36,11 +37,11 @@ def _are_counts(value: Any) -> bool:
 # What the value of a field must be, by the field's type. JSON's numbers may be any of ours; its
 # strings and booleans are no numbers.
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
-    int: ("a positive integer", _is_count),
-    int | None: ("a positive integer or null", lambda value: value is None or _is_count(value)),
+    int: ("a positive integer below 2**31", _is_count),
+    int | None: ("a positive integer below 2**31, or null", lambda v: v is None or _is_count(v)),
     float: ("a positive number", _is_positive),
     bool: ("true or false", lambda value: isinstance(value, bool)),
-    tuple[int, ...]: ("a list of positive integers", _are_counts),
+    tuple[int, ...]: ("a list of positive integers below 2**31", _are_counts),
 }
 
 _INERT = read_toml(CONFIGS / "inert_keys.toml")

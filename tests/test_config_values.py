@@ -120,10 +120,10 @@ def test_other_mathematics_is_refused_by_name(part: str, key: str) -> None:
         kind.from_json({**kind.REQUIRED, key: "other"}, "f")
 
 
-@pytest.mark.parametrize("value", [True, "8", 0, -2, 8.0, None, [8]])
+@pytest.mark.parametrize("value", [True, "8", 0, -2, 8.0, None, [8], 2**31])
 def test_a_size_must_be_a_positive_integer(value: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"^f: num_layers must be a positive integer: got "
+        ValueError, match=r"^f: num_layers must be a positive integer below 2\*\*31: got "
     ) as caught:
         TransformerConfig.from_json({"num_layers": value}, "f")
     assert str(caught.value).endswith(repr(tuple(value) if isinstance(value, list) else value))
@@ -135,12 +135,12 @@ def test_a_size_must_be_a_positive_integer(value: Any) -> None:
         (
             "transformer",
             {"patch_size_t": 0},
-            "patch_size_t must be a positive integer or null: got 0",
+            "patch_size_t must be a positive integer below 2**31, or null: got 0",
         ),
         (
             "transformer",
             {"ofs_embed_dim": True},
-            "ofs_embed_dim must be a positive integer or null: got True",
+            "ofs_embed_dim must be a positive integer below 2**31, or null: got True",
         ),
         ("transformer", {"patch_bias": "false"}, "patch_bias must be true or false: got 'false'"),
         ("transformer", {"norm_eps": True}, "norm_eps must be a positive number: got True"),
@@ -167,13 +167,18 @@ def test_a_size_must_be_a_positive_integer(value: Any) -> None:
         ),
         (
             "vae",
+            {"scaling_factor": 10**400},
+            "scaling_factor must be a positive number: got 10000",
+        ),
+        (
+            "vae",
             {"block_out_channels": [32, 0, 32, 32]},
-            "block_out_channels must be a list of positive integers: got (32, 0, 32, 32)",
+            "must be a list of positive integers below 2**31: got (32, 0, 32, 32)",
         ),
         (
             "vae",
             {"block_out_channels": 32},
-            "block_out_channels must be a list of positive integers: got 32",
+            "block_out_channels must be a list of positive integers below 2**31: got 32",
         ),
         ("vae", {"block_out_channels": [32, 32, 32]}, "four entries"),
         ("vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio must be 4"),
