@@ -37,17 +37,19 @@ def _read(kind: Kind, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"must be {kind.rule}: got {text!r}") from None
 
 
-def weighted(loras: Iterable[object]) -> list[tuple[Path, float]]:
-    """LoRA files or folders, given as FILE, FILE:WEIGHT or (FILE, WEIGHT), with their weights.
+def parse_loras(loras: Iterable[object]) -> list[tuple[Path, float]]:
+    """The paths and weights of LoRA files or folders, given as FILE, FILE:WEIGHT or (FILE, WEIGHT).
     Raises FileNotFoundError for a path that doesn't exist, ValueError for a weight that is not a
     finite number."""
-    return [_weighted(*lora) if isinstance(lora, tuple) else _weighted(str(lora)) for lora in loras]
+    pairs = (lora if isinstance(lora, tuple) else (str(lora),) for lora in loras)
+    return [_parse_lora(*pair) for pair in pairs]
 
 
-def _weighted(file: object, weight: Any = None) -> tuple[Path, float]:
-    path, (head, _, tail) = Path(str(file)).expanduser(), str(file).rpartition(":")
+def _parse_lora(file: object, weight: Any = None) -> tuple[Path, float]:
+    # Not pathlib's expanduser, which raises for a user that doesn't exist.
+    path, (head, _, tail) = Path(os.path.expanduser(str(file))), str(file).rpartition(":")
     if weight is None and head and not path.exists():  # a name may have a colon of its own
-        path, weight = Path(head).expanduser(), tail
+        path, weight = Path(os.path.expanduser(head)), tail
     if not path.exists():
         raise FileNotFoundError(f"lora must be an existing file or folder: found no {path}")
     try:

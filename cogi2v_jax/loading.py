@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .arguments import weighted
+from .arguments import parse_loras
 from .config import CheckpointConfig
 from .devices import hosts
 from .devices.compiling import keep_compilations
@@ -80,7 +80,7 @@ def _open_loras(loras: Iterable[Any]) -> list[tuple[Any, float]]:
     # The type checker can't follow the package's name to its folder, convert/.
     from cogi2v_convert.sources.lora_file import open_lora  # pyright: ignore[reportMissingImports]
 
-    return [(open_lora(path), weight) for path, weight in weighted(loras)]
+    return [(open_lora(path), weight) for path, weight in parse_loras(loras)]
 
 
 def _match_loras(

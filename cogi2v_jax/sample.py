@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .arguments import add_settings, weighted
+from .arguments import add_settings, parse_loras
 from .config import names
 from .devices import hosts, plan
 from .media.images import read_image
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
-from .media.rows import Job, read_manifest
+from .media.rows import Row, read_manifest
 from .media.videos import check_output, write_video
 from .request import SETTINGS, Request, Video
 
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-            weighted(options.lora_path)  # finds faults without jax
+            parse_loras(options.lora_path)  # finds faults without jax
             if options.plan:
                 asked = options.plan, options.dtype, options.attention
                 print(
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.decode_latents:
                 _decode_latents(options)
             else:
-                _sample(options, _jobs(options))
+                _sample(options, _planned(options))
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except RuntimeError as error:
@@ -162,17 +162,17 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {setting: getattr(options, setting) for setting in SETTINGS}
 
 
-def _jobs(options: argparse.Namespace) -> list[tuple[Video, Path]]:
+def _planned(options: argparse.Namespace) -> list[tuple[Video, Path]]:
     """The videos to make, each with its output. Reads the images and checks the outputs."""
     single = options.prompt, options.image
-    jobs = read_manifest(options.manifest) if options.manifest else [Job(*single)]
+    rows = read_manifest(options.manifest) if options.manifest else [Row(*single)]
     videos = []
-    for job in jobs:
-        read_image(job.image)
-        first = options.seed if job.seed is None else job.seed
-        negative = options.negative_prompt if job.negative_prompt is None else job.negative_prompt
+    for row in rows:
+        read_image(row.image)
+        first = options.seed if row.seed is None else row.seed
+        negative = options.negative_prompt if row.negative_prompt is None else row.negative_prompt
         seeds = range(first, first + options.num_videos_per_prompt)
-        videos += [Video(job.image, job.prompt, negative, seed) for seed in seeds]
+        videos += [Video(row.image, row.prompt, negative, seed) for seed in seeds]
     outputs = [options.output or Path("out.mp4")]
     if len(videos) > 1:
         (path,), width = outputs, len(str(len(videos) - 1))
@@ -189,9 +189,9 @@ def _checked(output: Path) -> Path:
     return check_output(output) if hosts.leads() else output
 
 
-def _sample(options: argparse.Namespace, jobs: list[tuple[Video, Path]]) -> None:
+def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> None:
     started = time.perf_counter()
-    videos, outputs = zip(*jobs, strict=True)
+    videos, outputs = zip(*planned, strict=True)
     columns = map(list, zip(*videos, strict=True))
     request = Request(**dict(zip(Video._fields, columns, strict=True)), **_settings(options))
     request.check()

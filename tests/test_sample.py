@@ -317,7 +317,7 @@ def test_seeds_and_negative_prompts_of_a_manifest_take_precedence(requests, defa
         ('{"prompt": "b", "image": "photo.png", "seed": -1}', "seed must be an integer from 0"),
         ('{"prompt": "b"}', "line 2"),
         ('{"prompt": "a b c d e f g h i j", "image": "photo.png"}', "at most 10 tokens"),
-        (None, "no jobs"),
+        (None, "manifest must have at least one row"),
     ],
 )
 def test_a_wrong_manifest_is_refused_before_its_first_video(

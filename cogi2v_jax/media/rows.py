@@ -10,8 +10,8 @@ from typing import NamedTuple
 COLUMNS = ("prompt", "image", "negative_prompt", "seed")
 
 
-class Job(NamedTuple):
-    """One video to make. The command line answers what is None."""
+class Row(NamedTuple):
+    """One video to make, as a batch file states it. The command line answers what is None."""
 
     prompt: str
     image: Path
@@ -19,8 +19,8 @@ class Job(NamedTuple):
     seed: int | None = None
 
 
-def read_manifest(path: Path) -> list[Job]:
-    """Jobs of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file
+def read_manifest(path: Path) -> list[Row]:
+    """Rows of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file
     (`prompt@@image` a line). Image paths are relative to the file's folder. Raises ValueError
     naming every wrong line, or FileNotFoundError."""
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _txt}
@@ -31,53 +31,54 @@ def read_manifest(path: Path) -> list[Job]:
     except FileNotFoundError:
         raise FileNotFoundError(f"manifest must exist: found no {path}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"manifest must be UTF-8 text: {path} is not") from None
-    jobs, faults = [], []
+        raise ValueError(f"manifest must be UTF-8 text: got {path}, which is not") from None
+    rows, faults = [], []
     try:
-        rows = readers[path.suffix.lower()](text)
+        lines = readers[path.suffix.lower()](text)
     except csv.Error as error:
-        raise ValueError(f"{path}: it must be a CSV file: {error}") from None
-    for number, row in rows:
+        raise ValueError(f"manifest must be a CSV file: got {path} ({error})") from None
+    for number, line in lines:
         try:
-            jobs.append(_job(row, path.parent))
+            rows.append(_row(line, path.parent))
         except ValueError as error:
             faults.append(f"line {number}: {error}")
-    if not jobs and not faults:
-        faults = ["it has no jobs"]
+    if not rows and not faults:
+        raise ValueError(f"manifest must have at least one row: got {path}, which has none")
     if faults:
         raise ValueError(f"{path}: {'; '.join(faults)}")
-    return jobs
+    return rows
 
 
-Rows = list[tuple[int, object]]
+Lines = list[tuple[int, object]]  # numbers, and JSON texts or columns by name
 
 
-def _csv(text: str) -> Rows:
+def _csv(text: str) -> Lines:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="cells beyond the header's")
     return [(reader.line_num, row) for row in reader]
 
 
-def _jsonl(text: str) -> Rows:
+def _jsonl(text: str) -> Lines:
     # Not splitlines, which also splits at characters like U+2028, which JSON strings may contain.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _txt(text: str) -> Rows:
-    rows = []
+def _txt(text: str) -> Lines:
+    lines = []
     for number, line in _jsonl(text):
         prompt, _, image = str(line).rpartition("@@")
-        rows.append((number, {"prompt": prompt.strip(), "image": image.strip()}))
-    return rows
+        lines.append((number, {"prompt": prompt.strip(), "image": image.strip()}))
+    return lines
 
 
-def _job(row: object, folder: Path) -> Job:
+def _row(row: object, folder: Path) -> Row:
     if isinstance(row, str):
         try:
             row = json.loads(row)
-        except json.JSONDecodeError as error:
+        # Not only JSONDecodeError: an integer of too many digits, and too many brackets.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"it must be a JSON object: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError("it must be a JSON object")
+        raise ValueError(f"it must be a JSON object: got {type(row).__name__}")
     unknown = [str(key) for key in row if key not in COLUMNS]
     if unknown:
         raise ValueError(f"columns must be among {', '.join(COLUMNS)}: got {', '.join(unknown)}")
@@ -89,8 +90,8 @@ def _job(row: object, folder: Path) -> Job:
     seed = row.get("seed")
     if seed in (None, ""):
         seed = None
-    elif not re.fullmatch(r"\s*\d+\s*", str(seed)) or int(seed) >= 2**64:
+    elif not re.fullmatch(r"\s*\d{1,20}\s*", str(seed)) or int(seed) >= 2**64:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1: got {seed!r}")
     negative = row.get("negative_prompt") or None
     seed = None if seed is None else int(seed)
-    return Job(row["prompt"], folder / row["image"], negative, seed)
+    return Row(row["prompt"], folder / row["image"], negative, seed)

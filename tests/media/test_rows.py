@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cogi2v_jax.media.rows import Job, read_manifest
+from cogi2v_jax.media.rows import Row, read_manifest
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -36,22 +36,22 @@ TXT = 'a, "panda"@@a.png\n\n  b @@ in/b.png \nan @@ inside@@/c.png'
 
 
 def test_a_csv_file_and_a_jsonl_file_say_the_same(tmp_path: Path) -> None:
-    jobs = [
-        Job('a, "panda"', tmp_path / "a.png", "blur", 7),
-        Job("b", tmp_path / "in/b.png"),
-        Job("two\nlines", Path("/c.png")),
+    rows = [
+        Row('a, "panda"', tmp_path / "a.png", "blur", 7),
+        Row("b", tmp_path / "in/b.png"),
+        Row("two\nlines", Path("/c.png")),
     ]
-    assert read_manifest(write(tmp_path, "jobs.csv", CSV)) == jobs
-    assert read_manifest(write(tmp_path, "jobs.jsonl", JSONL)) == jobs
+    assert read_manifest(write(tmp_path, "jobs.csv", CSV)) == rows
+    assert read_manifest(write(tmp_path, "jobs.jsonl", JSONL)) == rows
 
 
 def test_a_txt_file_is_split_at_the_last_mark_of_a_line(tmp_path: Path) -> None:
-    jobs = [
-        Job('a, "panda"', tmp_path / "a.png"),
-        Job("b", tmp_path / "in/b.png"),
-        Job("an @@ inside", Path("/c.png")),
+    rows = [
+        Row('a, "panda"', tmp_path / "a.png"),
+        Row("b", tmp_path / "in/b.png"),
+        Row("an @@ inside", Path("/c.png")),
     ]
-    assert read_manifest(write(tmp_path, "jobs.txt", TXT)) == jobs
+    assert read_manifest(write(tmp_path, "jobs.txt", TXT)) == rows
 
 
 ONE = {
@@ -67,14 +67,14 @@ def test_a_file_is_utf8_with_or_without_a_byte_order_mark_and_its_suffix_of_any_
     tmp_path: Path, name: str, mark: bytes
 ) -> None:
     path = write(tmp_path, name.upper(), mark + ONE[name].encode())
-    assert read_manifest(path) == [Job("é\u2028ü", tmp_path / "a.png")]
+    assert read_manifest(path) == [Row("é\u2028ü", tmp_path / "a.png")]
 
 
 @pytest.mark.parametrize("name", ONE)
 @pytest.mark.parametrize("content", ["", " \n\n"])
-def test_a_file_without_a_job_is_refused(tmp_path: Path, name: str, content: str) -> None:
+def test_a_file_without_a_row_is_refused(tmp_path: Path, name: str, content: str) -> None:
     path = write(tmp_path, name, content)
-    assert refusal(path) == f"{path}: it has no jobs"
+    assert refusal(path) == f"manifest must have at least one row: got {path}, which has none"
 
 
 HEADER = "prompt,image,seed\n"
@@ -113,7 +113,7 @@ SEED = "seed must be an integer from 0 to 2**64 - 1"
             '{"prompt": "a"}\n\n[1]\n{"prompt": "a", "image": "b", "fps": 8, "x": 1}\n',
             [
                 f"line 1: {INCOMPLETE}",
-                "line 3: it must be a JSON object",
+                "line 3: it must be a JSON object: got list",
                 f"line 4: {COLUMNS}: got fps, x",
             ],
         ),
@@ -123,7 +123,7 @@ SEED = "seed must be an integer from 0 to 2**64 - 1"
                 f'{{"prompt": "a", "image": "b", "seed": {seed}}}',
                 [f"line 1: {SEED}: got {json.loads(seed)!r}"],
             )
-            for seed in ("1.5", "true", "-1", "[1]", '"x"', str(2**64))
+            for seed in ("1.5", "true", "-1", "[1]", '"x"', str(2**64), f'"{"9" * 5000}"', "NaN")
         ),
         ("i.jsonl", '{"prompt": ["a"], "image": "b"}', ["line 1: prompt must be text: got ['a']"]),
         ("j.jsonl", '{"prompt": "a", "image": 3}', ["line 1: image must be text: got 3"]),
@@ -143,8 +143,14 @@ def test_every_fault_is_named_with_its_line(
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path, "jobs.jsonl", '{"prompt": "a", "image": "b"}\n{"prompt": \n')
-    assert refusal(path).startswith(f"{path}: line 2: it must be a JSON object: ")
+    for line in ('{"prompt": ', f'{{"seed": {"9" * 5000}}}', "[" * 10**6):
+        path = write(tmp_path, "jobs.jsonl", f'{{"prompt": "a", "image": "b"}}\n{line}\n')
+        assert refusal(path).startswith(f"{path}: line 2: it must be a JSON object: ")
+
+
+def test_a_csv_file_of_too_long_a_cell_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "jobs.csv", f"prompt,image\n{'a' * 200_000},b\n")
+    assert refusal(path).startswith(f"manifest must be a CSV file: got {path} (field larger")
 
 
 @pytest.mark.parametrize("seed", ["0", "18446744073709551615", " 7 "])
@@ -160,7 +166,7 @@ def test_a_file_of_another_kind_or_encoding_or_none_at_all_is_one_line(tmp_path:
         == "manifest must end in .csv, .jsonl, .txt: got jobs.xlsx"
     )
     path = write(tmp_path, "jobs.csv", "prompt,image\na,b".encode("utf-16"))
-    assert refusal(path) == f"manifest must be UTF-8 text: {path} is not"
+    assert refusal(path) == f"manifest must be UTF-8 text: got {path}, which is not"
     with pytest.raises(
         FileNotFoundError, match=f"^manifest must exist: found no {tmp_path}/none.csv$"
     ):
