@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import twins
+from recipes import read_recipe
 from runs import QUICK, enter, failed, files, without_sampling
 from safetensors.numpy import load_file
 
 from cogi2v_jax import __version__, loading, pipeline, sample
 from cogi2v_jax.media import videos
-from cogi2v_jax.media.videos import read_frames, read_recipe
+from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.sample import LATENTS, main
 
 

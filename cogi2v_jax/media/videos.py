@@ -1,4 +1,5 @@
-"""Frames to and from mp4, gif or a folder of png files, with the recipe of the video inside."""
+"""Frames to and from mp4, gif or a folder of png files, written with the recipe of the video
+inside."""
 
 import itertools
 import json
@@ -6,7 +7,6 @@ import math
 import os
 import re
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -80,29 +80,6 @@ def write_video(
     with beside(target) as part:
         WRITERS[path.suffix.lower()](part, frames, fps, text)
     return target
-
-
-def read_recipe(path: str | os.PathLike) -> dict:
-    """The recipe inside an mp4, a gif, a frame folder or one of its frames. Raises ValueError where
-    there is none."""
-    path = _existing(path)
-    if path.is_dir():
-        text = (path / "recipe.json").read_bytes() if (path / "recipe.json").is_file() else None
-    elif path.suffix.lower() in (".gif", ".png"):
-        with decoding("video", path), Image.open(path) as image:
-            text = image.info.get("recipe" if image.format == "PNG" else "comment")
-    else:
-        with decoding("video", path):
-            tags = _ffmpeg("-i", f"file:{path}", "-f", "ffmetadata", "-").decode(errors="replace")
-        found = re.search(r"^comment=(.*)$", tags, re.MULTILINE)
-        text = re.sub(r"\\(.)", r"\1", found[1]) if found else None
-    with suppress(ValueError):  # another program's comment
-        recipe = json.loads(text or "null")
-        if isinstance(recipe, dict):
-            return recipe
-    raise ValueError(
-        f"recipe must be inside the file, as write_video leaves it: got {path}, which has none"
-    )
 
 
 def read_frames(path: str | os.PathLike) -> np.ndarray:

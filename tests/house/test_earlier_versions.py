@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cogi2v_convert.__main__ import main as convert
+from recipes import read_recipe
 from tolerances import assert_close
 
 import cogi2v_jax
 from cogi2v_jax import Request
 from cogi2v_jax.media.recipe import read_latents
-from cogi2v_jax.media.videos import read_frames, read_recipe
+from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.request import SETTINGS
 from cogi2v_jax.sample import main as sample
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from recipes import read_recipe
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Jupyter's packages warn about each other
@@ -20,7 +21,7 @@ with warnings.catch_warnings():
     from nbclient.exceptions import CellExecutionError
 
 from cogi2v_jax.media.recipe import LATENTS
-from cogi2v_jax.media.videos import read_frames, read_recipe
+from cogi2v_jax.media.videos import read_frames
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NAMES = ("colab_tpu", "kaggle_tpu")

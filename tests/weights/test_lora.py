@@ -16,6 +16,7 @@ import twins
 from cogi2v_convert.sources.matching import targets
 from jax import monitoring
 from PIL import Image
+from recipes import read_recipe
 from runs import QUICK, enter, failed, files
 from tolerances import TOLERANCE, assert_close, relative_error
 
@@ -23,7 +24,7 @@ import cogi2v_jax
 from cogi2v_jax import Models, Request
 from cogi2v_jax.devices.mesh import Sizes, make_mesh
 from cogi2v_jax.media.recipe import recipe_of
-from cogi2v_jax.media.videos import read_frames, read_recipe
+from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.sample import main
 from cogi2v_jax.sampling import programs
 from cogi2v_jax.weights import checkpoint
