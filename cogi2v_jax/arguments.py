@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -10,15 +11,13 @@ from typing import Any
 
 from .request import SWITCH, Kind, Settings
 
-OURS = ("fit", "image_latent_scale", "noise")  # settings that the official script does not have
-
 
 def add_settings(parser: argparse.ArgumentParser, ours: bool = True) -> None:
     """Adds a flag for each of `Settings`, with the official script's names; `ours`: also those that
     only this program has."""
     group = parser.add_argument_group("how to sample (default: what the checkpoint was made for)")
     for setting in dataclasses.fields(Settings):
-        if ours or setting.name not in OURS:
+        if ours or setting.metadata["official"]:
             kind, shown = setting.metadata["kind"], setting.metadata["flag"]
             group.add_argument(f"--{setting.name}", **_reading(kind), **shown)
 
@@ -54,7 +53,7 @@ def _parse_lora(file: object, weight: Any = None) -> tuple[Path, float]:
         raise FileNotFoundError(f"lora must be an existing file or folder: found no {path}")
     try:
         number = float(1 if weight is None else weight)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"the weight of lora {path} must be a finite number: got {weight}")

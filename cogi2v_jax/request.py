@@ -5,7 +5,7 @@ import math
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,39 +32,53 @@ class Kind(NamedTuple):
 
 
 def _is_real(value: Any) -> bool:
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def _is_name(value: Any, names: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and value in names  # an array has no single truth value
+
+
 def _one_of(*names: str) -> Kind:
     rule = f"{', '.join(names[:-1])} or {names[-1]}"
-    return Kind(rule, lambda value: value in names, str, names)
+    return Kind(rule, lambda value: _is_name(value, names), str, names)
 
 
-COUNT = Kind("a positive integer", lambda value: _is_whole(value) and value > 0, int)
-RATE = Kind("a finite number and positive", lambda value: _is_real(value) and value > 0, float)
+# The shapes of arrays are 32 or 64 bits wide.
+COUNT = Kind(
+    "a positive integer below 2**31", lambda value: _is_whole(value) and 0 < value < 2**31, int
+)
+# A GIF can hold a frame for at most 655 seconds, and ffmpeg rounds lower rates to none.
+RATE = Kind("a number from 0.01 to 1000", lambda v: _is_real(v) and 0.01 <= v <= 1000, float)
 SCALE = Kind("a finite number and not negative", lambda v: _is_real(v) and v >= 0, float)
 SWITCH = Kind("true or false", lambda value: isinstance(value, (bool, np.bool_)), bool)
 LATENT_SCALE = Kind(
     f"{', '.join(IMAGE_LATENT_SCALES)} or a positive number",
-    lambda value: value in IMAGE_LATENT_SCALES or (_is_real(value) and value > 0),
+    lambda value: _is_name(value, IMAGE_LATENT_SCALES) or (_is_real(value) and value > 0),
     lambda value: value if value in IMAGE_LATENT_SCALES else float(value),
 )
 
 
-def _setting(kind: Kind, **flag: str) -> Any:
-    """A field with its values and with what `--help` shows for its flag."""
-    return field(metadata={"kind": kind, "flag": flag})
+def _setting(kind: Kind, official: bool = True, **flag: str) -> Any:
+    """A field with its values, whether the official script has its flag, and what `--help` shows
+    for it."""
+    return field(metadata={"kind": kind, "official": official, "flag": flag})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to sample. The only list of the settings: the checks, the command-line flags, the recipe
-    and the trace of the reference iterate over it."""
+    """How to sample. The checks, the command-line flags, the recipe and the trace of the reference
+    are made from these fields; `Request` has each of them once more, where None leaves it to the
+    checkpoint."""
 
     height: int = _setting(COUNT, metavar="PX", help="multiple of 16")
     width: int = _setting(COUNT, metavar="PX", help="multiple of 16")
@@ -77,21 +91,34 @@ class Settings:
     use_dynamic_cfg: bool = _setting(SWITCH, help="guidance that varies over the steps")
     scheduler: str = _setting(_one_of("dpm", "ddim"))
     fit: str = _setting(
-        _one_of(*FITS), help="how the image is fitted to the size; stretch is the reference's way"
+        _one_of(*FITS),
+        official=False,
+        help="how the image is fitted to the size; stretch is the reference's way",
     )
     image_latent_scale: str | float = _setting(
         LATENT_SCALE,
+        official=False,
         metavar="X",
         help="reference, sat, trainer or a number; sat helps 1.5 videos that start too bright",
     )
     noise: str = _setting(
         _one_of("jax", "torch"),
+        official=False,
         help="whose random numbers a seed means; torch draws those of the official script",
     )
 
 
 KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(Settings)}
 SETTINGS = tuple(KINDS)
+
+
+def _misfits(settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values of settings."""
+    return [
+        f"{name} must be {kind.rule}: got {settings[name]!r}"
+        for name, kind in KINDS.items()
+        if name in settings and not kind.fits(settings[name])
+    ]
 
 
 class Video(NamedTuple):
@@ -209,6 +236,8 @@ class Request:
         self.check()
         given = {name: value for name, value in vars(self).items() if value is not None}
         values: dict[str, Any] = {**vars(self), **config.defaults, **given}
+        if faults := _misfits(values):  # `given` has none, so a TOML lacks one or has a wrong one
+            raise ValueError(f"the defaults of {config.title}: {'; '.join(faults)}")
         values |= {name: kind.convert(values[name]) for name, kind in KINDS.items()}
         seed: Any = self.seed
         values["seed"] = int(seed) if _is_whole(seed) else [int(one) for one in seed]
@@ -224,12 +253,7 @@ class Request:
 
     def check(self) -> None:
         """Raises ValueError naming all values that no checkpoint takes."""
-        given = {name: getattr(self, name) for name in SETTINGS}
-        faults = [
-            f"{name} must be {KINDS[name].rule}: got {value!r}"
-            for name, value in given.items()
-            if value is not None and not KINDS[name].fits(value)
-        ]
+        faults = _misfits({name: value for name, value in vars(self).items() if value is not None})
         try:
             for video in self.videos:
                 if not isinstance(video.prompt, str) or not isinstance(video.negative_prompt, str):

@@ -96,10 +96,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.decode_latents and (pair or options.manifest or options.lora_path):
         others = "--image, --prompt, --manifest or --lora_path"
         reader.error(f"--decode_latents must stand alone: got {others} beside it")
-    if options.plan or options.decode_latents:
-        return options
     if (count := options.num_videos_per_prompt) < 1:
         reader.error(f"--num_videos_per_prompt must be at least 1: got {count}")
+    if options.plan or options.decode_latents:
+        return options
     if options.manifest:
         if pair:
             reader.error("--manifest must stand alone: got --image or --prompt beside it")
@@ -137,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
         first = str(error).partition("\n")[0]
         if "RESOURCE_EXHAUSTED" in str(error):
             return _fail(f"the device ran out of memory: {first}")
-        if "ffmpeg" in str(error):  # not installed, or it failed
+        # ffmpeg is not installed, or it failed; a device is not there, or another program has it.
+        if "ffmpeg" in str(error) or "initialize backend" in first:
             return _fail(first)
         raise
     except KeyboardInterrupt:
@@ -201,10 +202,10 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         batches = request.batches(videos_at_once(models, request))
-        # Every batch is checked before the first is sampled.
-        report = [prepare(models, batch).report() for batch in batches][-1]
+        for batch in batches:  # every one is checked before the first is sampled
+            job = prepare(models, batch)
     if options.verbose:
-        _say("\n".join(report))
+        _say("\n".join(job.report()))
     loading = time.perf_counter() - started
     remaining = iter(outputs)
     for batch in batches:
@@ -230,13 +231,17 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
 def _load(
     options: argparse.Namespace, name: str, dtype: str | None, loras: Iterable[str] = ()
 ) -> Any:
+    from .devices.mesh import sizes_of
     from .loading import load
 
+    if options.mesh != "auto":
+        sizes_of(options.mesh)  # before a model is fetched, which may take an hour
     return load(name, dtype, options.attention, options.mesh, options.vae_tiling, loras)
 
 
 def _decode_latents(options: argparse.Namespace) -> None:
     started = time.perf_counter()
+    Request(image="", prompt="", **_settings(options)).check()
     latents, recipe = read_latents(options.decode_latents)
     stem = options.decode_latents.name.removesuffix(LATENTS)
     output = _checked(options.output or options.decode_latents.with_name(f"{stem}.mp4"))

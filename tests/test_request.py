@@ -72,6 +72,20 @@ def test_every_setting_may_be_left_out_of_a_request() -> None:
     assert {name: defaults[name] for name in SETTINGS} == dict.fromkeys(SETTINGS)
 
 
+@pytest.mark.parametrize("value", [None, "fast"])
+def test_a_default_that_a_toml_lacks_or_has_wrong_is_refused(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defaults = {**SECOND.defaults, "scheduler": value}
+    if value is None:
+        del defaults["scheduler"]
+    monkeypatch.setattr(CheckpointConfig, "defaults", defaults)
+    config = dataclasses.replace(SECOND)  # SECOND has read its own already
+    rule = "scheduler must be dpm or ddim"
+    assert refusal(config) == f"the defaults of {config.title}: {rule}: got {value!r}"
+    assert request(scheduler="ddim").resolve(config).scheduler == "ddim"
+
+
 def test_given_values_are_kept() -> None:
     given = {
         "height": 784,
@@ -117,17 +131,29 @@ def test_numpys_values_are_accepted_and_become_pythons(
 
 
 @pytest.mark.parametrize("name", ["height", "width", "num_frames", "num_inference_steps"])
-@pytest.mark.parametrize("value", [0, -16, True, 16.0, "16", math.nan])
+@pytest.mark.parametrize("value", [0, -16, True, 16.0, "16", math.nan, 2**31])
 def test_a_count_must_be_a_positive_integer(name: str, value: Any) -> None:
-    assert refusal(**{name: value}) == f"{name} must be a positive integer: got {value!r}"
+    assert (
+        refusal(**{name: value}) == f"{name} must be a positive integer below 2**31: got {value!r}"
+    )
 
 
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf, True, "6", 1j])
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 10**400, True, "6", 1j])
 @pytest.mark.parametrize(
-    ("name", "rule"), [("fps", "positive"), ("guidance_scale", "not negative")]
+    ("name", "rule"),
+    [
+        ("fps", "a number from 0.01 to 1000"),
+        ("guidance_scale", "a finite number and not negative"),
+        ("image_latent_scale", "reference, sat, trainer or a positive number"),
+    ],
 )
 def test_a_rate_and_a_scale_must_be_finite_numbers(name: str, rule: str, value: Any) -> None:
-    assert refusal(**{name: value}) == f"{name} must be a finite number and {rule}: got {value!r}"
+    assert refusal(**{name: value}) == f"{name} must be {rule}: got {value!r}"
+
+
+@pytest.mark.parametrize("name", ["scheduler", "fit", "noise", "image_latent_scale"])
+def test_an_array_is_no_name(name: str) -> None:
+    assert refusal(**{name: np.array(["crop", "dpm"])}).startswith(f"{name} must be ")
 
 
 SCALES = "reference, sat, trainer or a positive number"
@@ -136,7 +162,10 @@ SCALES = "reference, sat, trainer or a positive number"
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"fps": 0}, "fps must be a finite number and positive: got 0"),
+        *(
+            ({"fps": rate}, f"fps must be a number from 0.01 to 1000: got {rate}")
+            for rate in (0, 0.009, 1000.5)
+        ),
         ({"use_dynamic_cfg": 1}, "use_dynamic_cfg must be true or false: got 1"),
         ({"noise": "numpy"}, "noise must be jax or torch: got 'numpy'"),
         ({"prompt": 3}, "prompt and negative_prompt must be text: got 3 and ''"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -62,6 +63,16 @@ def latents_file(shape=(1, 3, 8, 8, 16), name="latents", recipe=RECIPE) -> str:
         ({"recipe": "[]"}, "must be a *.latents.safetensors file"),
         ({"recipe": "3"}, "must be a *.latents.safetensors file"),
         ({"recipe": {"model": "cogi2v-tiny"}}, "must be a *.latents.safetensors file"),
+        *(
+            (
+                {"recipe": RECIPE | {"fps": fps}},
+                f"model 'cogi2v-tiny', dtype 'float32' and fps {fps!r}",
+            )
+            for fps in (None, "8", True, 0, -8, 10**400, float("nan"))
+        ),
+        ({"recipe": RECIPE | {"model": 3}}, "a recipe of model 3, dtype 'float32' and fps 8"),
+        ({"recipe": RECIPE | {"dtype": None}}, "a recipe of model 'cogi2v-tiny', dtype None and"),
+        ({"shape": (1, 0, 8, 8, 16)}, "it holds [1, 0, 8, 8, 16] and a recipe of"),
         ({"shape": (3, 8, 8, 16)}, "must be a *.latents.safetensors file"),
         ({"shape": (2, 3, 8, 8, 16)}, "must be a *.latents.safetensors file"),
         ({"shape": (1, 3, 8, 8, 4)}, "latents must have 16 channels for cogi2v-tiny: got 4"),
@@ -87,14 +98,23 @@ IMPOSSIBLE = [
         "--num_inference_steps 61",
         "num_inference_steps must .*61",
     ),  # more than the reference's schedule can do
-    ("--num_inference_steps 0", "num_inference_steps must be a positive integer: got 0"),
+    (
+        "--num_inference_steps 0",
+        r"num_inference_steps must be a positive integer below 2\*\*31: got 0",
+    ),
     (
         "--prompt 'the cyan triangle grows the cyan triangle grows the cyan triangle grows'",
         "prompt must be at most 10 tokens for cogi2v-tiny",
     ),
     ("--guidance_scale nan", "guidance_scale must be a finite number and not negative: got nan"),
     ("--seed -1", r"seed must be an integer from 0 to 2\*\*64 - 1: got -1"),
-    ("--fps 0", "fps must be a finite number and positive: got 0"),
+    ("--fps 0", "fps must be a number from 0.01 to 1000: got 0"),
+    *(
+        (f"{what}--fps {fps}", "fps must be a number from 0.01 to 1000: got ")
+        for fps in ("-1", "nan", "1e-5", "1e300", "1e400")
+        for what in ("", "--decode_latents x.latents.safetensors ")
+    ),
+    ("--model a/b --image photo.png --prompt p --mesh v9-8", "mesh must be auto, v5e-1, "),
     (
         "--fps 0 --guidance_scale inf",
         "fps must .*; guidance_scale must |guidance_scale must .*; fps must ",
@@ -111,7 +131,7 @@ IMPOSSIBLE = [
     ("--decode_latents gone.latents.safetensors", "latents must exist: found no gone"),
     (
         "--decode_latents notes.txt",
-        r"latents must be a \*.latents.safetensors file .*: notes.txt is not",
+        r"latents must be a \*.latents.safetensors file .*: got notes.txt \(",
     ),
     ("--manifest gone.csv", "manifest must exist: found no gone.csv"),
     ("--lora_path x --lora_rank 128", "lora must be an existing file or folder: found no x$"),
@@ -129,8 +149,9 @@ WRONG = [
     ("--model cogvideox-5b-i2v --prompt p", "--image and --prompt must be given"),
     ("--decode_latents x --prompt p", "--decode_latents must stand alone"),
     ("--decode_latents x --lora_path notes.txt", "--decode_latents must stand alone"),
+    ("--decode_latents x --num_videos_per_prompt 0", "--num_videos_per_prompt must be at least 1"),
     ("--num_videos_per_prompt 0", "--num_videos_per_prompt must be at least 1: got 0"),
-    ("--height tall", "--height: must be a positive integer: got 'tall'"),
+    ("--height tall", r"--height: must be a positive integer below 2\*\*31: got 'tall'"),
     ("--image_latent_scale big", "must be reference, sat, trainer or a positive number: got 'big'"),
     ("--colour", "unrecognized arguments: --colour"),
     ("--scheduler euler", "--scheduler: invalid choice: 'euler'"),
@@ -201,6 +222,7 @@ def test_arguments_are_checked_without_jax():
 import sys
 from cogi2v_jax.sample import main
 arguments = "--image gone.png --prompt p", "--output x.avi", "--decode_latents gone"
+arguments += ("--decode_latents gone --fps -1",)
 codes = [main(given.split()) for given in arguments]
 for arguments in (["--help"], ["--version"], ["--height", "tall"]):
     try:
@@ -212,7 +234,19 @@ print(*codes, "jax" in sys.modules)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.splitlines()[-1] == "1 1 1 0 0 2 False"
+    assert done.stdout.splitlines()[-1] == "1 1 1 1 0 0 2 False"
+
+
+def test_devices_that_do_not_start_are_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "cogi2v_jax.sample"],
+        env={**os.environ, "JAX_PLATFORMS": "abacus"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cogi2v: Unable to initialize backend 'abacus'")
 
 
 def test_the_version_is_the_package_s(capsys):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..disk import beside, sha256
-from ..request import SETTINGS, Request, Video
+from ..request import RATE, SETTINGS, Request, Video
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Models
@@ -67,12 +67,13 @@ def read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
         with safe_open(path, framework="numpy") as file:
             latents = file.get_tensor("latents")
             recipe = json.loads((file.metadata() or {})["recipe"])
-        known = {"model", "dtype", "fps"} <= dict(recipe).keys()
-        if latents.ndim != 5 or len(latents) != 1 or not known:
-            keys = ", ".join(recipe) or "nothing"
-            raise ValueError(f"it holds {list(latents.shape)} and a recipe of {keys}")
+        model, dtype, fps = (dict(recipe).get(key) for key in ("model", "dtype", "fps"))
+        known = isinstance(model, str) and isinstance(dtype, str) and RATE.fits(fps)
+        if latents.ndim != 5 or len(latents) != 1 or 0 in latents.shape or not known:
+            made = f"model {model!r}, dtype {dtype!r} and fps {fps!r}"
+            raise ValueError(f"it holds {list(latents.shape)} and a recipe of {made}")
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"latents must be a *{LATENTS} file of an earlier run: {path} is not ({error})"
+            f"latents must be a *{LATENTS} file of an earlier run: got {path} ({error})"
         ) from None
     return latents, recipe

@@ -3,7 +3,6 @@ inside."""
 
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageSequence, PngImagePlugin
 
 from ..disk import beside, check_target
+from ..request import RATE
 from .images import decoding, read_image
 
 FRAME_NAME = re.compile(r"\d{5,}\.png")
@@ -69,8 +69,8 @@ def write_video(
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         got = f"{frames.dtype} {list(frames.shape)}"
         raise ValueError(f"frames must be uint8 [f h w 3] with no side 0: got {got}")
-    if not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a positive number: got {fps}")
+    if not RATE.fits(fps):
+        raise ValueError(f"fps must be {RATE.rule}: got {fps!r}")
     try:
         # ASCII on one line, which is the same in every container's encoding.
         text = json.dumps(recipe, allow_nan=False)
