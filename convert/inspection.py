@@ -7,9 +7,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from cogi2v_jax.config import CheckpointConfig, named, names, toml
+from cogi2v_jax.config import CheckpointConfig, named, names
 from cogi2v_jax.disk import one_line
 from cogi2v_jax.lookalikes import by_tensors
+from cogi2v_jax.names import find_name
 from cogi2v_jax.weights.checkpoint import MANIFEST, check_loras, int8_errors, read_config
 from cogi2v_jax.weights.hub import locate
 from cogi2v_jax.weights.hub import report as say
@@ -116,10 +117,8 @@ def describe_lora(path: Path, model: str, keys: bool) -> tuple[list[str], bool]:
 
 
 def _config_of(model: str) -> CheckpointConfig:
-    asked = model.lower().replace("thudm/", "zai-org/")
-    for name in names():
-        if asked in (name, toml(name)["source"].get("hub", "").lower()):
-            return named(name)
+    if name := find_name(model):
+        return named(name)
     folder = Path(os.path.expanduser(model))
     if not folder.is_dir():
         known = ", ".join(names())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from .. import config
 from ..disk import read_toml
+from ..names import find_name
 from ..request import Request, Resolved
 
 Row = dict[str, Any]  # of plans.toml: the programs of one stage, compiled
@@ -49,7 +50,7 @@ def lines(
     Raises ValueError in one line for an unknown model or mesh, and for what the network cannot
     compute."""
     chips(mesh)  # raises for an unknown mesh
-    model = named(model)
+    model = _find(model)
     request = Request(image="", prompt="", **settings).resolve(config.named(model))
     steps = request.num_inference_steps
     # The defaults of `load`.
@@ -69,11 +70,9 @@ def lines(
     ]
 
 
-def named(model: str) -> str:
+def _find(model: str) -> str:
     """The name of a checkpoint, from its name or its hub id."""
-    by_hub = {config.toml(name)["source"].get("hub", name).lower(): name for name in config.names()}
-    name = by_hub.get(model.lower().replace("thudm/", "zai-org/"), model)
-    if name not in config.names():
+    if (name := find_name(model)) is None:
         known = ", ".join(config.names())
         raise ValueError(f"model must be one of {known} to be planned: got {model!r}")
     return name

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from .. import config
 from ..disk import check_space, first_line, one_line
+from ..names import find_name
 from . import bucket
 from .checkpoint import MANIFEST
 from .needed_files import wanted
@@ -116,10 +117,8 @@ def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
 
 def _licence(repository: str, info: Any) -> str:
     """The licence in our TOML of a released checkpoint, else in the repository's card."""
-    sources = [config.toml(name)["source"] for name in config.names()]
-    for source in sources:
-        if source.get("hub", "").lower() == repository.lower().replace("thudm/", "zai-org/"):
-            return source["licence"]
+    if name := find_name(repository):
+        return config.toml(name)["source"]["licence"]
     card = info.card_data or {}
     named = [card.get(key) for key in ("license_name", "license", "license_link")]
     return " ".join(str(part) for part in named if part and part != "other") or "it names none"

@@ -1,0 +1,11 @@
+"""The names and the hub ids of the published checkpoints."""
+
+from . import config
+
+
+def find_name(model: str) -> str | None:
+    """The one of `config.names()` that a name or a hub id means, or None. As on the hub, case
+    doesn't matter, and THUDM is the former name of zai-org."""
+    asked = model.lower().replace("thudm/", "zai-org/")
+    hubs = {name: config.toml(name)["source"].get("hub", name).lower() for name in config.names()}
+    return next((name for name, hub in hubs.items() if asked in (name, hub)), None)

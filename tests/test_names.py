@@ -1,0 +1,28 @@
+"""Names of checkpoints, however they are spelled."""
+
+import pytest
+
+from cogi2v_jax import config
+from cogi2v_jax.names import find_name
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("cogvideox-5b-i2v", "cogvideox-5b-i2v"),
+        ("CogVideoX1.5-5B-I2V", "cogvideox1.5-5b-i2v"),
+        ("zai-org/CogVideoX-5b-I2V", "cogvideox-5b-i2v"),
+        ("THUDM/cogvideox1.5-5b-i2v", "cogvideox1.5-5b-i2v"),
+        ("someone/CogVideoX-5b-I2V", None),
+        ("sora", None),
+        ("", None),
+    ],
+)
+def test_a_name_and_every_spelling_of_a_hub_id_find_their_checkpoint(
+    model: str, name: str | None
+) -> None:
+    assert find_name(model) == name
+
+
+def test_every_checkpoint_is_found_by_its_own_name() -> None:
+    assert [find_name(name) for name in config.names()] == config.names()
