@@ -27,8 +27,8 @@ from cogi2v_convert.sources.diffusers import write_index, write_safetensors
 from cogi2v_convert.sources.parts import Tensor
 from cogi2v_convert.tables.rules import expand
 from cogi2v_convert.tables.transformer import table
-from full_networks import cut
-from vs_reference import aligned, machine
+from full_networks import configure
+from vs_reference import align, describe_machine
 
 from cogi2v_jax import config
 from cogi2v_jax.disk import sync
@@ -41,7 +41,7 @@ def write(folder: Path, layers: int) -> None:
     """Writes a diffusers folder with a transformer of full width, tensor by tensor."""
     full_path.write("cogvideox-5b-i2v", "small", folder)
     network = dataclasses.replace(config.named("cogvideox-5b-i2v").transformer, num_layers=layers)
-    small, _ = cut("cogvideox-5b-i2v", "small")
+    small, _ = configure("cogvideox-5b-i2v", "small")
     network = dataclasses.replace(network, text_embed_dim=small.text_encoder.d_model)
     whole = dataclasses.replace(small, transformer=network)
     leaves = leaf_names(abstract(whole, "transformer", np.dtype(np.float32)))
@@ -75,15 +75,15 @@ def write(folder: Path, layers: int) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """As `cp -r`, and flushes everything to the disk."""
+    """Copies a folder as `cp -r` does, then flushes every file to the disk."""
     shutil.copytree(source, target)
     for path in target.rglob("*"):
         sync(path)
 
 
 def clear(*made: Path) -> None:
-    """Removes folders, so that the next run has the same free space on the disk and in memory. The
-    first use of a page is slow in a virtual machine."""
+    """Removes folders, so that every run starts with the same free disk and memory. In a virtual
+    machine, the first write to a page of memory is slow."""
     for folder in made:
         shutil.rmtree(folder, ignore_errors=True)
     os.sync()
@@ -112,7 +112,7 @@ def main() -> None:
             seconds["copy"].append(time.perf_counter() - begin)
             clear(copied, converted)
             for step, folders in (("to-flax", [source, converted]), ("check", [converted])):
-                found = full_path.measured([*command, step, *folders])
+                found = full_path.run_measured([*command, step, *folders])
                 if found["code"]:
                     sys.exit("\n".join(found["said"]))
                 seconds[step].append(found["seconds"])
@@ -124,14 +124,14 @@ def main() -> None:
         median = statistics.median(times)
         cells.append([step, f"{median:.1f}", f"{size / median / 1e9:.2f}"])
     about = f"{args.layers} of 42 layers, {size / 1e9:.1f} GB, medians of {args.repeats}"
-    print("\n".join([*machine(), about, aligned(cells, markdown=False)]))
+    print("\n".join([*describe_machine(), about, align(cells, markdown=False)]))
     print(
         f"to-flax runs at {ratio:.0%} of a copy's speed, start of the program included, in "
         f"{peak / 2**30:.2f} GiB of memory"
     )
     if args.json:
         record = {"bytes": size, "seconds": seconds, "peak": peak}
-        record |= {"ratio": ratio, "machine": machine()}
+        record |= {"ratio": ratio, "machine": describe_machine()}
         args.json.write_text(json.dumps(record, indent=1))
 
 

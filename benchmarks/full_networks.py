@@ -45,8 +45,8 @@ SMALL: Size = {
 SIZES = {"full": FULL, "wide": WIDE, "small": SMALL}
 
 
-def cut(name: str, size: str) -> tuple[CheckpointConfig, dict[str, Any]]:
-    """A released checkpoint's configuration at one of SIZES, and the request's settings."""
+def configure(name: str, size: str) -> tuple[CheckpointConfig, dict[str, Any]]:
+    """Returns a released checkpoint's configuration at one of SIZES, and the request's settings."""
     whole = config.named(name)
     parts: dict[str, Any] = {
         part: dataclasses.replace(getattr(whole, part), **changed)
@@ -60,11 +60,11 @@ def cut(name: str, size: str) -> tuple[CheckpointConfig, dict[str, Any]]:
     return dataclasses.replace(whole, **parts), SIZES[size]["request"]
 
 
-def reference(
+def build_reference(
     part: str, config: CheckpointConfig, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> torch.nn.Module:
-    """The reference's network with seeded weights. They are bfloat16 values in every dtype, so that
-    all dtypes compute with the same weights."""
+    """Builds the reference's network with seeded weights. They are bfloat16 values in every dtype,
+    so that all dtypes compute with the same weights."""
     own = dataclasses.asdict(getattr(config, part))
     with torch.device("meta"):
         if part == "transformer":
@@ -81,15 +81,17 @@ def reference(
     for name, tensor in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(name.encode()))
         drawn = torch.randn(tensor.shape, generator=generator, device=device)
-        mean, deviation = _scale(name, tuple(tensor.shape), config)
+        mean, deviation = _choose_scale(name, tuple(tensor.shape), config)
         tensor.copy_((mean + deviation * drawn).bfloat16())
     return module
 
 
-def _scale(name: str, shape: tuple[int, ...], config: CheckpointConfig) -> tuple[float, float]:
-    """(mean, standard deviation) that keep activations near one at any depth: kernels are scaled by
-    their number of inputs, norms are near the identity, and T5's queries keep its unscaled logits
-    small."""
+def _choose_scale(
+    name: str, shape: tuple[int, ...], config: CheckpointConfig
+) -> tuple[float, float]:
+    """Returns the mean and standard deviation of a tensor, which keep activations near one at any
+    depth: kernels are scaled by their number of inputs, norms are near the identity, and T5's
+    queries are small, because T5 does not scale its logits."""
     if len(shape) == 1:
         return (1.0 if name.endswith("weight") else 0.0), 0.1
     if name.endswith(("shared.weight", "embed_tokens.weight", "relative_attention_bias.weight")):
@@ -100,8 +102,9 @@ def _scale(name: str, shape: tuple[int, ...], config: CheckpointConfig) -> tuple
     return 0.0, (math.prod(shape[1:]) * scale) ** -0.5
 
 
-def ours(name: str, module: torch.nn.Module, target: Target) -> nnx.Module:
-    """One of pieces.PIECES with the weights of a reference network, on the same device."""
+def build_ours(name: str, module: torch.nn.Module, target: Target) -> nnx.Module:
+    """Builds one of our networks, a name of PIECES, with the weights of a reference network and on
+    its device."""
     part, prefix = PIECES[name]
     tensors = module.state_dict()
     found: dict[str, list[Any]] = {}

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from full_networks import cut, reference
+from full_networks import build_reference, configure
 
 from cogi2v_jax.weights.hub import EMBEDDED
 
@@ -22,14 +22,14 @@ PROMPT = "a boat drifts out of the harbour"
 LINES = 8  # of a command's output, kept in the results
 
 
-def path(args: argparse.Namespace) -> dict[str, Any]:
+def run_path(args: argparse.Namespace) -> dict[str, Any]:
     """Writes weights, converts, samples, records and verifies. Skips what `--folder` already has,
     so that several calls may share the work."""
     dtype = args.dtypes[0]
     source, converted, video, trace, figures = (
         args.folder / name for name in ("source", "converted", "out.mp4", "trace", "verify.json")
     )
-    _, asked = cut(args.model, args.size)
+    _, asked = configure(args.model, args.size)
     rows: list[dict[str, Any]] = []
     if not source.is_dir():
         begin = time.perf_counter()
@@ -51,7 +51,7 @@ def path(args: argparse.Namespace) -> dict[str, Any]:
     faults = []
     for step, (target, command) in commands.items():
         if not target.exists():
-            row = {"step": step, **measured([sys.executable, "-m", *command])}
+            row = {"step": step, **run_measured([sys.executable, "-m", *command])}
             rows.append(row)
             if row["code"]:
                 faults.append(f"{step} must succeed: got {' '.join(row['said'])}")
@@ -62,7 +62,7 @@ def path(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "faults": faults}
 
 
-def path_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def tabulate_path(rows: list[dict[str, Any]]) -> list[list[str]]:
     cells = [["step", "s", "peak host GiB", "GiB of weights", "last line"]]
     for row in rows:
         memory = "-" if row["peak"] is None else f"{row['peak'] / 2**30:.2f}"
@@ -74,10 +74,10 @@ def path_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 def write(model: str, size: str, folder: Path) -> None:
     """Writes a diffusers folder of seeded random weights in bfloat16, in shards of the released
     checkpoints' size."""
-    config, _ = cut(model, size)
+    config, _ = configure(model, size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = ("text_encoder", "vae", "transformer")
-    networks = {part: reference(part, config, torch.bfloat16, device) for part in parts}
+    networks = {part: build_reference(part, config, torch.bfloat16, device) for part in parts}
     settings = vars(config.scheduler) | config.scheduler.REQUIRED
     tokenizer = EMBEDDED / "cogi2v-tiny" / "tokenizer"
     diffusers.CogVideoXImageToVideoPipeline(
@@ -100,7 +100,7 @@ sys.exit(code)
 """
 
 
-def measured(command: list[Any]) -> dict[str, Any]:
+def run_measured(command: list[Any]) -> dict[str, Any]:
     """Runs a command. Returns its wall seconds, peak memory in bytes, exit code and last lines."""
     begin = time.perf_counter()
     arguments = [sys.executable, "-c", STARTER, *map(str, command)]

@@ -4,11 +4,11 @@ on one GPU: parity and speed.
     python benchmarks/full_size.py PART [options]
 
     parity   --model cogvideox-5b-i2v     every stage in float32 and bfloat16
-    speed    --stages "denoising step"    ours, eager, torch.compile, cuDNN attention
+    speed    --stages "denoise, one step" ours, eager, torch.compile, cuDNN attention
     tune                                  our attention backends and compiler options
     profile                               the time of a step by kernels, ours and theirs
     path     --folder /scratch            the commands to-flax, sample, record and verify
-    readme   results/*.json               writes README's tables from the results of the others
+    publish  results/*.json               writes the tables of docs/performance.md
 
 Every part runs alone, prints a table and writes it with `--json FILE`. It should take at most nine
 minutes on an H100 with 16 cores; `--stages`, `--variants` and `--dtypes` select less. Without a
@@ -30,7 +30,8 @@ from typing import Any
 
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # because torch shares the GPU's memory
 
-from vs_reference import aligned, machine  # exits if the reference is not installed
+# This exits if the reference is not installed.
+from vs_reference import align, describe_machine, measure_error, replace_tables
 
 # isort: split
 import full_path
@@ -42,16 +43,16 @@ from full_networks import SIZES
 from full_stages import NETWORKS, VARIANTS, Case, Stage
 from torch.utils.flop_counter import FlopCounterMode
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
 STAGES = {
     "text": "text_encoder",
-    "image encode": "vae",
-    "VAE decode": "vae",
-    "DiT forward": "transformer",
-    "denoising step": "transformer",
+    "image": "vae",
+    "decode": "vae",
+    "denoise, one prediction": "transformer",
+    "denoise, one step": "transformer",
 }
-TIMED = ("text", "VAE decode", "denoising step")
+TIMED = ("text", "decode", "denoise, one step")
 # Peak operations a second of a device in bfloat16 and in float32.
 PEAKS = {"NVIDIA H100 80GB HBM3": (989e12, 67e12), "NVIDIA H200": (989e12, 67e12)}
 # Limits: the relative error of a stage and of the loop in float32; in bfloat16, our error over the
@@ -60,12 +61,12 @@ MOST, LOOP_MOST, RATIO = 1e-5, 1e-4, 1.1
 OURS = "cogi2v-jax"
 
 
-def parity(args: argparse.Namespace) -> dict[str, Any]:
-    """Every stage's result in both dtypes. The networks of one dtype are freed before those of the
-    next are made."""
+def measure_parity(args: argparse.Namespace) -> dict[str, Any]:
+    """Compares the result of every stage in both dtypes. The networks of one dtype are freed before
+    those of the next are made."""
     results: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     for dtype in args.dtypes:
-        for name, stage in _stages(args, dtype, STAGES):
+        for name, stage in _make_stages(args, dtype, STAGES):
             theirs = stage.theirs().float().cpu().numpy()
             results[name, dtype] = theirs, np.asarray(stage.ours().call()).astype(np.float32)
     rows = []
@@ -74,23 +75,17 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
         rms = float(np.sqrt(np.mean(np.square(theirs, dtype=np.float64))))
         row = {"stage": name, "shape": list(theirs.shape), "rms": rms}
         if single := results.get((name, "float32")):
-            row["float32"] = _error(single[1], single[0])
+            row["float32"] = measure_error(single[1], single[0])
         if half := results.get((name, "bfloat16")):
             truth = single[0] if single else half[0]
-            row["bfloat16"] = _error(half[1], truth)
-            row["reference_bfloat16"] = _error(half[0], truth) if single else None
+            row["bfloat16"] = measure_error(half[1], truth)
+            row["reference_bfloat16"] = measure_error(half[0], truth) if single else None
         rows.append(row)
-    return {"rows": rows, "faults": [fault for row in rows for fault in _faults(row)]}
+    return {"rows": rows, "faults": [fault for row in rows for fault in _find_faults(row)]}
 
 
-def _error(ours: np.ndarray, truth: np.ndarray) -> float:
-    return float(
-        np.linalg.norm(ours.astype(np.float64) - truth) / np.linalg.norm(truth.astype(np.float64))
-    )
-
-
-def _faults(row: dict[str, Any]) -> Iterator[str]:
-    stage, most = row["stage"], LOOP_MOST if row["stage"] == "denoising step" else MOST
+def _find_faults(row: dict[str, Any]) -> Iterator[str]:
+    stage, most = row["stage"], LOOP_MOST if row["stage"] == "denoise, one step" else MOST
     if not row.get("float32", 0.0) <= most:
         rule = f"must be within {most:g} of the reference in float32"
         yield f"{stage} {rule}: got {row['float32']:.1e}"
@@ -99,7 +94,7 @@ def _faults(row: dict[str, Any]) -> Iterator[str]:
         yield f"{stage} {rule}: got {row['bfloat16']:.1e}"
 
 
-def parity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def tabulate_parity(rows: list[dict[str, Any]]) -> list[list[str]]:
     cells = [
         ["stage", "result", "rms", "float32", "bfloat16: ours", "the reference's", "ours / theirs"]
     ]
@@ -113,22 +108,22 @@ def parity_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return cells
 
 
-def speed(args: argparse.Namespace) -> dict[str, Any]:
+def measure_speed(args: argparse.Namespace) -> dict[str, Any]:
     """Times all variants of a stage in turn, round after round, so that other load on the machine
     affects all of them."""
     (dtype,) = args.dtypes
     rows = []
-    for name, stage in _stages(args, dtype, TIMED):
+    for name, stage in _make_stages(args, dtype, TIMED):
         with FlopCounterMode(display=False) as counter:
             truth = stage.theirs().float().cpu().numpy()
         operations = counter.get_total_flops()
         program = stage.ours()
         calls: dict[str, Callable[[], Any]] = {OURS: program.call}
-        error = _error(np.asarray(program.call()).astype(np.float32), truth)
+        error = measure_error(np.asarray(program.call()).astype(np.float32), truth)
         facts = {OURS: {"peak": program.peak, "error": error}}
         for variant in args.variants:
             try:
-                facts[variant] = _warmed(call := stage.variant(variant), truth)
+                facts[variant] = _warm_up(call := stage.make_variant(variant), truth)
                 calls[variant] = call
             # There is no such kernel on this device, or too little memory.
             except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
@@ -137,21 +132,21 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         times: dict[str, list[float]] = {variant: [] for variant in calls}
         for repeat in range(args.repeats):
             for variant in list(calls) if repeat % 2 else reversed(list(calls)):
-                times[variant].append(_seconds(calls[variant]) / stage.parts)
+                times[variant].append(_time_call(calls[variant]) / stage.parts)
         for variant, seconds in times.items():
             pairs = zip(seconds, times[OURS], strict=True)
             rate = operations / stage.parts / statistics.median(seconds)
             row = {"stage": name, "variant": variant, "seconds": seconds}
             row |= {"ratio": statistics.median(theirs / ours for theirs, ours in pairs)}
-            row |= {"rate": rate, "mfu": rate / peak if (peak := _peak(dtype)) else None}
+            row |= {"rate": rate, "mfu": rate / peak if (peak := _find_peak(dtype)) else None}
             rows.append(row | facts[variant])
     return {"rows": rows}
 
 
-def _warmed(call: Callable[[], torch.Tensor], truth: np.ndarray) -> dict[str, Any]:
-    """Compiles, compares, and measures the memory of a second call, including torch's networks and
-    inputs."""
-    error = _error(call().float().cpu().numpy(), truth)
+def _warm_up(call: Callable[[], torch.Tensor], truth: np.ndarray) -> dict[str, Any]:
+    """Calls a variant of the reference twice: the first call compiles it and gives its error, the
+    second its peak memory, including torch's networks and inputs."""
+    error = measure_error(call().float().cpu().numpy(), truth)
     if not torch.cuda.is_available():
         return {"peak": None, "error": error}
     torch.cuda.empty_cache()
@@ -160,7 +155,7 @@ def _warmed(call: Callable[[], torch.Tensor], truth: np.ndarray) -> dict[str, An
     return {"peak": torch.cuda.max_memory_allocated(), "error": error}
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _time_call(call: Callable[[], Any]) -> float:
     _synchronize()
     begin = time.perf_counter()
     jax.block_until_ready(call())
@@ -173,12 +168,12 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _peak(dtype: str) -> float | None:
+def _find_peak(dtype: str) -> float | None:
     half, single = PEAKS.get(jax.devices()[0].device_kind, (None, None))
     return half if dtype == "bfloat16" else single
 
 
-def speed_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def tabulate_speed(rows: list[dict[str, Any]]) -> list[list[str]]:
     head = "stage, variant, s, variant / ours, peak GiB, TFLOP/s, MFU, distance from eager"
     cells = [head.split(", ")]
     for row in rows:
@@ -192,8 +187,8 @@ def speed_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     return cells
 
 
-def _stages(args: argparse.Namespace, dtype: str, among: Any) -> Iterator[tuple[str, Stage]]:
-    """The requested stages, network by network."""
+def _make_stages(args: argparse.Namespace, dtype: str, among: Any) -> Iterator[tuple[str, Stage]]:
+    """Makes the requested stages, one network at a time, so that only one is in memory."""
     wanted = [name for name in (args.stages or among) if name in among]
     for network in dict.fromkeys(STAGES[name] for name in wanted):
         stages = NETWORKS[network](Case(args.model, args.size, dtype, args.steps, args.attention))
@@ -204,31 +199,28 @@ def _stages(args: argparse.Namespace, dtype: str, among: Any) -> Iterator[tuple[
             torch.cuda.empty_cache()
 
 
-def readme(args: argparse.Namespace) -> None:
-    """Puts the tables of result files between README's marks."""
+def publish(args: argparse.Namespace) -> None:
+    """Puts the tables of result files into docs/performance.md."""
     blocks = []
     for path in args.results:
         found = json.loads(path.read_text())
-        parts = (found["title"], aligned(found["table"], markdown=True), " ".join(found["machine"]))
+        parts = (found["title"], align(found["table"], markdown=True), " ".join(found["machine"]))
         blocks.append("\n\n".join(parts))
-    begin, end = "<!-- benchmarks/full_size.py -->", "<!-- end -->"
-    before, _, rest = README.read_text(encoding="utf-8").partition(begin)
-    text = before + "\n\n".join([begin, *blocks, end]) + rest.partition(end)[2]
-    README.write_text(text, encoding="utf-8")
+    replace_tables(PAGE, "benchmarks/full_size.py", "\n" + "\n\n".join(blocks) + "\n")
 
 
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
 Tabulate = Callable[[list[dict[str, Any]]], list[list[str]]]
 PARTS: dict[str, tuple[Measure, Tabulate]] = {
-    "parity": (parity, parity_table),
-    "speed": (speed, speed_table),
-    "tune": (full_tuning.tune, full_tuning.tune_table),
-    "profile": (full_tuning.profile, full_tuning.profile_table),
-    "path": (full_path.path, full_path.path_table),
+    "parity": (measure_parity, tabulate_parity),
+    "speed": (measure_speed, tabulate_speed),
+    "tune": (full_tuning.tune, full_tuning.tabulate_trials),
+    "profile": (full_tuning.profile, full_tuning.tabulate_kernels),
+    "path": (full_path.run_path, full_path.tabulate_path),
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     about = "The released networks at full size compared with diffusers."
     main = argparse.ArgumentParser(description=about)
     parts = main.add_subparsers(dest="part", required=True, metavar="PART")
@@ -246,15 +238,15 @@ def parser() -> argparse.ArgumentParser:
         about = "path: for its folders and files, which later calls find again"
         part.add_argument("--folder", type=Path, help=about)
         part.add_argument("--json", type=Path, help="write every figure there")
-    tables = parts.add_parser("readme", help="README's tables from result files")
+    tables = parts.add_parser("publish", help=f"put the tables of result files into {PAGE.name}")
     tables.add_argument("results", nargs="+", type=Path)
     return main
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
-    if args.part == "readme":
-        readme(args)
+    args = make_parser().parse_args(arguments)
+    if args.part == "publish":
+        publish(args)
         return 0
     both = ["float32", "bfloat16"]
     args.dtypes = args.dtypes or (both if args.part == "parity" else both[1:])
@@ -271,17 +263,17 @@ def main(arguments: list[str] | None = None) -> int:
         found = measure(args)
     rows = found["rows"]
     what = f"{args.size} size, {' and '.join(args.dtypes)}, {args.steps} steps"
-    title, about = f"{args.part}, {args.model}, {what}", [*_gpu(), *machine()]
+    title, about = f"{args.part}, {args.model}, {what}", [*_describe_gpu(), *describe_machine()]
     record = {"title": title, "machine": about, "table": tabulate(rows), **found}
     record["seconds"] = time.perf_counter() - begin
-    table = aligned(record["table"], markdown=False)
+    table = align(record["table"], markdown=False)
     print("\n".join([title, *about, "", table, *found.get("faults", [])]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 1 if found.get("faults") else 0
 
 
-def _gpu() -> list[str]:
+def _describe_gpu() -> list[str]:
     if not torch.cuda.is_available():
         return ["no GPU:"]
     theirs = f"CUDA {torch.version.cuda} and cuDNN {torch.backends.cudnn.version()}"

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from full_networks import cut, ours, reference
+from full_networks import build_ours, build_reference, configure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogi2v_jax.config import CheckpointConfig
@@ -63,11 +63,11 @@ class Case:
 
     @cached_property
     def config(self) -> CheckpointConfig:
-        return cut(self.model, self.size)[0]
+        return configure(self.model, self.size)[0]
 
     @cached_property
     def target(self) -> RequestTarget:
-        config, asked = cut(self.model, self.size)
+        config, asked = configure(self.model, self.size)
         settings: dict[str, Any] = {"num_inference_steps": self.steps, "scheduler": "ddim"}
         settings |= {"guidance_scale": GUIDANCE, "use_dynamic_cfg": False}
         with warnings.catch_warnings(action="ignore"):  # about sizes outside the published range
@@ -76,16 +76,17 @@ class Case:
         mesh = mesh_for(config, dtype, "data=1", 1, True, jax.devices()[:1], memory)
         return RequestTarget(config, dtype, mesh, memory, request, self.attention)
 
-    def normal(self, seed: int, *shape: int) -> torch.Tensor:
-        """Float32 values that bfloat16 represents exactly, so that all dtypes have equal inputs."""
+    def draw_normal(self, seed: int, *shape: int) -> torch.Tensor:
+        """Draws float32 values that bfloat16 represents exactly, so that all dtypes have equal
+        inputs."""
         generator = torch.Generator(self.device).manual_seed(seed)
         values = torch.randn(shape, generator=generator, device=self.device)
         return values.bfloat16().float()
 
 
 class Program(NamedTuple):
-    """Ours, compiled: a call, and the peak bytes of its executables, including weights and
-    arguments."""
+    """Our compiled side of a stage: `call` runs it; `peak` is the memory of its executables in
+    bytes, including weights and arguments."""
 
     call: Callable[[], Any]
     peak: int
@@ -93,16 +94,18 @@ class Program(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One result computed by the reference and by us. `inner` is the reference's module for
+    """A stage as computed by the reference and by us. `inner` is the reference's module for
     torch.compile; times are divided by `parts`."""
 
     inner: torch.nn.Module
     theirs: Callable[[], torch.Tensor]  # already in our layout
-    ours: Callable[..., Program]  # of the loop with the compiler's `options` in place of flags.py's
+    # Compiles ours. That of a step takes `options` in place of those of compiler_options.py.
+    ours: Callable[..., Program]
     parts: int = 1
 
-    def variant(self, name: str) -> Callable[[], torch.Tensor]:
-        """The reference run in one of VARIANTS. Calls share what torch.compile compiled."""
+    def make_variant(self, name: str) -> Callable[[], torch.Tensor]:
+        """Returns a call of the reference in one of VARIANTS, which torch.compile compiles only
+        once."""
         mode, kernel = VARIANTS[name]
         plain = type(self.inner).forward
 
@@ -122,23 +125,24 @@ class Stage:
         return run
 
 
-def frames_first(video: torch.Tensor) -> torch.Tensor:
-    """[b c f h w] as our [b f h w c]."""
+def video_to_ours(video: torch.Tensor) -> torch.Tensor:
+    """The reference's video, [b c f h w], as our [b f h w c]."""
     return video.permute(0, 2, 3, 4, 1)
 
 
-def channels_last(latents: torch.Tensor) -> torch.Tensor:
-    """[b t c h w] as our [b t h w c]."""
+def latents_to_ours(latents: torch.Tensor) -> torch.Tensor:
+    """The reference's latents, [b t c h w], as our [b t h w c]."""
     return latents.permute(0, 1, 3, 4, 2)
 
 
-def given(tensor: torch.Tensor) -> jax.Array:
+def to_jax(tensor: torch.Tensor) -> jax.Array:
     """The same values as a jax array on the same device."""
     return jnp.array(jax.dlpack.from_dlpack(tensor.contiguous()))
 
 
-def peak(*executables: Any) -> int:
-    """Bytes of arguments, outputs and temporaries, by the compiler's own plan."""
+def read_peak(*executables: Any) -> int:
+    """Returns the most bytes of arguments, outputs and temporaries of one executable, as the
+    compiler plans them."""
     sizes = []
     for executable in executables:
         m = executable.memory_analysis()
@@ -147,63 +151,68 @@ def peak(*executables: Any) -> int:
     return max(sizes)
 
 
-def text_encoder(case: Case) -> dict[str, Stage]:
-    """T5 embeddings of a prompt and a negative prompt."""
-    module = reference("text_encoder", case.config, case.torch_dtype, case.device)
-    network, target = ours("text_encoder", module, case.target), case.target
+def make_text_stages(case: Case) -> dict[str, Stage]:
+    """Makes `text`: the T5 embeddings of a prompt and a negative prompt."""
+    module = build_reference("text_encoder", case.config, case.torch_dtype, case.device)
+    network, target = build_ours("text_encoder", module, case.target), case.target
     sizes = (2, case.config.transformer.max_text_seq_length)
     vocabulary, generator = case.config.text_encoder.vocab_size, torch.manual_seed(1)
     ids = torch.randint(2, vocabulary, sizes, generator=generator).to(case.device)
 
     def program() -> Program:
-        tokens = given(ids.int())
+        tokens = to_jax(ids.int())
         executable = target.call(stages.encode_text, tokens).compile()
-        return Program(lambda: executable(network, tokens), peak(executable))
+        return Program(lambda: executable(network, tokens), read_peak(executable))
 
     return {"text": Stage(module, lambda: module(ids)[0], program)}
 
 
-def vae(case: Case) -> dict[str, Stage]:
-    """The moments of a picture, and the video of latents."""
-    module = reference("vae", case.config, case.torch_dtype, case.device)
-    network, target, dtype = ours("vae", module, case.target), case.target, case.torch_dtype
+def make_vae_stages(case: Case) -> dict[str, Stage]:
+    """Makes `image`, from a picture to its moments, and `decode`, from latents to a video."""
+    module = build_reference("vae", case.config, case.torch_dtype, case.device)
+    network, target, dtype = build_ours("vae", module, case.target), case.target, case.torch_dtype
     request, (frames, rows, columns, channels, padding) = target.request, target.shape
-    pixels = case.normal(2, 1, 1, request.height, request.width, 3).clamp(-1, 1)
-    latents = case.normal(3, 1, frames - padding, rows, columns, channels)
+    pixels = case.draw_normal(2, 1, 1, request.height, request.width, 3).clamp(-1, 1)
+    latents = case.draw_normal(3, 1, frames - padding, rows, columns, channels)
 
     def program(function: Any, *args: Any, **static: Any) -> Program:
         executable = target.call(function, *args, **static).compile()
-        return Program(lambda: executable(network, *args), peak(executable))
+        return Program(lambda: executable(network, *args), read_peak(executable))
 
     def decode() -> Program:
         factor, strips = case.config.vae.scaling_factor, target.strips(rows, columns)
-        return program(stages.decode, given(latents), np.float32(factor), strips=strips)
+        return program(stages.decode, to_jax(latents), np.float32(factor), strips=strips)
 
     def moments() -> torch.Tensor:
-        return frames_first(module._encode(pixels.permute(0, 4, 1, 2, 3).to(dtype)))
+        return video_to_ours(module._encode(pixels.permute(0, 4, 1, 2, 3).to(dtype)))
 
     def video() -> torch.Tensor:
         unscaled = latents.permute(0, 4, 1, 2, 3).to(dtype) / case.config.vae.scaling_factor
-        return frames_first(module.decode(unscaled, return_dict=False)[0])
+        return video_to_ours(module.decode(unscaled, return_dict=False)[0])
 
     return {
-        "image encode": Stage(
-            module.encoder, moments, lambda: program(stages.encode_image, given(pixels))
+        "image": Stage(
+            module.encoder, moments, lambda: program(stages.encode_image, to_jax(pixels))
         ),
-        "VAE decode": Stage(module.decoder, video, decode),
+        "decode": Stage(module.decoder, video, decode),
     }
 
 
-def transformer(case: Case) -> dict[str, Stage]:
-    """One prediction, and steps of the loop with guidance. Ours include the modulation."""
-    module = reference("transformer", case.config, case.torch_dtype, case.device)
+def make_transformer_stages(case: Case) -> dict[str, Stage]:
+    """Makes the two parts of `denoise`: one prediction of the transformer, and steps of the loop
+    with guidance. Ours include the modulation."""
+    module = build_reference("transformer", case.config, case.torch_dtype, case.device)
     target, request, config = case.target, case.target.request, case.config.transformer
-    modulation, network = (ours(name, module, target) for name in ("modulation", "transformer"))
+    modulation, network = (
+        build_ours(name, module, target) for name in ("modulation", "transformer")
+    )
     frames, rows, columns, channels, _ = target.shape
-    start = case.normal(3, 1, frames, channels, rows, columns)
-    first = case.normal(4, 1, 1, channels, rows, columns)
+    start = case.draw_normal(3, 1, frames, channels, rows, columns)
+    first = case.draw_normal(4, 1, 1, channels, rows, columns)
     image = torch.cat([first, torch.zeros_like(start[:, 1:])], dim=1)
-    text = case.normal(5, 2, config.max_text_seq_length, config.text_embed_dim).to(case.torch_dtype)
+    text = case.draw_normal(5, 2, config.max_text_seq_length, config.text_embed_dim).to(
+        case.torch_dtype
+    )
     settings = vars(case.config.scheduler) | case.config.scheduler.REQUIRED
     scheduler = diffusers.CogVideoXDDIMScheduler(**settings)
     # Only for its rotary tables.
@@ -227,22 +236,22 @@ def transformer(case: Case) -> dict[str, Stage]:
             unconditional, conditional = predict(x, text, t).chunk(2)
             v = unconditional + GUIDANCE * (conditional - unconditional)
             x = scheduler.step(v, t, x, return_dict=False)[0].to(text.dtype)
-        return channels_last(x)
+        return latents_to_ours(x)
 
     def one() -> torch.Tensor:
         scheduler.set_timesteps(case.steps, device=case.device)
-        return channels_last(predict(start, text[1:], scheduler.timesteps[0]))
+        return latents_to_ours(predict(start, text[1:], scheduler.timesteps[0]))
 
     def program(
         tableau: Any, text: torch.Tensor, steps: int, options: Mapping[str, str] | None = None
     ) -> Program:
         before = target.call(stages.modulate, *target.time).compile()
-        x = given(channels_last(start))
+        x = to_jax(latents_to_ours(start))
         inputs = (
             None,
             put(seed_keys([0]), split(target.mesh)),
-            given(channels_last(image)),
-            given(text),
+            to_jax(latents_to_ours(image)),
+            to_jax(text),
             target.positions(),
         )
 
@@ -252,7 +261,7 @@ def transformer(case: Case) -> dict[str, Stage]:
 
         call = target.call(stages.denoise, *arguments(), steps=steps)
         loop = call.compile() if options is None else compile_with(options, call.lower())
-        return Program(lambda: loop(network, *arguments()).x, peak(before, loop))
+        return Program(lambda: loop(network, *arguments()).x, read_peak(before, loop))
 
     # A schedule whose step returns v.
     zeros = {name: np.zeros_like(column) for name, column in target.tableau._asdict().items()}
@@ -260,8 +269,8 @@ def transformer(case: Case) -> dict[str, Stage]:
     kept = {"timestep": target.tableau.timestep, "sigma": -ones, "x0": ones}
     returns_v = target.tableau._replace(**zeros | kept)
     return {
-        "DiT forward": Stage(module, one, lambda: program(returns_v, text[1:], 1)),
-        "denoising step": Stage(
+        "denoise, one prediction": Stage(module, one, lambda: program(returns_v, text[1:], 1)),
+        "denoise, one step": Stage(
             module,
             theirs,
             lambda **options: program(target.tableau, text, case.steps, **options),
@@ -270,4 +279,8 @@ def transformer(case: Case) -> dict[str, Stage]:
     }
 
 
-NETWORKS = {"text_encoder": text_encoder, "vae": vae, "transformer": transformer}
+NETWORKS = {
+    "text_encoder": make_text_stages,
+    "vae": make_vae_stages,
+    "transformer": make_transformer_stages,
+}

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 import torch
-from full_stages import Case, Stage, transformer
+from full_stages import Case, Stage, make_transformer_stages
 
 from cogi2v_jax.devices.compiler_options import compiler_options
 
-STEP = "denoising step"
+STEP = "denoise, one step"
 # Attention backends, with the options of compiler_options.py for the device and these in addition.
 TRIALS: tuple[tuple[str, dict[str, str] | None], ...] = (
     ("auto", None),
@@ -31,20 +31,21 @@ SHOWN = 12  # kernels of a profile, those with the largest shares
 
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
-    """Our step with each of TRIALS. The best belongs in compiler_options.py, with its figure."""
+    """Times our step with each of TRIALS. The best options belong in compiler_options.py, with
+    their figure."""
     (dtype,) = args.dtypes
     rows: list[dict[str, Any]] = []
     for backend, options in TRIALS:
         listed = " ".join(f"{name}={value}" for name, value in (options or {}).items())
         row: dict[str, Any] = {"attention": backend, "options": listed or "ours"}
         try:
-            stage = _step(args, dtype, backend)
+            stage = _make_step(args, dtype, backend)
             begin = time.perf_counter()
             usual = compiler_options(jax.devices()[0].device_kind, loop=True)
             program = stage.ours(options={**usual, **(options or {})})
             jax.block_until_ready(program.call())
             row["compiled"] = time.perf_counter() - begin
-            row["seconds"] = [_timed(program.call) / stage.parts for _ in range(args.repeats)]
+            row["seconds"] = [_time_call(program.call) / stage.parts for _ in range(args.repeats)]
             row["peak"] = program.peak
         # There is no such kernel or option on this device, or too little memory.
         except (ValueError, RuntimeError) as error:
@@ -53,7 +54,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def tune_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def tabulate_trials(rows: list[dict[str, Any]]) -> list[list[str]]:
     cells = [["attention", "options", "s a step", "first / this", "peak GiB", "compiled in s"]]
     first = next((statistics.median(row["seconds"]) for row in rows if "seconds" in row), None)
     for row in rows:
@@ -68,16 +69,16 @@ def tune_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def profile(args: argparse.Namespace) -> dict[str, Any]:
-    """The kernels of a step by their time, of ours and of the reference's first variant."""
+    """Sums the time of a step by kernels, for ours and for the reference's first variant."""
     (dtype,) = args.dtypes
-    stage = _step(args, dtype, args.attention)
+    stage = _make_step(args, dtype, args.attention)
     call = stage.ours().call
     jax.block_until_ready(call())
     with jax.profiler.trace(str(args.folder / "profile")):
         jax.block_until_ready(call())
-    sides = {"cogi2v-jax": _of_jax(args.folder / "profile")}
+    sides = {"cogi2v-jax": _sum_jax_kernels(args.folder / "profile")}
     for variant in args.variants[:1]:
-        theirs = stage.variant(variant)
+        theirs = stage.make_variant(variant)
         theirs()
         kinds = torch.profiler.ProfilerActivity
         activity = kinds.CUDA if torch.cuda.is_available() else kinds.CPU
@@ -85,7 +86,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
             theirs()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        sides[f"reference, {variant}"] = _of_torch(profiler)
+        sides[f"reference, {variant}"] = _sum_torch_kernels(profiler)
     rows = []
     for side, kernels in sides.items():
         total = sum(kernels.values()) or 1.0
@@ -98,7 +99,7 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def profile_table(rows: list[dict[str, Any]]) -> list[list[str]]:
+def tabulate_kernels(rows: list[dict[str, Any]]) -> list[list[str]]:
     cells = [["side", "kernel", "ms a step", "share"]]
     return cells + [
         [row["side"], row["kernel"], f"{1e3 * row['seconds']:.3f}", f"{row['share']:.1%}"]
@@ -106,9 +107,9 @@ def profile_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
-def _of_jax(folder: Path) -> Counter[str]:
-    """Seconds by kernel, whose names are stripped of numbers at the end: on the GPU's streams, or
-    without a GPU on the CPU's threads."""
+def _sum_jax_kernels(folder: Path) -> Counter[str]:
+    """Sums the seconds of each kernel of a profile, on the GPU's streams or else on the CPU's
+    threads. Numbers at the end of kernels' names are removed."""
     (file,) = folder.rglob("*.xplane.pb")
     planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
@@ -124,7 +125,7 @@ def _of_jax(folder: Path) -> Counter[str]:
     return spent
 
 
-def _of_torch(profiler: torch.profiler.profile) -> Counter[str]:
+def _sum_torch_kernels(profiler: torch.profiler.profile) -> Counter[str]:
     spent: Counter[str] = Counter()
     own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
     for event in profiler.key_averages():
@@ -132,11 +133,11 @@ def _of_torch(profiler: torch.profiler.profile) -> Counter[str]:
     return spent
 
 
-def _step(args: argparse.Namespace, dtype: str, attention: str) -> Stage:
-    return transformer(Case(args.model, args.size, dtype, args.steps, attention))[STEP]
+def _make_step(args: argparse.Namespace, dtype: str, attention: str) -> Stage:
+    return make_transformer_stages(Case(args.model, args.size, dtype, args.steps, attention))[STEP]
 
 
-def _timed(call: Any) -> float:
+def _time_call(call: Any) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - begin

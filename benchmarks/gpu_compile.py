@@ -31,11 +31,11 @@ from jax.experimental import topologies
 
 from cogi2v_jax import config
 from cogi2v_jax.devices.compiler_options import compile_with, compiler_options
+from cogi2v_jax.devices.plan import STAGES
 from cogi2v_jax.request import Request
 from cogi2v_jax.sampling.programs import Call, RequestTarget, mesh_for
 
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
-STAGES = ("text", "image", "denoise", "decode")
 # An H100 SXM with cuDNN 9.8, as its driver describes it to XLA.
 TARGET = """
 gpu_device_info {
@@ -57,8 +57,8 @@ SILENT = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 SILENT |= {"while", "conditional", "call"}
 
 
-def device() -> Any:
-    """One H100 as the compiler describes it."""
+def describe_h100() -> Any:
+    """Returns an H100 as XLA's compiler describes it."""
     # cuDNN attention queries a real device for its abilities.
     fused.check_cudnn_version = lambda: 90800
     fused.check_compute_capability = lambda _: True
@@ -68,9 +68,9 @@ def device() -> Any:
     ).devices[0]
 
 
-def moved(text: str) -> Counter[str]:
-    """Bytes that a program's kernels read and write, by kind of kernel, multiplied by the trips of
-    the loops around them."""
+def count_moved_bytes(text: str) -> Counter[str]:
+    """Counts the bytes that a program's kernels read and write, by kind of kernel. A kernel inside
+    a loop counts once for every trip."""
     computations, entry = tpu_hlo.parse(text)
 
     def walk(name: str) -> Counter[str]:
@@ -87,16 +87,16 @@ def moved(text: str) -> Counter[str]:
                 name = instruction.name
                 slices = "dynamic_slice" in name or "dynamic_update_slice" in name
                 shapes = [instructions[operand].shape for operand in instruction.operands]
-                sizes = [_bytes(shape) for shape in (instruction.shape, *shapes)]
+                sizes = [_count_bytes(shape) for shape in (instruction.shape, *shapes)]
                 # A slice moves only its own bytes, from or to a larger array: they count twice.
                 whole = not slices or len(sizes) == 1
-                found[_kind(instruction)] += sum(sizes) if whole else 2 * sorted(sizes)[-2]
+                found[_classify(instruction)] += sum(sizes) if whole else 2 * sorted(sizes)[-2]
         return found
 
     return walk(entry)
 
 
-def _kind(instruction: tpu_hlo.Instruction) -> str:
+def _classify(instruction: tpu_hlo.Instruction) -> str:
     target = instruction.attribute("custom_call_target", r'"([^"]*)"')
     if "fmha" in target:
         return "attention"
@@ -105,7 +105,7 @@ def _kind(instruction: tpu_hlo.Instruction) -> str:
     return "convolutions" if "conv" in target else "the rest"
 
 
-def _bytes(shape: str) -> int:
+def _count_bytes(shape: str) -> int:
     total = 0
     for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape):
         count = tpu_hlo.BYTES.get(kind, 0)
@@ -126,7 +126,11 @@ def main() -> None:
     args = parser.parse_args()
     head = "model, stage, GiB, GB moved: products, attention, convolutions, the rest, s at least"
     cells = [[*head.split(", "), "compiled in s"]]
-    gpu, half = device(), jnp.dtype(jnp.bfloat16)
+    try:
+        gpu, half = describe_h100(), jnp.dtype(jnp.bfloat16)
+    except NotImplementedError as missing:
+        rule = "benchmarks/gpu_compile.py must have XLA's compiler for CUDA"
+        sys.exit(f"{rule}: {missing}; pip install 'jax[cuda12]'")
     for name in args.model:
         checkpoint = config.named(name)
         request = Request("none.png", "none", num_inference_steps=1).resolve(checkpoint)
@@ -134,14 +138,16 @@ def main() -> None:
         target = RequestTarget(checkpoint, half, mesh, MEMORY, request, args.attention)
         for stage in args.stage:
             what = stage + (", one step" if stage == "denoise" else "")
-            cells.append([name, what, *_row(target, stage, target.calls(stage), args.hlo)])
+            cells.append([name, what, *_compile_row(target, stage, target.calls(stage), args.hlo)])
             print("  ".join(cells[-1]), file=sys.stderr, flush=True)
     mark = " | " if args.markdown else "  "
     for line in [cells[0], *([["-"] * len(cells[0])] if args.markdown else []), *cells[1:]]:
         print(f"| {mark.join(line)} |" if args.markdown else mark.join(line))
 
 
-def _row(target: RequestTarget, stage: str, calls: list[Call], hlo: Path | None) -> list[str]:
+def _compile_row(
+    target: RequestTarget, stage: str, calls: list[Call], hlo: Path | None
+) -> list[str]:
     memory, bytes_moved, begin = 0, Counter(), time.perf_counter()
     for number, call in enumerate(calls):
         options = compiler_options(target.mesh.devices.flat[0].device_kind, call.stage.program.loop)
@@ -149,7 +155,7 @@ def _row(target: RequestTarget, stage: str, calls: list[Call], hlo: Path | None)
         sizes = executable.memory_analysis()
         both = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
         memory = max(memory, both + sizes.temp_size_in_bytes)
-        bytes_moved += moved(text := executable.as_text())
+        bytes_moved += count_moved_bytes(text := executable.as_text())
         if hlo is not None:
             (hlo / f"{target.config.name}-{stage}-{number}.txt").write_text(text)
     seconds = time.perf_counter() - begin

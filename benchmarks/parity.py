@@ -11,25 +11,15 @@ weights can go through the same two commands, `cogi2v-convert record` and `verif
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_VERBOSITY="error")
+from vs_reference import replace_tables, write_random  # exits if the reference is not installed
 
-try:
-    import diffusers
-    import torch
-    import transformers
-except ImportError as missing:
-    sys.exit(
-        f"benchmarks/parity.py must have the reference installed: {missing}; "
-        "pip install 'cogi2v-jax[reference]'"
-    )
-
+# isort: split
 from cogi2v_convert.proof.record import record  # pyright: ignore[reportMissingImports]
 from cogi2v_convert.proof.verify import FED, Report, verify  # pyright: ignore[reportMissingImports]
 
@@ -37,7 +27,6 @@ from cogi2v_jax import Request
 from cogi2v_jax.weights.hub import EMBEDDED
 
 PAGE = Path(__file__).parent.parent / "docs" / "same_model.md"
-BEGIN, END = "<!-- benchmarks/parity.py -->", "<!-- end -->"
 FAMILIES: dict[str, dict[str, Any]] = {
     "5B-I2V": {"sample_height": 12, "sample_width": 18, "sample_frames": 17}
     | {"use_learned_positional_embeddings": True},
@@ -46,36 +35,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(folder: Path, family: str) -> Path:
-    """A diffusers folder of seeded random weights."""
-    torch.manual_seed(0)
-    t5: dict[str, Any] = {"vocab_size": 39, "d_model": 256, "d_kv": 32, "d_ff": 1024}
-    t5 |= {"num_layers": 4, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
-    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 6}
-    sizes |= {"in_channels": 32, "text_embed_dim": 256}
-    names = {"down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D"}
-    blocks = {key: (name,) * 4 for key, name in names.items()}
+def verify_family(scratch: Path, family: str, steps: int) -> tuple[Report, Report]:
+    """Records and verifies a family. Returns the reports of float32, and of bfloat16 compared with
+    the float32 trace."""
     latents = {"scaling_factor": 0.7, "invert_scale_latents": family.startswith("1.5")}
-    tiny = EMBEDDED / "cogi2v-tiny"
-    diffusers.CogVideoXImageToVideoPipeline(
-        tokenizer=transformers.T5Tokenizer.from_pretrained(tiny / "tokenizer"),
-        text_encoder=transformers.T5EncoderModel(transformers.T5Config(**t5)),
-        vae=diffusers.AutoencoderKLCogVideoX(
-            block_out_channels=(32, 64, 64, 128), **blocks, **latents
-        ),
-        transformer=diffusers.CogVideoXTransformer3DModel(
-            **sizes, **FAMILIES[family], use_rotary_positional_embeddings=True
-        ),
-        scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(tiny / "scheduler"),
-    ).save_pretrained(folder)
-    # Newer transformers do not save it.
-    shutil.copyfile(tiny / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")
-    return folder
-
-
-def verified(scratch: Path, family: str, steps: int) -> tuple[Report, Report]:
-    """Reports of float32, and of bfloat16 judged by the float32 trace."""
-    source = make(scratch / family, family)
+    source = write_random(scratch / family, latents, {"num_layers": 6} | FAMILIES[family])
     settings: dict[str, Any] = {"height": 96, "width": 144, "num_frames": 17}
     settings |= {"num_inference_steps": steps, "guidance_scale": 6.0, "use_dynamic_cfg": True}
     settings |= {"scheduler": "dpm", "fit": "stretch", "noise": "torch"}
@@ -86,9 +50,9 @@ def verified(scratch: Path, family: str, steps: int) -> tuple[Report, Report]:
     return verify(str(source), single), verify(str(source), half, single)
 
 
-def table(reports: dict[str, tuple[Report, Report]]) -> list[str]:
-    """The worst step of every stage: in float32 the relative error, for the video the PSNR; in
-    bfloat16 our error over the reference's."""
+def format_table(reports: dict[str, tuple[Report, Report]]) -> list[str]:
+    """Returns the lines of a table of the worst step of every stage: in float32 the relative error,
+    for the video the PSNR; in bfloat16 our error over the reference's."""
     heads = [f"{family}, {what}" for family in reports for what in ("float32", "bfloat16")]
     lines = [f"| {' | '.join(['stage', 'input', *heads])} |", f"|{'---|' * (2 + len(heads))}"]
     rows = next(iter(reports.values()))[0].rows
@@ -114,17 +78,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        reports = {family: verified(Path(scratch), family, args.steps) for family in FAMILIES}
+    with tempfile.TemporaryDirectory(prefix="cogi2v-parity-") as scratch:
+        os.environ["XDG_CACHE_HOME"] = scratch  # the random weights stay out of the user's cache
+        reports = {family: verify_family(Path(scratch), family, args.steps) for family in FAMILIES}
     packages = ("jax", "torch", "diffusers", "transformers")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     steps = f"{args.steps} DPM steps with dynamic guidance"
     about = f"Random weights, 96x144, 17 frames, {steps}, on a CPU: {versions}."
-    text = "\n".join([*table(reports), "", about])
+    text = "\n".join([*format_table(reports), "", about])
     print(text)
     if args.write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        replace_tables(PAGE, "benchmarks/parity.py", text)
     faults = [
         f"{family}: {report.verdict()}"
         for family, both in reports.items()

@@ -34,17 +34,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cogi2v_jax.devices.plan import STAGES
+
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "configs" / "plans.toml"
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
-STAGES = ("text", "image", "denoise", "decode")
 Row = dict[str, Any]
 
 
-def environment(schedules: Path | None) -> dict[str, str]:
-    """The environment in which libtpu compiles for chips that the machine lacks and, with
-    `schedules`, dumps the last schedule of every kernel that still shows delays. The caller's own
-    libtpu flags stay."""
+def make_environment(schedules: Path | None) -> dict[str, str]:
+    """Returns the environment in which libtpu compiles for chips that the machine lacks. With a
+    folder for `schedules`, libtpu also writes the last schedule of every kernel that still shows
+    delays there. The caller's own libtpu flags stay."""
     dump = f"--xla_jf_dump_to={schedules} --xla_jf_dump_llo_text=true"
     dump += " --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra"
     path = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -61,47 +62,56 @@ def environment(schedules: Path | None) -> dict[str, str]:
     }
 
 
-def compiled(model: str, mesh: str, stage: str, attention: str, hlo: Path | None = None) -> Row:
-    """One row. A program with kernels is compiled again for their schedules, so that its compile
-    time does not include dumping them, which takes half as long. Raises RuntimeError with the last
-    lines of the compiler if it fails for another reason than memory."""
-    words = [f"--model={model}", f"--mesh={mesh}", f"--stage={stage}", f"--attention={attention}"]
-    words += [f"--hlo={hlo}"] if hlo else []
+def compile_row(model: str, mesh: str, stage: str, attention: str, hlo: Path | None = None) -> Row:
+    """Compiles one stage and returns its row. A program with kernels is compiled twice: the second
+    run writes the kernels' schedules, which takes half as long again and must not count as compile
+    time. Raises RuntimeError with the compiler's last lines if it fails for another reason than
+    memory."""
+    arguments = [
+        f"--model={model}",
+        f"--mesh={mesh}",
+        f"--stage={stage}",
+        f"--attention={attention}",
+    ]
+    arguments += [f"--hlo={hlo}"] if hlo else []
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
-        row = compiler(words, Path(scratch, "row.json"))
+        row = run_compiler(arguments, Path(scratch, "row.json"))
         if "static_seconds" in row or not row["fits"]:
             return row
-        scheduled = compiler(words, Path(scratch, "scheduled.json"), Path(scratch))
+        scheduled = run_compiler(arguments, Path(scratch, "scheduled.json"), Path(scratch))
         return scheduled | {"compile_seconds": row["compile_seconds"]}
 
 
-def compiler(words: list[str], row: Path, schedules: Path | None = None) -> Row:
-    """A row from a process of its own. Without a folder for schedules it lacks the figures that
-    need them."""
-    command = [sys.executable, "-m", "tpu_stage", *words, "--json", row]
+def run_compiler(arguments: list[str], row: Path, schedules: Path | None = None) -> Row:
+    """Runs tpu_stage.py in its own process and returns the row that it wrote. Without a folder for
+    schedules, the row lacks the figures that need them."""
+    command = [sys.executable, "-m", "tpu_stage", *arguments, "--json", row]
     command += ["--schedules", schedules] if schedules else []
-    done = subprocess.run(command, env=environment(schedules), stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, env=make_environment(schedules), stderr=subprocess.PIPE, text=True
+    )
     if done.returncode:
         last = "\n".join(done.stderr.splitlines()[-15:])
         raise RuntimeError(last or f"the compiler's process ended with {done.returncode}")
     return json.loads(row.read_text())
 
 
-def made() -> Row:
+def read_versions() -> Row:
     return {"jax": version("jax"), "libtpu": version("libtpu"), "date": time.strftime("%Y-%m-%d")}
 
 
-def kept() -> list[Row]:
-    """Rows made before with the same compiler."""
+def read_rows() -> list[Row]:
+    """Reads the rows of configs/plans.toml, or none if another compiler made them."""
     if not PLANS.exists():
         return []
-    plans, now = tomllib.loads(PLANS.read_text()), made()
+    plans, now = tomllib.loads(PLANS.read_text()), read_versions()
     same = all(plans["made"][package] == now[package] for package in ("jax", "libtpu"))
     return plans["row"] if same else []
 
 
 def write(rows: list[Row], path: Path = PLANS) -> None:
-    """Writes another file, then renames it, so that an interrupted run leaves a whole one."""
+    """Writes rows as TOML to another file, then renames it, so that an interrupted run does not
+    leave half a file."""
 
     def table(name: str, values: Row) -> str:
         # JSON's strings, numbers, true and false are TOML's.
@@ -111,14 +121,14 @@ def write(rows: list[Row], path: Path = PLANS) -> None:
         "# What the TPU compiler says of every stage on every mesh; nothing here was measured. "
         "Written by benchmarks/tpu_compile.py."
     )
-    tables = [table("[made]", made()), *(table("[[row]]", row) for row in rows)]
+    tables = [table("[made]", read_versions()), *(table("[[row]]", row) for row in rows)]
     part = path.with_suffix(".part")
     part.write_text("\n\n".join([head, *tables]) + "\n")
     part.replace(path)
 
 
-def cells(row: Row) -> list[str]:
-    """A row as printed, with "-" for figures that the compiler did not reach."""
+def format_cells(row: Row) -> list[str]:
+    """Returns a row's cells as text, with "-" for figures that the compiler did not reach."""
 
     def figure(key: str, form: str, scale: float = 1.0) -> str:
         return format(row[key] * scale, form) if key in row else "-"
@@ -135,12 +145,12 @@ HEAD += ["static s", "compiled in s"]
 WIDTHS = [19, 6, 7, 4, 10, 12, 16, 15, 13]
 
 
-def line(parts: list[str]) -> str:
+def format_line(parts: list[str]) -> str:
     return "  ".join(part.ljust(width) for part, width in zip(parts, WIDTHS, strict=True)).rstrip()
 
 
-def markdown(plans: dict[str, Any]) -> str:
-    lines = [HEAD, ["-" * len(name) for name in HEAD], *map(cells, plans["row"])]
+def format_markdown(plans: dict[str, Any]) -> str:
+    lines = [HEAD, ["-" * len(name) for name in HEAD], *map(format_cells, plans["row"])]
     versions = "jax {jax}, libtpu {libtpu}, {date}".format(**plans["made"])
     table = [f"| {' | '.join(parts)} |" for parts in lines]
     return "\n".join([*table, "", f"Compiled with {versions}."])
@@ -163,7 +173,7 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true", help=about)
     args = parser.parse_args()
     if args.markdown:
-        print(markdown(tomllib.loads(PLANS.read_text())))
+        print(format_markdown(tomllib.loads(PLANS.read_text())))
         return
     choices = (args.model, MODELS), (args.mesh, tpus), (args.stage, STAGES)
     wanted = list(itertools.product(*([given] if given else every for given, every in choices)))
@@ -171,26 +181,26 @@ def main() -> None:
         rule = "--hlo must go with one --model, one --mesh and one --stage"
         parser.error(f"{rule}: got {len(wanted)} rows")
     try:
-        made()
+        read_versions()
     except PackageNotFoundError as missing:
         rule = "benchmarks/tpu_compile.py must have libtpu (Linux on x86-64)"
         sys.exit(f"{rule}: {missing}; pip install libtpu")
-    rows = [] if args.json else kept()
-    print(line(HEAD), flush=True)
+    rows = [] if args.json else read_rows()
+    print(format_line(HEAD), flush=True)
     failures = []
     for model, mesh, stage in wanted:
         wants = {"model": model, "mesh": mesh, "stage": stage}
         row = next((row for row in rows if row.items() >= wants.items()), None)
         if row is None:
             try:
-                row = compiled(model, mesh, stage, args.attention, args.hlo)
+                row = compile_row(model, mesh, stage, args.attention, args.hlo)
             except RuntimeError as error:
                 failures.append(f"{model} {mesh} {stage}: {error}")
                 continue
             rows.append(row)
             if not args.json:
                 write(rows)
-        print(line(cells(row)), flush=True)
+        print(format_line(format_cells(row)), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows[0] if len(wanted) == 1 and rows else rows, indent=1))
     sys.exit("\n\n".join(failures) or 0)

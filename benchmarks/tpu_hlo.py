@@ -74,20 +74,21 @@ class Cost:
 
 
 def read(text: str) -> Cost:
-    """The cost of a program. Raises ValueError for a loop without a countable number of trips."""
+    """Reads the cost of a program. Raises ValueError for a loop without a countable number of
+    trips."""
     computations, entry = parse(text)
-    return Reader(computations).cost(entry)
+    return Reader(computations).sum_cost(entry)
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by name, and the entry's name."""
+    """Returns all computations by name, and the entry's name."""
     computations, entry = {}, ""
     for start in re.finditer(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", text, re.MULTILINE):
         # Attributes span lines too, but none of their lines is only a brace.
         body = text[start.end() :].partition("\n}\n")[0]
         instructions, root = {}, ""
         for line in re.split(r"\n  (?=(?:ROOT )?%?[\w.\-]+ = )", body)[1:]:
-            instruction = _instruction(line.removeprefix("ROOT "))
+            instruction = _parse_instruction(line.removeprefix("ROOT "))
             instructions[instruction.name] = instruction
             root = instruction.name if line.startswith("ROOT ") else root
         computations[start[2]] = Computation(instructions, root)
@@ -95,12 +96,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def _instruction(line: str) -> Instruction:
+def _parse_instruction(line: str) -> Instruction:
     name, _, line = line.partition(" = ")
-    shape_end = _closing(line, 0) if line.startswith("(") else line.index(" ")
+    shape_end = _find_closing(line, 0) if line.startswith("(") else line.index(" ")
     shape, line = line[:shape_end], line[shape_end:].lstrip()
     start = line.index("(")
-    end = _closing(line, start)
+    end = _find_closing(line, start)
     inside, after = line[start + 1 : end - 1], line[end:]
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     return Instruction(
@@ -108,8 +109,8 @@ def _instruction(line: str) -> Instruction:
     )
 
 
-def _closing(text: str, start: int) -> int:
-    """The position after the bracket that closes the one at `start`."""
+def _find_closing(text: str, start: int) -> int:
+    """Returns the position after the bracket that closes the one at `start`."""
     depth = 0
     for found in re.compile(r"[()]").finditer(text, start):
         depth += 1 if found[0] == "(" else -1
@@ -120,14 +121,14 @@ def _closing(text: str, start: int) -> int:
 
 class Reader:
     """Walks a program from a computation to the computations that it calls. `given` are the values
-    of a computation's parameters that are integers known before the program runs, which loops count
-    with."""
+    of a computation's parameters, with None for those that are not known before the program runs.
+    The known ones are integers, such as the counters of loops."""
 
     def __init__(self, computations: dict[str, Computation]):
         self._computations = computations
         self._costs: dict[tuple[str, Known], Cost] = {}
 
-    def cost(self, name: str, given: Known = None) -> Cost:
+    def sum_cost(self, name: str, given: Known = None) -> Cost:
         if (name, given) not in self._costs:
             total, computation = Cost(), self._computations[name]
             for instruction in computation.instructions.values():
@@ -142,48 +143,55 @@ class Reader:
         window = instruction.backend.get("window_config", {})
         total.cycles += float(window.get("estimated_cycles", 0))
         if opcode == "while":
-            state = self.known(around, instruction.operands[0], given)
-            body = self.cost(instruction.attribute("body"), (state,))
-            total.add(body, self.trips(instruction, state))
+            state = self.evaluate(around, instruction.operands[0], given)
+            body = self.sum_cost(instruction.attribute("body"), (state,))
+            total.add(body, self.count_trips(instruction, state))
         elif opcode == "conditional":
             listed = instruction.attribute("branch_computations", r"\{([^}]*)\}")
             sides = [instruction.attribute(f"{side}_computation") for side in ("true", "false")]
             branches = re.findall(r"%([\w.\-]+)", listed) or sides
-            total.add(max(map(self.cost, branches), key=lambda cost: (cost.cycles, cost.flops)), 1)
+            total.add(
+                max(map(self.sum_cost, branches), key=lambda cost: (cost.cycles, cost.flops)), 1
+            )
         elif kind in COLLECTIVES:
-            moved = sum(size(around.instructions[name].shape) for name in instruction.operands)
-            total.sent += moved * COLLECTIVES[kind](group_size(instruction.rest))
+            moved = sum(
+                count_bytes(around.instructions[name].shape) for name in instruction.operands
+            )
+            total.sent += moved * COLLECTIVES[kind](read_group_size(instruction.rest))
         elif opcode in ("convolution", "dot"):
-            total.flops += flops(instruction, around)
+            total.flops += count_flops(instruction, around)
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
             total.kernels[instruction.name] += 1
             total.bodies[instruction.name] = instruction.backend["custom_call_config"]["body"]
         elif opcode in ("fusion", "call", "async-start"):
-            inner = self.cost(instruction.attribute("to_apply" if opcode == "call" else "calls"))
+            inner = self.sum_cost(
+                instruction.attribute("to_apply" if opcode == "call" else "calls")
+            )
             if opcode == "fusion":  # its own estimate already includes these cycles
                 inner = dataclasses.replace(inner, cycles=0.0)
             total.add(inner, 1)
 
-    def trips(self, loop: Instruction, state: Known) -> int:
-        """The number of trips of a loop: as the compiler states it, else by evaluating the loop's
-        counter."""
+    def count_trips(self, loop: Instruction, state: Known) -> int:
+        """Returns the number of trips of a loop: the compiler's if the program states it, else
+        counted by evaluating the loop's counter."""
         noted = loop.backend.get("known_trip_count", {}).get("n")
         if noted is not None:
             return int(noted)
         condition = self._computations[loop.attribute("condition")]
         body = self._computations[loop.attribute("body")]
         for trips in range(MOST_TRIPS + 1):
-            going = self.known(condition, condition.root, (state,))
+            going = self.evaluate(condition, condition.root, (state,))
             if going is False:
                 return trips
             if going is not True:
                 break
-            state = self.known(body, body.root, (state,))
+            state = self.evaluate(body, body.root, (state,))
         rule = f"a loop must count to a constant of at most {MOST_TRIPS}"
         raise ValueError(f"{rule}: got {loop.name}, {loop.shape[:80]}")
 
-    def known(self, inside: Computation, name: str, given: Known) -> Known:
-        """An instruction's value, with None for what is not an integer known before the run."""
+    def evaluate(self, inside: Computation, name: str, given: Known) -> Known:
+        """Returns an instruction's value: an integer, a tuple, or None for what is not known before
+        the run."""
         instruction = inside.instructions[name]
         opcode, operands = instruction.opcode, instruction.operands
         if opcode == "constant":
@@ -192,16 +200,16 @@ class Reader:
         if opcode == "parameter":
             return given[int(instruction.rest.split(",")[0])] if given else None
         if opcode == "get-tuple-element":
-            whole = self.known(inside, operands[0], given)
+            whole = self.evaluate(inside, operands[0], given)
             return whole[int(instruction.attribute("index"))] if isinstance(whole, tuple) else None
         if opcode not in (*SCALAR, "tuple", "fusion", "compare"):
             return None
-        values = tuple(self.known(inside, operand, given) for operand in operands)
+        values = tuple(self.evaluate(inside, operand, given) for operand in operands)
         if opcode == "tuple":
             return values
         if opcode == "fusion":
             called = self._computations[instruction.attribute("calls")]
-            return self.known(called, called.root, values)
+            return self.evaluate(called, called.root, values)
         if not all(isinstance(value, int) for value in values):
             return None
         if opcode == "compare":
@@ -209,19 +217,19 @@ class Reader:
         return SCALAR[opcode](*values)
 
 
-def arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
-    """Type and sizes of every array of a shape, which may be a tuple of arrays."""
+def parse_arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
+    """Yields type and sizes of every array of a shape, which may be a tuple of arrays."""
     for kind, sizes in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):
         yield kind, [int(size) for size in sizes.split(",") if size]
 
 
-def size(shape: str) -> int:
-    """Bytes of a shape's values, without padding."""
-    return sum(BYTES[kind] * math.prod(sizes) for kind, sizes in arrays(shape))
+def count_bytes(shape: str) -> int:
+    """Counts the bytes of a shape's values, without padding."""
+    return sum(BYTES[kind] * math.prod(sizes) for kind, sizes in parse_arrays(shape))
 
 
-def group_size(attributes: str) -> int:
-    """The number of chips in a group of a collective, from any notation of replica groups."""
+def read_group_size(attributes: str) -> int:
+    """Reads the number of chips in a group of a collective, from any notation of replica groups."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -234,11 +242,11 @@ def group_size(attributes: str) -> int:
     raise ValueError(f"a collective must name its groups: got {attributes[:120]!r}")
 
 
-def flops(product: Instruction, around: Computation) -> float:
-    """Multiplications and additions of a dot or a convolution. Taps on padding, or between the
-    entries of a dilated input, do not count."""
-    left, right = (_sizes(around.instructions[name]) for name in product.operands)
-    out = _sizes(product)
+def count_flops(product: Instruction, around: Computation) -> float:
+    """Counts multiplications and additions of a dot or a convolution. Taps on padding, or between
+    the entries of a dilated input, do not count."""
+    left, right = (_read_sizes(around.instructions[name]) for name in product.operands)
+    out = _read_sizes(product)
     if product.opcode == "dot":
         contracted = product.attribute("lhs_contracting_dims", r"\{([\d,]*)\}")
         terms = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
@@ -265,5 +273,5 @@ def flops(product: Instruction, around: Computation) -> float:
     return 2.0 * out[result.index("b")] * out[result.index("f")] * right[rhs.index("i")] * taps
 
 
-def _sizes(instruction: Instruction) -> list[int]:
-    return next(arrays(instruction.shape))[1]
+def _read_sizes(instruction: Instruction) -> list[int]:
+    return next(parse_arrays(instruction.shape))[1]

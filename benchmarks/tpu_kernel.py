@@ -26,7 +26,7 @@ SLOTS = 5  # a branch takes effect this many bundles after its own
 
 
 class Branch(NamedTuple):
-    """A part of the kernel under a condition."""
+    """A part of the kernel that runs only under a condition."""
 
     skipped: tuple[str, int] | None  # the comparison with a constant under which it is skipped
     share: float  # of the grid's points that run it; 1 if that is unknown before the run
@@ -46,7 +46,7 @@ def read(body: str) -> Kernel:
     with context, ir.Location.unknown():
         module = ir.Module.parse(base64.b64decode(body))
         # The other functions map blocks.
-        function = next(op for op in module.body.operations if _short(op) == "func")
+        function = next(op for op in module.body.operations if _short_name(op) == "func")
         grid = tuple(int(bound) for bound in function.attributes.get("iteration_bounds", ()))
         block = function.regions[0].blocks[0]
         # At first, only the grid's indices are known, at each of its points.
@@ -65,11 +65,11 @@ class _Walk:
         self.branches: list[Branch] = []
 
     def run(self, block: Any, reached: np.ndarray, share: float) -> float:
-        """Operations of a block's products at the average point of the grid. `reached` says which
-        points run the block, as far as that is known."""
+        """Counts the operations of a block's products at the average point of the grid. `reached`
+        is true at the points that run the block, as far as that is known."""
         flops = 0.0
         for op in block.operations:
-            name, operands = _short(op), list(op.operands)
+            name, operands = _short_name(op), list(op.operands)
             if name == "if":
                 flops += self._if(op, reached, share)
             elif name == "for":
@@ -78,7 +78,7 @@ class _Walk:
                 trips = 1 if unknown else -(-int(last - first) // int(stride))
                 flops += self.run(op.regions[0].blocks[0], reached, share) * trips
             elif name == "matmul":
-                flops += share * _product(op)
+                flops += share * _count_product(op)
             elif len(op.results) == 1:
                 self._learn(op, name, operands)
         return flops
@@ -120,12 +120,12 @@ class _Walk:
                 self._known[result] = ARITHMETIC[name](*values)
 
 
-def _short(op: Any) -> str:
-    """An operation's name without its dialects."""
+def _short_name(op: Any) -> str:
+    """Returns an operation's name without its dialects."""
     return op.operation.name.rpartition(".")[2]
 
 
-def _product(op: Any) -> float:
+def _count_product(op: Any) -> float:
     left, result = (
         [int(n) for n in re.findall(r"\d+(?=x)", str(value.type))]
         for value in (op.operands[0], op.results[0])
@@ -137,10 +137,10 @@ def _product(op: Any) -> float:
     return 2.0 * math.prod(result) * math.prod(left[axis] for axis in axes)
 
 
-def cycles(schedule: str, kernel: Kernel) -> float:
-    """Bundles in one run of the kernel on one core, each counted as often as the branches and loops
-    around it run it. Of the schedules that the compiler dumps, `packed-bundles-post-ra` is the last
-    in which a cycle of delay is still a bundle."""
+def count_cycles(schedule: str, kernel: Kernel) -> float:
+    """Counts the bundles that one core runs in one call of the kernel. A bundle inside branches and
+    loops counts as often as these run it. Of the schedules that the compiler dumps,
+    `packed-bundles-post-ra` is the last in which a cycle of delay is still a bundle."""
     address, count, comparisons, jumps = 0, 0, {}, []
     for line in schedule.splitlines():
         if found := re.match(r" *(0x[0-9a-f]+|0) ", line):

@@ -29,8 +29,8 @@ KERNEL_FACTOR = 1.27  # the time of kernels over their schedule
 GIB, MIB = 2**30, 2**20
 
 
-def devices_of(mesh: str) -> Sequence[Any]:
-    """The chips of a mesh of `configs/meshes.toml`, as libtpu describes them."""
+def describe_devices(mesh: str) -> Sequence[Any]:
+    """Returns the chips of a mesh of `configs/meshes.toml`, as libtpu describes them."""
     stated = config.meshes()["meshes"][mesh]
     generation = config.meshes()["generations"][stated["generation"]]
     chip = {"chip_config_name": generation["chip"]} if "chip" in generation else {}
@@ -42,17 +42,22 @@ def devices_of(mesh: str) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
-def stage_row(
+def compile_stage(
     model: str, mesh: str, stage: str, attention: str, schedules: Path | None
 ) -> tuple[dict[str, Any], str]:
-    """The row of a stage and the HLO of its programs. The row lacks keys without a figure from the
-    compiler; without a folder of kernel schedules, also those that need them."""
+    """Compiles a stage. Returns its row and the HLO of its programs. The row lacks the figures that
+    the compiler did not reach, and without a folder of kernels' schedules those that need them."""
     checkpoint = config.named(model)
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
     memory = int(chip["hbm_gib"] * GIB)
     target = RequestTarget(
-        checkpoint, DTYPE, make_mesh(sizes_of(mesh), devices_of(mesh)), memory, request, attention
+        checkpoint,
+        DTYPE,
+        make_mesh(sizes_of(mesh), describe_devices(mesh)),
+        memory,
+        request,
+        attention,
     )
     steps = request.num_inference_steps
     row: dict[str, Any] = {"model": model, "mesh": mesh, "stage": stage}
@@ -64,7 +69,7 @@ def stage_row(
     try:
         executables = [call.compile() for call in target.calls(stage)]
     except jax.errors.JaxRuntimeError as error:
-        return row | {"fits": False, "peak_gib": needed_gib(error)}, ""
+        return row | {"fits": False, "peak_gib": read_needed_gib(error)}, ""
     except ValueError as error:
         if "must fit" not in str(error):
             raise
@@ -81,7 +86,9 @@ def stage_row(
             kernel = tpu_kernel.read(cost.bodies[name])
             kernel_flops += times * kernel.flops
             if schedules:
-                kernel_cycles += times * tpu_kernel.cycles(schedule_of(name, schedules), kernel)
+                kernel_cycles += times * tpu_kernel.count_cycles(
+                    find_schedule(name, schedules), kernel
+                )
     layers = {"text": checkpoint.text_encoder.num_layers}
     layers |= {"denoise": checkpoint.transformer.num_layers * steps}
     row |= {
@@ -99,9 +106,9 @@ def stage_row(
     return row, "\n".join(texts)
 
 
-def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
-    """The memory of a chip that a refused program needs, from the error: all of it, or only its
-    temporaries if these are already too large. Raises any other error again."""
+def read_needed_gib(error: jax.errors.JaxRuntimeError) -> float:
+    """Reads from the error how much memory of a chip a refused program needs: all of it, or only
+    its temporaries if these alone are too large. Raises any other error again."""
     used = re.search(
         r"Used ([\d.]+)([MGT]) of \S+ hbm|"
         r"memory required for .* \(([\d.]+)([MGT])\) exceeds available HBM",
@@ -113,9 +120,9 @@ def needed_gib(error: jax.errors.JaxRuntimeError) -> float:
     return float(figure) * {"M": 2**-10, "G": 1, "T": 2**10}[unit]
 
 
-def schedule_of(kernel: str, schedules: Path) -> str:
-    """A kernel's dumped schedule, by the name of its instruction. If libtpu compiled it more than
-    once, the last schedule is the one that runs."""
+def find_schedule(kernel: str, schedules: Path) -> str:
+    """Reads a kernel's dumped schedule, by the name of its instruction. If libtpu compiled it more
+    than once, the last schedule is the one that runs."""
     name = re.compile(rf"(\d+)-{re.escape(kernel)}-\d+-packed-bundles-post-ra\.txt")
     found = {
         int(match[1]): path for path in schedules.iterdir() if (match := name.fullmatch(path.name))
@@ -133,7 +140,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--hlo", type=Path)
     args = parser.parse_args()
-    row, text = stage_row(args.model, args.mesh, args.stage, args.attention, args.schedules)
+    row, text = compile_stage(args.model, args.mesh, args.stage, args.attention, args.schedules)
     args.json.write_text(json.dumps(row))
     if args.hlo:
         args.hlo.write_text(text)

@@ -38,8 +38,8 @@ from cogi2v_jax.devices.compiling import Stopwatch
 from cogi2v_jax.devices.sharding import put, split
 from cogi2v_jax.media.images import fit_image, read_image
 from cogi2v_jax.models.tokenizer import tokenize
-from cogi2v_jax.pipeline import decode, encode_image, prepare
-from cogi2v_jax.sampling import stages as programs
+from cogi2v_jax.pipeline import decode, encode_pixels, prepare
+from cogi2v_jax.sampling import stages
 from cogi2v_jax.sampling.programs import Session
 from cogi2v_jax.weights.hub import EMBEDDED
 
@@ -80,49 +80,51 @@ class Stage(NamedTuple):  # two calls that compute the same array
 Row = tuple[str, list[float], list[float], float]
 
 
-def mid(scratch: Path) -> Path:
-    """A diffusers folder of seeded random weights: 1,920 video and 226 text tokens, 4 layers of 8
-    heads of 64."""
+def write_random(folder: Path, vae: dict[str, Any], transformer: dict[str, Any]) -> Path:
+    """Writes a diffusers folder of seeded random weights, with 8 heads of 64 in the transformer.
+    Returns the folder."""
     torch.manual_seed(0)
     names = {"down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D"}
     blocks = {key: (name,) * 4 for key, name in names.items()}
     t5: dict[str, Any] = {"vocab_size": 39, "d_model": 256, "d_kv": 32, "d_ff": 1024}
     t5 |= {"num_layers": 4, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
-    sizes = {"num_attention_heads": 8, "attention_head_dim": 64, "num_layers": 4}
+    sizes = {"num_attention_heads": 8, "attention_head_dim": 64}
     sizes |= {"in_channels": 32, "text_embed_dim": 256}
-    table = {"sample_height": 32, "sample_width": 48, "sample_frames": 17}
-    table |= {"use_learned_positional_embeddings": True}
-    pipe = diffusers.CogVideoXImageToVideoPipeline(
+    diffusers.CogVideoXImageToVideoPipeline(
         tokenizer=transformers.T5Tokenizer.from_pretrained(TINY / "tokenizer"),
         text_encoder=transformers.T5EncoderModel(transformers.T5Config(**t5)),
-        vae=diffusers.AutoencoderKLCogVideoX(
-            block_out_channels=(32, 64, 64, 128), layers_per_block=1, **blocks
-        ),
+        vae=diffusers.AutoencoderKLCogVideoX(block_out_channels=(32, 64, 64, 128), **blocks, **vae),
         transformer=diffusers.CogVideoXTransformer3DModel(
-            **sizes, **table, use_rotary_positional_embeddings=True
+            **sizes, **transformer, use_rotary_positional_embeddings=True
         ),
         scheduler=diffusers.CogVideoXDDIMScheduler.from_pretrained(TINY / "scheduler"),
-    )
-    pipe.save_pretrained(folder := scratch / "mid")
+    ).save_pretrained(folder)
     # Newer transformers do not save it.
     shutil.copyfile(TINY / "tokenizer" / "spiece.model", folder / "tokenizer" / "spiece.model")
     return folder
 
 
+def write_mid(scratch: Path) -> Path:
+    """Writes a pipeline with 1,920 video and 226 text tokens and 4 layers."""
+    transformer = {"num_layers": 4, "sample_height": 32, "sample_width": 48, "sample_frames": 17}
+    transformer |= {"use_learned_positional_embeddings": True}
+    return write_random(scratch / "mid", {"layers_per_block": 1}, transformer)
+
+
 SIZES = {
     "tiny": Size(64, 64, 9, steps=10, repeats=25, make=lambda scratch: TINY),
-    "mid": Size(256, 384, 17, steps=4, repeats=5, make=mid),
+    "mid": Size(256, 384, 17, steps=4, repeats=5, make=write_mid),
 }
 
 
-def frames_last(latents: torch.Tensor) -> np.ndarray:
-    """[b t c h w], the reference's latents, as our [b t h w c]."""
+def latents_to_ours(latents: torch.Tensor) -> np.ndarray:
+    """The reference's latents, [b t c h w], as our [b t h w c]."""
     return latents.float().permute(0, 1, 3, 4, 2).numpy()
 
 
-def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage]:
-    """The callables of both sides, with equal noise. Both sides of a stage get the same inputs: the
-    reference's results, computed here."""
+def make_stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage]:
+    """Makes the callables of both sides, with equal noise. Both sides of a stage get the same
+    inputs: the reference's results, computed here."""
     pipe: Any = diffusers.CogVideoXImageToVideoPipeline.from_pretrained(
         folder, dtype=getattr(torch, dtype)
     )
@@ -159,10 +161,10 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
     posterior = torch.randn(
         (1, 1, shape.channels, shape.height, shape.width), generator=torch.manual_seed(5)
     )
-    noise = cogi2v_jax.Noise(posterior=frames_last(posterior), initial=frames_last(start))
+    noise = cogi2v_jax.Noise(posterior=latents_to_ours(posterior), initial=latents_to_ours(start))
     inputs = [
         put(array, split(job.mesh))
-        for array in (frames_last(image), text.float().numpy().astype(models.dtype))
+        for array in (latents_to_ours(image), text.float().numpy().astype(models.dtype))
     ]
 
     def their_steps() -> torch.Tensor:
@@ -186,19 +188,19 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
 
     def our_text() -> Any:
         ids, _ = tokenize(models.folder / "tokenizer", ["", PROMPT], length)
-        return run(programs.encode_text, ids)
+        return run(stages.encode_text, ids)
 
     def our_image() -> Any:
         pixels = fit_image(read_image(picture), size.height, size.width, "stretch")[None, None]
-        draw = encode_image(run, pixels), noise.posterior, job.keys, job.image_scale
-        return run(programs.draw_image, *draw, frames=shape.frames)
+        draw = encode_pixels(run, pixels), noise.posterior, job.keys, job.image_scale
+        return run(stages.draw_image, *draw, frames=shape.frames)
 
     def our_steps() -> Any:
-        modulation = run(programs.modulate, *job.time)
+        modulation = run(stages.modulate, *job.time)
         start = noise.initial, job.keys
-        state = run(programs.draw_start, *start, shape=tuple(shape[:4]))
+        state = run(stages.draw_start, *start, shape=tuple(shape[:4]))
         rows = np.int32(0), job.tableau, modulation, None, job.keys
-        return run(programs.denoise, state, *rows, *inputs, positions, steps=size.steps).x
+        return run(stages.denoise, state, *rows, *inputs, positions, steps=size.steps).x
 
     def their_video() -> np.ndarray:
         return pipe.video_processor.postprocess_video(
@@ -217,16 +219,16 @@ def stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[Stage
 
     return [
         Stage("text", our_text, lambda: their_text().float().numpy()),
-        Stage("image encode", our_image, lambda: frames_last(their_image()[1])),
+        Stage("image", our_image, lambda: latents_to_ours(their_image()[1])),
         Stage(
-            "one denoising step", our_steps, lambda: frames_last(their_steps()), parts=size.steps
+            "denoise, one step", our_steps, lambda: latents_to_ours(their_steps()), parts=size.steps
         ),
-        Stage("VAE decode", lambda: decode(models, frames_last(latents)), their_video),
+        Stage("decode", lambda: decode(models, latents_to_ours(latents)), their_video),
         Stage("whole", lambda: cogi2v_jax.generate(models, request, noise).video, their_whole),
     ]
 
 
-def relative_error(ours: Any, theirs: Any) -> float:
+def measure_error(ours: Any, theirs: Any) -> float:
     """|ours - theirs| / |theirs|. Our videos are bytes; theirs are then rounded to bytes too."""
     ours, theirs = np.asarray(ours), np.round(theirs * 255) if ours.dtype == np.uint8 else theirs
     return float(
@@ -236,7 +238,7 @@ def relative_error(ours: Any, theirs: Any) -> float:
 
 def measure(stage: Stage, repeats: int, tolerance: float) -> Row:
     """Compares the outputs, which also warms up both sides, then times in pairs."""
-    error = relative_error(stage.ours(), stage.theirs())
+    error = measure_error(stage.ours(), stage.theirs())
     if error > tolerance:
         rule = f"{stage.name}: the two sides' outputs must agree within {tolerance:g}"
         sys.exit(f"{rule}: got a relative error of {error:.2g}")
@@ -250,8 +252,8 @@ def measure(stage: Stage, repeats: int, tolerance: float) -> Row:
     return stage.name, *times, error
 
 
-def machine() -> list[str]:
-    """The CPU, threads, package versions and date, on which the figures depend."""
+def describe_machine() -> list[str]:
+    """Returns the CPU, threads, package versions and date, on which the figures depend."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     packages = ("cogi2v-jax", "jax", "flax", "torch", "diffusers", "transformers")
@@ -261,14 +263,15 @@ def machine() -> list[str]:
     return [cpu, f"{versions}; {time.strftime('%Y-%m-%d')}"]
 
 
-def others() -> np.ndarray:
-    """(CPU seconds used by all other processes, all CPU seconds), both since the same past time."""
+def count_cpu_seconds() -> np.ndarray:
+    """Returns the CPU seconds of all other processes and of the whole machine, busy and idle, both
+    since the machine started."""
     ticks = np.array(Path("/proc/stat").read_text().split()[1:9], float) / os.sysconf("SC_CLK_TCK")
     idle = ticks[3] + ticks[4]
     return np.array([ticks.sum() - idle - time.process_time(), ticks.sum()])
 
 
-def table(rows: list[Row], markdown: bool) -> str:
+def format_table(rows: list[Row], markdown: bool) -> str:
     cells = [["stage", "ours ms", "diffusers ms", "ratio", "quartiles", "relative error"]]
     for name, ours, theirs, error in rows:
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
@@ -277,17 +280,27 @@ def table(rows: list[Row], markdown: bool) -> str:
         low, median, high = quartiles
         times = [f"{1e3 * statistics.median(side):.4g}" for side in (ours, theirs)]
         cells.append([name, *times, f"{median:.2f}", f"{low:.2f} - {high:.2f}", f"{error:.0e}"])
-    return aligned(cells, markdown)
+    return align(cells, markdown)
 
 
-def aligned(cells: list[list[str]], markdown: bool) -> str:
-    """A table with aligned columns; its first row is the head."""
+def align(cells: list[list[str]], markdown: bool) -> str:
+    """Returns a table with aligned columns; the first row of cells is its head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rows = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
     if not markdown:
         return "\n".join("  ".join(row).rstrip() for row in rows)
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def replace_tables(page: Path, mark: str, text: str) -> None:
+    """Puts text between `<!-- mark -->` and `<!-- end -->` of a page. Raises ValueError for a page
+    without them."""
+    before, begin, rest = page.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition("<!-- end -->\n")
+    if not (begin and end):
+        raise ValueError(f"{page} must have the marks of {mark}: got none")
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -300,23 +313,23 @@ def main() -> None:
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    print("\n".join(machine()))
-    record: dict[str, Any] = {"machine": machine(), "dtype": args.dtype, "sizes": {}}
+    print("\n".join(describe_machine()))
+    record: dict[str, Any] = {"machine": describe_machine(), "dtype": args.dtype, "sizes": {}}
     with tempfile.TemporaryDirectory(prefix="cogi2v-benchmark-") as scratch, torch.inference_mode():
         # An empty cache, so that compile times are those of a first run.
         os.environ["XDG_CACHE_HOME"] = scratch
         for name in args.size:
-            size, watch, before = SIZES[name], Stopwatch(), others()
-            todo = stages(size, size.make(Path(scratch)), args.dtype, watch)
+            size, watch, before = SIZES[name], Stopwatch(), count_cpu_seconds()
+            todo = make_stages(size, size.make(Path(scratch)), args.dtype, watch)
             repeats, tolerance = args.repeats or size.repeats, TOLERANCE[args.dtype]
             rows = [measure(stage, repeats, tolerance) for stage in todo]
-            (taken, total), compiling = others() - before, watch.seconds["compile"]
+            (taken, total), compiling = count_cpu_seconds() - before, watch.seconds["compile"]
             what = f"{name}: {size.width}x{size.height}, {size.frames} frames, {size.steps} DDIM"
             what += f" steps with guidance, {args.dtype}"
             share = f"other processes took {taken / total:.0%} of the CPU"
             print(f"\n{what}; {len(rows[0][1])} pairs; {share}")
             print(f"ours compiled once, not counted below: {compiling:.1f} s\n")
-            print(table(rows, args.markdown), flush=True)
+            print(format_table(rows, args.markdown), flush=True)
             row = {"what": what, "compile": compiling, "others": taken / total, "rows": rows}
             record["sizes"][name] = row
     if args.json:

@@ -28,7 +28,7 @@ def measured(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "stages"),
     [
-        (full_size.MODELS[1], ("text", "DiT forward", "denoising step")),
+        (full_size.MODELS[1], ("text", "denoise, one prediction", "denoise, one step")),
         *(
             pytest.param(model, full_size.STAGES, marks=pytest.mark.slow)
             for model in full_size.MODELS
@@ -50,14 +50,14 @@ def test_every_stage_is_the_references_in_both_dtypes(
 def test_a_network_that_differs_fails_the_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    ours = full_stages.ours
+    ours = full_stages.build_ours
 
     def nudged(*given: Any) -> Any:
         network = ours(*given)
         network.norm.scale[...] = network.norm.scale[...] * 1.001
         return network
 
-    monkeypatch.setattr(full_stages, "ours", nudged)
+    monkeypatch.setattr(full_stages, "build_ours", nudged)
     found = measured(tmp_path, "parity", "--stages", "text", "--dtypes", "float32", code=1)
     (fault,) = found["faults"]
     assert fault.startswith("text must be within 1e-05 of the reference in float32: got ")
@@ -66,7 +66,7 @@ def test_a_network_that_differs_fails_the_comparison(
 
 def test_both_sides_are_timed_and_a_missing_kernel_is_reported(tmp_path: Path) -> None:
     variants = ("eager", "eager, cuDNN attention")
-    settings = ("--stages", "denoising step", "--variants", *variants, "--repeats", "2")
+    settings = ("--stages", "denoise, one step", "--variants", *variants, "--repeats", "2")
     found = measured(tmp_path, "speed", *settings)
     rows = {row["variant"]: row for row in found["rows"]}
     assert rows.keys() == {full_size.OURS, *variants}
@@ -114,25 +114,32 @@ def test_the_whole_path_runs_by_its_commands_and_is_not_repeated(tmp_path: Path)
     assert measured(tmp_path, "path", "--folder", str(folder))["rows"] == []
 
 
-def test_results_become_tables_between_marks_of_the_readme(
+def test_results_become_tables_between_the_marks_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = tmp_path / "README.md"
-    page.write_text("before\n<!-- benchmarks/full_size.py -->\nold\n<!-- end -->\nafter\n")
-    monkeypatch.setattr(full_size, "README", page)
+    marked = full_size.PAGE.read_text(encoding="utf-8")
+    page = tmp_path / "performance.md"
+    page.write_text(marked, encoding="utf-8")
+    monkeypatch.setattr(full_size, "PAGE", page)
     result = {"title": "parity", "table": [["stage", "error"], ["text", "1e-6"]]}
     result |= {"machine": ["a machine"]}
     (tmp_path / "one.json").write_text(json.dumps(result))
-    full_size.main(["readme", str(tmp_path / "one.json")])
-    text = page.read_text()
-    assert "old" not in text
-    assert "| text  | 1e-6  |" in text
-    assert text.startswith("before\n")
-    assert text.endswith("<!-- end -->\nafter\n")
+    full_size.main(["publish", str(tmp_path / "one.json")])
+    begin, end = "<!-- benchmarks/full_size.py -->\n", "<!-- end -->\n"
+    before, after = marked.partition(begin)[0], marked.rpartition(end)[2]
+    table = "| stage | error |\n| ----- | ----- |\n| text  | 1e-6  |"
+    block = f"\nparity\n\n{table}\n\na machine\n\n"
+    assert page.read_text(encoding="utf-8") == f"{before}{begin}{block}{end}{after}"
+    page.write_text("no marks\n")
+    with pytest.raises(
+        ValueError, match=r"must have the marks of benchmarks/full_size\.py: got none"
+    ):
+        full_size.main(["publish", str(tmp_path / "one.json")])
+    assert page.read_text() == "no marks\n"
 
 
 def test_full_size_requires_a_gpu(capsys) -> None:
     assert jax.default_backend() != "gpu"
     with pytest.raises(SystemExit, match="full size must have a GPU"):
         full_size.main(["parity"])
-    assert np.isclose(full_size._error(np.ones(4), np.full(4, 2.0)), 0.5)
+    assert np.isclose(full_size.measure_error(np.ones(4), np.full(4, 2.0)), 0.5)

@@ -28,7 +28,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, schedules = tmp_path_factory.mktemp("programs"), tmp_path_factory.mktemp("schedules")
     command = [sys.executable, ROOT / "tests" / "support" / "tpu_programs.py", folder, schedules]
     subprocess.run(
-        command, env=tpu_compile.environment(schedules), check=True, stderr=subprocess.DEVNULL
+        command, env=tpu_compile.make_environment(schedules), check=True, stderr=subprocess.DEVNULL
     )
     return folder
 
@@ -43,7 +43,7 @@ def kernel_cost(program: Path) -> tuple[tpu_kernel.Kernel, float]:
     ((name, times),) = found.kernels.items()
     assert times == 1
     kernel = tpu_kernel.read(found.bodies[name])
-    return kernel, tpu_kernel.cycles(tpu_stage.schedule_of(name, program), kernel)
+    return kernel, tpu_kernel.count_cycles(tpu_stage.find_schedule(name, program), kernel)
 
 
 def test_a_product_in_nested_loops_counts_once_for_every_trip(programs: Path) -> None:
@@ -107,21 +107,21 @@ def test_a_kernels_cycles_grow_with_its_grid_except_those_that_run_once_a_row(
 
 def test_a_program_that_does_not_fit_says_how_much_it_needs(programs: Path) -> None:
     error = (programs / "too-large" / "program.txt").read_text()
-    assert 32 <= tpu_stage.needed_gib(jax.errors.JaxRuntimeError(error)) < 33
+    assert 32 <= tpu_stage.read_needed_gib(jax.errors.JaxRuntimeError(error)) < 33
     used = "Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. "
     used += "Exceeded hbm capacity by 768.00M."
-    assert tpu_stage.needed_gib(jax.errors.JaxRuntimeError(used)) == 16.5
+    assert tpu_stage.read_needed_gib(jax.errors.JaxRuntimeError(used)) == 16.5
     with pytest.raises(jax.errors.JaxRuntimeError, match="another fault"):
-        tpu_stage.needed_gib(jax.errors.JaxRuntimeError("another fault"))
+        tpu_stage.read_needed_gib(jax.errors.JaxRuntimeError("another fault"))
 
 
 def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
     names = "9-splash.1-01 10-splash.1-01 11-splash.11-01 12-splash.1-00-schedule-analysis_"
     for name in names.split():
         (tmp_path / f"{name}-packed-bundles-post-ra.txt".replace("_-", "_")).write_text(name)
-    assert tpu_stage.schedule_of("splash.1", tmp_path) == "10-splash.1-01"
+    assert tpu_stage.find_schedule("splash.1", tmp_path) == "10-splash.1-01"
     with pytest.raises(ValueError, match=r"a schedule of splash\.2: got none"):
-        tpu_stage.schedule_of("splash.2", tmp_path)
+        tpu_stage.find_schedule("splash.2", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
     ],
 )
 def test_the_size_of_a_group_is_read_from_every_notation(groups: str, chips: int) -> None:
-    assert tpu_hlo.group_size(f", channel_id=1, {groups}") == chips
+    assert tpu_hlo.read_group_size(f", channel_id=1, {groups}") == chips
 
 
 LOOP = """HloModule m
@@ -167,9 +167,12 @@ ENTRY %main (x.1: f32[8], n: s32[]) -> (s32[], f32[8]) {
 
 def test_a_loop_runs_as_often_as_its_counter_says() -> None:
     computations, entry = tpu_hlo.parse(LOOP)
-    start = tpu_hlo.Reader(computations).known(computations[entry], "start", None)
+    start = tpu_hlo.Reader(computations).evaluate(computations[entry], "start", None)
     # 1, 3, 5, 7.
-    assert tpu_hlo.Reader(computations).trips(computations[entry].instructions["loop"], start) == 4
+    assert (
+        tpu_hlo.Reader(computations).count_trips(computations[entry].instructions["loop"], start)
+        == 4
+    )
 
 
 def test_a_loop_that_counts_to_an_unknown_number_is_an_error() -> None:
@@ -184,11 +187,11 @@ def test_rows_are_read_as_written_and_dropped_for_another_compiler(
 ) -> None:
     monkeypatch.setattr(tpu_compile, "PLANS", tmp_path / "plans.toml")
     rows = [ROW, REFUSED]
-    assert tpu_compile.kept() == []
+    assert tpu_compile.read_rows() == []
     tpu_compile.write(rows, tpu_compile.PLANS)
-    assert tpu_compile.kept() == rows
+    assert tpu_compile.read_rows() == rows
     monkeypatch.setattr(tpu_compile, "version", lambda package: "0.0.1")
-    assert tpu_compile.kept() == []
+    assert tpu_compile.read_rows() == []
 
 
 ROW = {"model": "m", "mesh": "v5e-8", "stage": "denoise", "height": 480, "guided": True}
@@ -199,7 +202,7 @@ REFUSED |= {"fits": False, "peak_gib": 16.5}
 
 
 def test_the_table_has_a_dash_for_figures_that_the_compiler_did_not_reach() -> None:
-    table = tpu_compile.markdown(
+    table = tpu_compile.format_markdown(
         {"made": {"jax": "1", "libtpu": "2", "date": "2030-01-01"}, "row": [ROW, REFUSED]}
     ).splitlines()
     assert table[2] == "| m | v5e-8 | denoise | yes | 9.50 | 4250.0 | 79.0 | 44.5 - 50.2 | 61 |"
