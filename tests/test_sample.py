@@ -95,9 +95,9 @@ def test_the_same_shape_stays_if_the_prompt_says_so():
 def test_the_run_ends_with_the_seconds_the_memory_and_the_files(default):
     _, _, out, err = default
     seconds, memory, made = out.splitlines()
-    phases = ("load", "text", "image", "compile", "denoise", "decode", "write")
+    parts = ("load", "text", "image", "compile", "denoise", "decode", "write")
     assert re.fullmatch(
-        r"seconds: " + "  ".join(rf"{phase} \d+\.\d" for phase in phases) + r"  \(total \d+\.\d\)",
+        r"seconds: " + "  ".join(rf"{part} \d+\.\d" for part in parts) + r"  \(total \d+\.\d\)",
         seconds,
     )
     assert re.fullmatch(r"peak memory: host \d+\.\d GiB", memory)
@@ -107,12 +107,10 @@ def test_the_run_ends_with_the_seconds_the_memory_and_the_files(default):
     assert "Traceback" not in err
 
 
-def test_the_phases_sum_to_the_total(default):
-    *phases, total = (
-        float(number) for number in re.findall(r"\d+\.\d", default[2].splitlines()[0])
-    )
-    assert len(phases) == 7
-    assert sum(phases) == pytest.approx(total, abs=0.4)
+def test_the_parts_sum_to_the_total(default):
+    *parts, total = (float(number) for number in re.findall(r"\d+\.\d", default[2].splitlines()[0]))
+    assert len(parts) == 7
+    assert sum(parts) == pytest.approx(total, abs=0.4)
     assert total > 0
 
 
