@@ -21,7 +21,8 @@ from .arguments import parse_loras
 from .config import CheckpointConfig
 from .devices import hosts
 from .devices.compiling import keep_compilations
-from .disk import beside, cache_folder, sha256
+from .devices.mesh import sizes_of
+from .disk import SHA256, beside, cache_folder, sha256
 from .models.attention import choose
 from .weights.checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
 from .weights.hub import locate
@@ -60,6 +61,8 @@ def load(
         fault = "; float16 overflows in this network" if dtype == "float16" else ""
         raise ValueError(f"dtype must be {' or '.join(DTYPES)}: got {dtype!r}{fault}")
     choose(attention, jnp.dtype(dtype))
+    if mesh != "auto":
+        sizes_of(mesh)  # before a model is fetched, which may take an hour
     keep_compilations()
     files = _open_loras(loras)  # before a model is fetched, which may take an hour
     folder = locate(path_or_name, say)
@@ -123,9 +126,11 @@ def _convert(folder: Path, say: Say) -> Path:
             shutil.rmtree(destination)
     if not destination.is_dir():
         say(f"converting {folder} into {destination}, once")
-        # FileExistsError: another process was faster, and its folder is complete.
-        with contextlib.suppress(FileExistsError):
+        try:
             to_flax(folder, destination, wait=True, known=digests)
+        except FileExistsError:
+            if not destination.is_dir():
+                raise  # else another process was faster, and its folder is complete
     return destination
 
 
@@ -152,8 +157,9 @@ def _hash(file: Path, cache: Path) -> str:
     stat = file.stat()
     identity = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     cached = cache / "sha256" / hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    if stat.st_size >= LARGE and cached.is_file():
-        return cached.read_text()
+    text = cached.read_text(errors="replace") if stat.st_size >= LARGE and cached.is_file() else ""
+    if SHA256.fullmatch(text):  # a power cut may have left something else
+        return text
     digest = sha256(file)
     if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > COARSEST_CLOCK:
         cached.parent.mkdir(parents=True, exist_ok=True)

@@ -247,6 +247,14 @@ def test_two_processes_that_load_at_once_both_succeed(source, cache):
     assert len(names(cache)) == 1
 
 
+def test_a_file_in_the_way_of_a_conversion_is_an_error(source, cache):
+    whole = load(source, say=quiet).folder
+    shutil.rmtree(whole)
+    whole.with_name(f".{whole.name}.part").touch()
+    with pytest.raises(FileExistsError, match=r"\.part"):
+        load(source, say=quiet)
+
+
 # cached hashes of large files
 
 
@@ -303,3 +311,17 @@ def test_a_cached_hash_is_complete(source, cache, large):
     cached = list((cache / "sha256").iterdir())
     assert len(cached) == len(large)
     assert all(len(file.read_text()) == len(file.name) == 64 for file in cached)
+
+
+@pytest.mark.parametrize("text", [b"", b"0" * 63, bytes(64), b"\xff" * 64])
+def test_what_is_no_hash_in_the_cache_is_as_none(text, source, cache, large):
+    """A power cut may leave empty files, or zeros."""
+    first = load(source, say=quiet)
+    hashed, cached = list(large), list((cache / "sha256").iterdir())
+    for file in cached:
+        file.write_bytes(text)
+    shutil.rmtree(first.folder)
+    large.clear()
+    assert load(source, say=quiet).folder == first.folder
+    assert large == hashed
+    assert all(loading.SHA256.fullmatch(file.read_text()) for file in cached)
