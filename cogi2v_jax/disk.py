@@ -131,7 +131,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def beside(target: Path) -> Iterator[Path]:
+def replace_when_done(target: Path) -> Iterator[Path]:
     """A path on the target's disk to write a file or a folder to. It replaces the target, whole, if
     nothing was raised; otherwise the target stays as it was. Its folder is for temporary files. A
     folder is replaced by a folder alone: a file in its place raises OSError."""

@@ -22,7 +22,7 @@ from .config import CheckpointConfig
 from .devices import hosts
 from .devices.compiling import keep_compilations
 from .devices.mesh import sizes_of
-from .disk import SHA256, beside, cache_folder, sha256
+from .disk import SHA256, cache_folder, replace_when_done, sha256
 from .models.attention import choose
 from .weights.checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
 from .weights.hub import locate
@@ -163,6 +163,6 @@ def _hash(file: Path, cache: Path) -> str:
     digest = sha256(file)
     if stat.st_size >= LARGE and time.time_ns() - stat.st_ctime_ns > COARSEST_CLOCK:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with beside(cached) as part:
+        with replace_when_done(cached) as part:
             part.write_text(digest)
     return digest

@@ -202,7 +202,7 @@ def _record(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Runs every stage in JAX, on the reference's inputs and on its own. Exits 1 where one differs
     from the reference."""
-    from cogi2v_jax.disk import beside, check_target
+    from cogi2v_jax.disk import check_target, replace_when_done
 
     from .proof.verify import verify
 
@@ -212,7 +212,7 @@ def _verify(options: argparse.Namespace) -> int:
     report = verify(options.checkpoint, options.trace, options.truth)
     print("\n".join(report.lines(options.markdown)))
     if options.json:
-        with beside(options.json) as part:
+        with replace_when_done(options.json) as part:
             part.write_text(report.json() + "\n", encoding="utf-8")
     return 1 if report.faults else 0
 

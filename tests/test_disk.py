@@ -12,7 +12,6 @@ import pytest
 
 from cogi2v_jax import disk
 from cogi2v_jax.disk import (
-    beside,
     cache_folder,
     check_space,
     check_target,
@@ -20,6 +19,7 @@ from cogi2v_jax.disk import (
     parse_json,
     read_json,
     read_toml,
+    replace_when_done,
     sha256,
 )
 
@@ -63,7 +63,7 @@ def test_an_error_has_one_line_also_without_a_message(error: Exception, line: st
 @pytest.mark.parametrize("name", ["file", "folder"])
 def test_a_target_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path, name: str) -> None:
     target = old(tmp_path, name)
-    with beside(target) as part:
+    with replace_when_done(target) as part:
         write(part, name, "new")
         part.with_name("temporary").write_text("")
         assert content(target, name) == "old"
@@ -84,7 +84,7 @@ def test_after_an_error_the_old_target_is_there(
         replace(source, destination)
 
     def renew() -> None:
-        with beside(target) as part:
+        with replace_when_done(target) as part:
             write(part, name, "new")
             if moment == "writing":
                 raise OSError("full")
@@ -115,7 +115,7 @@ def test_a_target_is_on_the_disk_before_it_gets_its_name(
 
     monkeypatch.setattr(disk.os, "fsync", record)
     monkeypatch.setattr(disk.os, "replace", check)
-    with beside(tmp_path / name) as part:
+    with replace_when_done(tmp_path / name) as part:
         write(part, name, "new")
     assert tmp_path.stat().st_ino in synced
     assert content(tmp_path / name, name) == "new"
@@ -129,7 +129,7 @@ def test_a_disk_that_can_not_sync_is_written_to_and_one_that_fails_is_an_error(
         raise OSError(code, "no")
 
     def renew() -> None:
-        with beside(target) as part:
+        with replace_when_done(target) as part:
             part.write_text("new")
 
     target = old(tmp_path, "file")
@@ -190,7 +190,7 @@ def test_a_file_never_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     (target / "mine").write_text("kept")
-    with pytest.raises(OSError, match="target"), beside(target) as part:
+    with pytest.raises(OSError, match="target"), replace_when_done(target) as part:
         part.write_text("new")
     assert (target / "mine").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..disk import beside, sha256
+from ..disk import replace_when_done, sha256
 from ..request import RATE, SETTINGS, Request, Video
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
     memory there costs no sampling."""
     from safetensors.numpy import save
 
-    with beside(path) as part:
+    with replace_when_done(path) as part:
         # Not save_file, whose files only their owner may read.
         part.write_bytes(save({"latents": latents}, metadata={"recipe": json.dumps(recipe)}))
 

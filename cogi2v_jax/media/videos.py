@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence, PngImagePlugin
 
-from ..disk import beside, check_target
+from ..disk import check_target, replace_when_done
 from ..request import RATE
 from .images import decoding, read_image
 
@@ -77,7 +77,7 @@ def write_video(
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe must hold only what JSON can: got {error}") from error
     target = _target(path)
-    with beside(target) as part:
+    with replace_when_done(target) as part:
         WRITERS[path.suffix.lower()](part, frames, fps, text)
     return target
 

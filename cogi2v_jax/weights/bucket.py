@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..disk import PART, beside, cache_folder, check_space, first_line, one_line
+from ..disk import PART, cache_folder, check_space, first_line, one_line, replace_when_done
 from .needed_files import wanted
 
 SCHEME = "gs:/"  # pathlib leaves one slash of two
@@ -46,7 +46,7 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
         say(f"copying {source} into {target}")
     for name, stat in missing.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        with _reaching(source), beside(target / name) as part:
+        with _reaching(source), replace_when_done(target / name) as part:
             with (root / name).open("rb") as there, part.open("wb") as here:
                 shutil.copyfileobj(there, here, CHUNK)
             os.utime(part, (stat.mtime, stat.mtime))

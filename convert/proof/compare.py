@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from cogi2v_jax.disk import beside, check_target
+from cogi2v_jax.disk import check_target, replace_when_done
 from cogi2v_jax.media.videos import read_frames
 
 TOP = 255  # the largest value of a byte
@@ -90,10 +90,10 @@ def report(
     frames = read_frames(a)
     comparison = compare(frames, read_frames(b), progress)
     if curve:
-        with beside(curve) as part:
+        with replace_when_done(curve) as part:
             draw(part, comparison)
     if record:
-        with beside(record) as part:
+        with replace_when_done(record) as part:
             figures = _plain(frames, comparison)
             part.write_text(json.dumps(figures, allow_nan=False, indent=2) + "\n")
     lines = [f"{'':7} {'video':>8} {'worst':>8} {'frame':>6}"]

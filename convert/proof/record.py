@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 
 from cogi2v_jax.config import CheckpointConfig
-from cogi2v_jax.disk import beside, check_target, first_line
+from cogi2v_jax.disk import check_target, first_line, replace_when_done
 from cogi2v_jax.media.images import read_image
 from cogi2v_jax.pipeline import tokenize_prompts
 from cogi2v_jax.request import SETTINGS, Request, Resolved
@@ -130,7 +130,7 @@ def record(
     if device == "cuda":
         made["device"] = torch.cuda.get_device_name()
     made |= {package: version(package) for package in ("torch", "diffusers", "transformers")}
-    with beside(target) as part:
+    with replace_when_done(target) as part:
         part.touch()
         mode = part.stat().st_mode
         save_file(tensors, part, trace.head(settings, made))

@@ -10,7 +10,7 @@ from cogi2v_convert.__main__ import main
 from etils.epath import gpath, testing
 from folders import left, one_line
 
-from cogi2v_jax.disk import beside
+from cogi2v_jax.disk import replace_when_done
 from cogi2v_jax.loading import load
 from cogi2v_jax.weights import bucket
 from cogi2v_jax.weights.checkpoint import MANIFEST
@@ -143,7 +143,7 @@ def test_what_another_process_is_copying_stays(cloud):
     folder = locate("gs://models/tiny", lambda line: None)
     (folder / "vae/old.bin").write_text("of an earlier state")
     (folder / "vae/config.json").unlink()  # copied again
-    with beside(folder / "vae/new.bin") as part:
+    with replace_when_done(folder / "vae/new.bin") as part:
         part.write_text("half of")
         locate("gs://models/tiny", lambda line: None)
         assert part.read_text() == "half of"
