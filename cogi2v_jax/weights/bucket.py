@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..disk import PART, cache_folder, check_space, first_line, one_line, replace_when_done
-from .needed_files import wanted
+from .needed_files import choose_files
 
 SCHEME = "gs:/"  # pathlib leaves one slash of two
 CHUNK = 2**24  # bytes that are copied at a time
@@ -35,7 +35,7 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
     with _reaching(source):
         root = _root(source)
         names = list(_names(root, source))
-        needed = names if manifest in names else wanted(names)
+        needed = names if manifest in names else choose_files(names)
         stats = {name: (root / name).stat() for name in needed}
     if not needed:
         found = "found neither a diffusers nor a converted folder there"

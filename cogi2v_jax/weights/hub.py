@@ -14,7 +14,7 @@ from ..disk import check_space, first_line, one_line
 from ..names import find_name
 from . import bucket
 from .checkpoint import MANIFEST
-from .needed_files import wanted
+from .needed_files import choose_files
 
 HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.*)?")  # owner/name@revision
 EMBEDDED = Path(__file__).parent.parent / "assets"
@@ -69,7 +69,7 @@ def ask(repository: str, revision: str = "") -> Listing:
     about = api.model_info(repository, revision=revision or None)
     listed = api.list_repo_tree(repository, recursive=True, revision=about.sha)
     files = {file.path: file for file in listed if isinstance(file, RepoFile)}
-    names = sorted(files) if MANIFEST in files else wanted(files)
+    names = sorted(files) if MANIFEST in files else choose_files(files)
     if not names:
         seen = one_line(", ".join(sorted(files)[:3])) or "nothing"
         way = "download a single file and give its path to cogi2v-convert"

@@ -16,7 +16,7 @@ INDEX = re.compile(r"[^.]+(\.safetensors|\.bin)\.index(?:\.(?P<variant>\w+))?\.j
 PREFERRED = ("", "bf16", "fp32", "fp16")
 
 
-def wanted(names: Iterable[str]) -> list[str]:
+def choose_files(names: Iterable[str]) -> list[str]:
     """The files of a diffusers folder, or of a folder with one part, that a conversion reads. Empty
     for any other folder."""
     folders: dict[str, list[str]] = defaultdict(list)
@@ -25,15 +25,15 @@ def wanted(names: Iterable[str]) -> list[str]:
         folders[folder].append(file)
     top = folders[""]
     if not any("config.json" in folders[part] for part in NETWORKS):
-        chosen = weights(top) if "config.json" in top else []
+        chosen = choose_weights(top) if "config.json" in top else []
         return ["config.json", *chosen] if chosen else []
     found = ["model_index.json"] if "model_index.json" in top else []
     found += [f"{part}/{name}" for part, name in CONFIG_FILES.items() if name in folders[part]]
     found += [f"tokenizer/{name}" for name in sorted(folders["tokenizer"])]
-    return found + [f"{part}/{name}" for part in NETWORKS for name in weights(folders[part])]
+    return found + [f"{part}/{name}" for part in NETWORKS for name in choose_weights(folders[part])]
 
 
-def weights(names: Iterable[str]) -> list[str]:
+def choose_weights(names: Iterable[str]) -> list[str]:
     """One set of weights among a folder's files: a single one, or an index and its shards."""
     names = sorted(names)
     for suffix in SUFFIXES:

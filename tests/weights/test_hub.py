@@ -14,7 +14,7 @@ import twins
 from folders import left
 
 from cogi2v_jax.weights.hub import ask, fetch, locate
-from cogi2v_jax.weights.needed_files import wanted
+from cogi2v_jax.weights.needed_files import choose_files
 
 FILES = sorted(
     path.relative_to(twins.TINY).as_posix()
@@ -91,7 +91,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 @pytest.mark.parametrize("part", ["transformer", ""])
 def test_one_set_of_weights_is_taken_of_a_part(part, there, taken):
     prefix = f"{part}/" if part else ""
-    chosen = wanted([f"{prefix}{name}" for name in ["config.json", *there]] + ["README.md"])
+    chosen = choose_files([f"{prefix}{name}" for name in ["config.json", *there]] + ["README.md"])
     assert chosen == (
         [f"{prefix}{name}" for name in ["config.json", *taken]] if taken or part else []
     )
@@ -107,8 +107,8 @@ def test_of_a_repository_only_what_a_conversion_reads_is_taken():
         "text_encoder/model.fp32.pt",
     ]
     unneeded += ["transformer/old/diffusion_pytorch_model.safetensors", "scheduler/config.json"]
-    assert set(wanted([*FILES, *unneeded])) == set(FILES)
-    assert wanted(["a.safetensors", "b.safetensors"]) == []
+    assert set(choose_files([*FILES, *unneeded])) == set(FILES)
+    assert choose_files(["a.safetensors", "b.safetensors"]) == []
 
 
 # the hub
