@@ -22,7 +22,7 @@ from .tables import t5
 from .tables.rules import refuse
 from .writing import int8, manifest
 from .writing.checksums import Digests
-from .writing.folder import appearing
+from .writing.folder import make_folder
 from .writing.layers import Conversion, Meter, Progress, cast_of
 
 
@@ -49,7 +49,7 @@ def to_flax(
     faults = [f"{part}: {fault}" for part, found in matches.items() for fault in found.faults]
     refuse(str(source.folder), faults)
     files = [file for part in NETWORKS for file in source.parts[part]]
-    with appearing(destination, wait) as folder, Digests(files, known) as digests:
+    with make_folder(destination, wait) as folder, Digests(files, known) as digests:
         conversion = Conversion(source, matches, folder, dtype, progress)
         check_space(folder, conversion.meter.total, str(destination))
         _copy_settings(source.settings, source.folder, source.tokenizer_files, folder)
@@ -67,7 +67,7 @@ def to_torch(source: Path, destination: Path | str, progress: Progress | None = 
     parts = {part: converted.tensors(part) for part in NETWORKS}
     size = sum(tensor.size for tensors in parts.values() for tensor in tensors.values())
     meter = Meter(size, progress)
-    with appearing(destination) as folder:
+    with make_folder(destination) as folder:
         settings = {part: source / part / name for part, name in CONFIG_FILES.items()}
         tokenizer = [path for path in (source / "tokenizer").iterdir() if path.is_file()]
         _copy_settings(settings, source, tokenizer, folder)

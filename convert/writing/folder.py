@@ -15,7 +15,7 @@ from cogi2v_jax.weights.checkpoint import MANIFEST
 
 
 @contextmanager
-def appearing(destination: Path | str, wait: bool = False) -> Iterator[Path]:
+def make_folder(destination: Path | str, wait: bool = False) -> Iterator[Path]:
     """A folder to fill, which is renamed to the destination if nothing is raised, and removed
     otherwise. What a killed process left of it is removed first. A destination at gs:// is filled
     here and copied there. Raises FileExistsError where the destination exists, or where another

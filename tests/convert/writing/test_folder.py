@@ -20,7 +20,7 @@ from cogi2v_convert.__main__ import main
 from cogi2v_convert.conversion import to_flax, to_torch
 from cogi2v_convert.writing import folder as folder_module
 from cogi2v_convert.writing import layers, manifest
-from cogi2v_convert.writing.folder import appearing
+from cogi2v_convert.writing.folder import make_folder
 from folders import left, one_line, rewrite, weights
 
 from cogi2v_jax import loading
@@ -217,7 +217,7 @@ def test_why_the_finished_folder_could_not_get_its_name_is_said(
         raise OSError(code, os.strerror(code), str(source), None, str(destination))
 
     monkeypatch.setattr(folder_module.os, "rename", fail)
-    with pytest.raises(OSError, match=line) as caught, appearing(tmp_path / "flax") as folder:
+    with pytest.raises(OSError, match=line) as caught, make_folder(tmp_path / "flax") as folder:
         (folder / "file").touch()
     assert isinstance(caught.value, FileExistsError) == ("must not exist" in line)
     assert left(tmp_path) == set()
