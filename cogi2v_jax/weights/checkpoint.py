@@ -30,7 +30,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from ..config import PARTS, CheckpointConfig
 from ..devices.mesh import Sizes, make_mesh
 from ..disk import first_line, one_line, read_json
-from .lora import Leaves, Lora, changing, check_leaves, read_merged
+from .lora import Leaves, Lora, check_leaves, read_merged, select_loras
 from .pieces import (
     NETWORKS,
     PIECES,
@@ -235,7 +235,7 @@ class Models:
             shapes = placed(self.config, name, self.dtype, mesh, memory_limit())
         with self._loading:
             network = self._resident.pop(name, None)
-            loras = changing(self.loras, transformer_leaves(name, shapes))
+            loras = select_loras(self.loras, transformer_leaves(name, shapes))
             merged = [lora.identity for lora in loras]
             if network is not None:
                 moved = shardings(network) != shardings(shapes)

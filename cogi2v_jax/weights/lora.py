@@ -47,7 +47,7 @@ class Lora:
         return self.sha256, self.weight, scales
 
 
-def changing(loras: Iterable[Lora], leaves: Iterable[str]) -> list[Lora]:
+def select_loras(loras: Iterable[Lora], leaves: Iterable[str]) -> list[Lora]:
     """The LoRAs that change any of these leaves."""
     leaves = set(leaves)
     return [lora for lora in loras if any(leaf in leaves for leaf, _ in lora.factors)]
