@@ -181,7 +181,7 @@ def parts_at(path: Path) -> dict[str, Given]:
         for part, naming, mark in MARKS:
             if mark in names and naming == DIFFUSERS:
                 return {part: given}
-        raise ValueError(f"{path} {parts.MUST}: got {lookalikes.described(names)}")
+        raise ValueError(f"{path} {parts.MUST}: got {lookalikes.describe_names(names)}")
     found: dict[str, Given] = {}
     for file in sat_files(path):
         for part, weights in parts_of(file).items():

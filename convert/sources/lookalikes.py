@@ -40,14 +40,14 @@ def facts(shapes: Mapping[str, tuple[int, ...]]) -> Facts | None:
     return Facts(family, channels, len(layers), proj[0], TABLE in shapes)
 
 
-def described(names: Iterable[str]) -> str:
+def describe_names(names: Iterable[str]) -> str:
     """What the weights of none of our networks are: a relative, or their number and first name."""
     names = list(names)
     first = one_line(names[0]) if names else "none"
     return by_tensors(names) or f"{len(names)} tensors, the first {first}"
 
 
-def unlike(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def find_differences(config: CheckpointConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """A sentence for each way in which a transformer's weights are another network than its
     configuration describes."""
     found, t = facts(shapes), config.transformer

@@ -66,7 +66,7 @@ def match(source: Source, part: str) -> Match:
         must = "the weights must be of image-to-video from a prompt and a first image alone"
         return Match(part, found, tensors, [f"{must}: got {relative}"])
     sizes = {name: tensor.shape for name, tensor in tensors.items()}
-    faults = lookalikes.unlike(source.config, sizes) if part == "transformer" else []
+    faults = lookalikes.find_differences(source.config, sizes) if part == "transformer" else []
     faults += misfits(found, shapes(source.config, part), sizes)
     faults += [
         f"{alias} must equal {name}, its other name: got other values"

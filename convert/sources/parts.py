@@ -169,7 +169,7 @@ def parts_of(path: Path) -> dict[str, Weights]:
                     raise ValueError(f"{path} must hold one {part}: got more, under {prefixes}")
                 found[prefix] = part, naming
     if not found:
-        raise ValueError(f"{path} {MUST}: got {lookalikes.described(file.entries)}")
+        raise ValueError(f"{path} {MUST}: got {lookalikes.describe_names(file.entries)}")
     owned: dict[str, list[str]] = {prefix: [] for prefix in found}
     for name in file.entries:
         prefixes = [prefix for prefix in found if name.startswith(prefix)]
