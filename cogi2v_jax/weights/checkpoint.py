@@ -91,7 +91,7 @@ def open_folder(folder: Path, dtype: jnp.dtype, **settings: Any) -> "Models":
     if manifest.get("format") != FORMAT:
         got = manifest.get("format")
         raise ValueError(f"{folder} must have format {FORMAT}: got {got!r}; {again}")
-    found, files = weight_files(folder), manifest.get("files")
+    found, files = list_weights(folder), manifest.get("files")
     if not isinstance(files, dict):
         raise ValueError(f"{folder / MANIFEST} must list the sizes of its files; {again}")
     broken = [name for name, size in files.items() if found.get(name) != size]
@@ -101,7 +101,7 @@ def open_folder(folder: Path, dtype: jnp.dtype, **settings: Any) -> "Models":
     return Models(folder, read_config(folder), jnp.dtype(dtype), **settings)
 
 
-def weight_files(folder: Path) -> dict[str, int]:
+def list_weights(folder: Path) -> dict[str, int]:
     """The size of every weight file: shows an incomplete copy of a folder before orbax fails on it
     in its threads."""
     weights = (folder / part / "weights" for part in NETWORKS)

@@ -24,7 +24,7 @@ STEMS = {  # of the names of weight files and indexes
 }
 
 
-def weight_files(folder: Path) -> tuple[list[Path], set[str]]:
+def find_weights(folder: Path) -> tuple[list[Path], set[str]]:
     """The files of an index with the names of its tensors, or a single file with no names:
     safetensors before torch files. Raises FileNotFoundError or ValueError, in one line."""
     for suffix in (".safetensors", ".bin"):

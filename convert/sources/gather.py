@@ -18,7 +18,7 @@ from cogi2v_jax.weights.hub import locate, report
 from cogi2v_jax.weights.pieces import NETWORKS
 
 from . import lookalikes, parts
-from .diffusers import STEMS, weight_files
+from .diffusers import STEMS, find_weights
 from .parts import DIFFUSERS, MARKS, WIDE, Tensor, Weights, of_part, parts_of
 from .tensor_files import open_file
 
@@ -38,7 +38,7 @@ class Given:
 
     @staticmethod
     def of(folder: Path) -> "Given":
-        files, promised = weight_files(folder)
+        files, promised = find_weights(folder)
         return Given(files, frozenset(promised), config=folder / "config.json")
 
 

@@ -14,10 +14,10 @@ from cogi2v_jax.disk import read_json, sha256
 from cogi2v_jax.weights.checkpoint import (
     FORMAT,
     MANIFEST,
+    list_weights,
     read_config,
     read_unit,
     unit_name,
-    weight_files,
 )
 from cogi2v_jax.weights.pieces import NETWORKS, layer_count
 
@@ -56,7 +56,7 @@ def write(conversion: Conversion, digests: Digests) -> None:
         "count": {part: sum(map(len, units.values())) for part, units in leaves.items()},
         "leaves": leaves,
         "settings": settings,
-        "files": weight_files(folder),
+        "files": list_weights(folder),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -86,7 +86,7 @@ def _is_nested(value: Any, depth: int) -> bool:
 def check(folder: Path) -> Iterator[str]:
     """Compares a converted folder with its manifest: files, settings, and the bits of each tensor.
     Yields a line for each fault. Raises as `read`."""
-    manifest, found = read(folder), weight_files(folder)
+    manifest, found = read(folder), list_weights(folder)
     files = manifest["files"]
     broken = {name: size for name, size in files.items() if found.get(name) != size}
     for name, size in broken.items():

@@ -26,9 +26,9 @@ from cogi2v_jax.models.layers import Linear
 from cogi2v_jax.weights import checkpoint
 from cogi2v_jax.weights.checkpoint import (
     MANIFEST,
+    list_weights,
     open_folder,
     unit_path,
-    weight_files,
     write_unit,
 )
 from cogi2v_jax.weights.pieces import (
@@ -92,7 +92,7 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 write_unit(copy, part, layer, rest | kernels)
     manifest = json.loads((copy / MANIFEST).read_text())
     del manifest["int8"]
-    (copy / MANIFEST).write_text(json.dumps(manifest | {"files": weight_files(copy)}))
+    (copy / MANIFEST).write_text(json.dumps(manifest | {"files": list_weights(copy)}))
     return copy
 
 
