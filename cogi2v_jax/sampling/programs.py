@@ -26,7 +26,14 @@ from ..models.positions import Positions, positions, sinusoid, token_count
 from ..models.vae import strips_within
 from ..request import LatentShape, Resolved
 from ..weights.checkpoint import Models
-from ..weights.pieces import bytes_per_device, can_replicate, memory_limit, piece, placed, shardings
+from ..weights.pieces import (
+    bytes_per_device,
+    can_replicate,
+    memory_limit,
+    piece,
+    shard_piece,
+    shardings,
+)
 from . import stages
 from .schedule import Tableau, tableau
 
@@ -112,7 +119,7 @@ class Target:
 
     def network(self, name: str) -> nnx.Module:
         """The shapes and shardings of a piece."""
-        return placed(self.config, name, self.dtype, self.mesh, self.memory)
+        return shard_piece(self.config, name, self.dtype, self.mesh, self.memory)
 
     def call(self, function: Callable[..., Any], *args: Any, **static: Any) -> Call:
         """A function of stages.py with its arguments. The target adds the network, and of the

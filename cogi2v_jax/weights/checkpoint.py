@@ -40,7 +40,7 @@ from .pieces import (
     leaf_names,
     memory_limit,
     piece,
-    placed,
+    shard_piece,
     shardings,
     transformer_leaves,
     unit_shapes,
@@ -232,7 +232,7 @@ class Models:
         stage none is, and the result is None where one would have to be."""
         if shapes is None:
             mesh = make_mesh(Sizes(), jax.local_devices()[:1])
-            shapes = placed(self.config, name, self.dtype, mesh, memory_limit())
+            shapes = shard_piece(self.config, name, self.dtype, mesh, memory_limit())
         with self._loading:
             network = self._resident.pop(name, None)
             loras = select_loras(self.loras, transformer_leaves(name, shapes))

@@ -54,7 +54,7 @@ def piece(config: CheckpointConfig, name: str, dtype: jnp.dtype) -> nnx.Module:
 
 
 @cache
-def placed(
+def shard_piece(
     config: CheckpointConfig, name: str, dtype: jnp.dtype, mesh: Mesh, memory: int
 ) -> nnx.Module:
     """One of PIECES with shapes and shardings for parameters, on devices of `memory` bytes each. T5

@@ -16,7 +16,7 @@ import pytest
 from jax import monitoring
 
 from cogi2v_jax.devices.compiling import Program, Stopwatch, keep_compilations
-from cogi2v_jax.weights.pieces import abstract, piece, placed
+from cogi2v_jax.weights.pieces import abstract, piece, shard_piece
 
 FOLDER, ENABLED = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
 LEAST = "jax_persistent_cache_min_compile_time_secs"
@@ -302,7 +302,7 @@ def test_no_setting_of_jax_changes_a_program(setting: str) -> None:
         return {call.stage.program.function.__name__: call.lower().as_text() for call in calls}
 
     expected, before = texts(), jax.config.values[setting]
-    for made_once in (piece, placed, abstract):
+    for made_once in (piece, shard_piece, abstract):
         made_once.cache_clear()
     assert expected.keys() >= {"draw_image", "draw_start", "denoise"}
     jax.config.update(setting, CHANGED[setting])

@@ -27,7 +27,7 @@ from cogi2v_jax.devices.mesh import (
 from cogi2v_jax.devices.sharding import RULES, put, split, to_host
 from cogi2v_jax.sampling import stages
 from cogi2v_jax.sampling.programs import Session
-from cogi2v_jax.weights.pieces import bytes_per_device, piece, placed
+from cogi2v_jax.weights.pieces import bytes_per_device, piece, shard_piece
 
 FLOAT32 = jnp.dtype(jnp.float32)
 EIGHT = [
@@ -262,7 +262,9 @@ def test_weights_are_replicated_where_they_fit_and_else_split_and_t5_is_always_s
     half = jnp.dtype(jnp.bfloat16)
 
     def bytes_on_a_device(name: str, memory: float) -> float:
-        return bytes_per_device(placed(checkpoint, name, half, mesh, int(memory * 2**30))) / 2**30
+        return (
+            bytes_per_device(shard_piece(checkpoint, name, half, mesh, int(memory * 2**30))) / 2**30
+        )
 
     assert bytes_on_a_device("transformer", 15.75) == pytest.approx(9.0, abs=0.1)
     assert bytes_on_a_device("transformer", 10) < 1.6
@@ -369,7 +371,7 @@ def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("cogi2v_jax.weights.pieces.REPLICATED", 0.0)
-    placed.cache_clear()
+    shard_piece.cache_clear()
     models = cogi2v_jax.load(folder, "float32", mesh="data=2,pair=2,context=2")
     job = pipeline.prepare(models, request_of_eight)
     assert not job.layout.replicated
@@ -377,7 +379,7 @@ def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
     assert bytes_per_device(job.network("transformer")) < whole / 4
     sharded = results_of(models, request_of_eight, unsharded)
     assert_close(sharded["denoised"][0], unsharded["denoised"][0], 1e-5)
-    placed.cache_clear()
+    shard_piece.cache_clear()
 
 
 @pytest.mark.parametrize("mesh", ["cpu", "data=2,pair=2"])

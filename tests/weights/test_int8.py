@@ -35,7 +35,7 @@ from cogi2v_jax.weights.pieces import (
     bytes_per_device,
     leaf_names,
     piece,
-    placed,
+    shard_piece,
 )
 
 FLOAT32, HALF = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
@@ -199,7 +199,7 @@ def test_eight_devices_compute_the_same_as_one(
     folder: Path, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cogi2v_jax.weights.pieces.REPLICATED", 0.0)
-    placed.cache_clear()
+    shard_piece.cache_clear()
     models = cogi2v_jax.load(folder, "float32", mesh="pair=2,context=4")
     assert_close(latents(models), alone, 1e-5)
     for name in config.BLOCKS:
@@ -211,7 +211,7 @@ def test_eight_devices_compute_the_same_as_one(
             ("blocks.mlp.down.scale", 1),
         ):
             assert leaves[leaf].size == leaves[leaf].addressable_shards[0].data.size * ways
-    placed.cache_clear()
+    shard_piece.cache_clear()
 
 
 # Memory.

@@ -30,7 +30,7 @@ from cogi2v_jax.sampling import programs
 from cogi2v_jax.weights import checkpoint
 from cogi2v_jax.weights.checkpoint import check_loras, restore
 from cogi2v_jax.weights.lora import RANK, Factors, Lora, check_leaves
-from cogi2v_jax.weights.pieces import PIECES, leaf_names, placed, shardings
+from cogi2v_jax.weights.pieces import PIECES, leaf_names, shard_piece, shardings
 
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
 ALL = (*loras.ATTENTION, "proj", "net.2", "linear", "linear_1", "linear_2", "proj_out")
@@ -209,7 +209,7 @@ def merged(models: Models, **places: Any) -> dict[str, np.ndarray]:
     """Our leaves of the transformer, by the names of `expected`."""
     found = {}
     for piece in ("modulation", "transformer"):
-        shapes = placed(models.config, piece, models.dtype, **places) if places else None
+        shapes = shard_piece(models.config, piece, models.dtype, **places) if places else None
         leaves = leaf_names(models.piece(piece, shapes)).items()
         found |= {PIECES[piece][1] + name: np.asarray(leaf) for name, leaf in leaves}
     return found
@@ -224,7 +224,7 @@ def test_loras_are_merged_into_split_weights(
     models = cogi2v_jax.load(folder, "float32", loras=[loras.diffusers(tmp_path, made, 5)])
     devices = make_mesh(mesh, jax.devices())
     ours = merged(models, mesh=devices, memory=1000)  # too little for a whole network
-    shapes = placed(models.config, "transformer", FLOAT32, devices, 1000)
+    shapes = shard_piece(models.config, "transformer", FLOAT32, devices, 1000)
     whole = [one.is_fully_replicated for one in shardings(models.piece("transformer", shapes))]
     assert not all(whole)
     for name, leaf in expected(pipe, models, made, 0.5).items():
