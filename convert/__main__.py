@@ -12,6 +12,7 @@ from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.disk import one_line
 from cogi2v_jax.request import SETTINGS, Request
+from cogi2v_jax.terminal import printing
 
 SOURCES = (
     "diffusers folder (here, at gs:// or a hub id), then files or folders that replace parts of it:"
@@ -26,12 +27,13 @@ BAR = 24  # characters of the progress bar
 
 def parser() -> argparse.ArgumentParser:
     what = "Converts CogVideoX image-to-video weights between PyTorch and JAX; compares the videos."
-    main = argparse.ArgumentParser(prog="cogi2v-convert", description=what)
+    main = argparse.ArgumentParser(prog="cogi2v-convert", description=what, allow_abbrev=False)
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> Callable:
-        made = commands.add_parser(name, help=help, description=run.__doc__)
+        about = {"help": help, "description": run.__doc__}
+        made = commands.add_parser(name, **about, allow_abbrev=False)
         made.set_defaults(run=run)
         return made.add_argument
 
@@ -90,12 +92,15 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+@printing
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
             return options.run(options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
@@ -103,13 +108,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _say(line: str) -> None:
-    print(f"cogi2v-convert: {line}", file=sys.stderr)
+    print(f"cogi2v-convert: {one_line(line)}", file=sys.stderr)
 
 
 def _fail(line: str, code: int) -> int:
     if sys.stderr.isatty():
         print("\r", end="", file=sys.stderr)  # over a progress line
-    _say(one_line(line))
+    _say(line)
     return code
 
 
@@ -226,7 +231,7 @@ def _check(options: argparse.Namespace) -> int:
 
     faults = 0
     for fault in check(locate(options.folder, must="FOLDER must be a converted folder")):
-        _say(f"{options.folder}: {one_line(fault)}")
+        _say(f"{options.folder}: {fault}")
         faults += 1
     count = f"{faults} fault{'s' * (faults > 1)}; convert its source again"
     print(f"{options.folder}: {count if faults else 'whole: every file and every tensor'}")

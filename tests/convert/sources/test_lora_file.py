@@ -187,7 +187,7 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     for wrong in ("a:", "a:x", "a:nan", "a:-inf", ("a", None, "a"), ("a", "big")):
         with pytest.raises((ValueError, TypeError)):
             parse_loras([wrong])
-    for missing in ("c", "c:1", "b", "b:d:1", ":1"):
+    for missing in ("c", "c:1", "b", "b:d:1", ":1", "~nobody-of-this-name/c", "~no-one:1"):
         with pytest.raises(
             (FileNotFoundError, ValueError),
             match="lora must be an existing file or folder: found no",
