@@ -36,12 +36,19 @@ def _read(kind: Kind, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"must be {kind.rule}: got {text!r}") from None
 
 
-def parse_loras(loras: Iterable[object]) -> list[tuple[Path, float]]:
-    """The paths and weights of LoRA files or folders, given as FILE, FILE:WEIGHT or (FILE, WEIGHT).
-    Raises FileNotFoundError for a path that doesn't exist, ValueError for a weight that is not a
-    finite number."""
-    pairs = (lora if isinstance(lora, tuple) else (str(lora),) for lora in loras)
-    return [_parse_lora(*pair) for pair in pairs]
+def parse_loras(loras: Any) -> list[tuple[Path, float]]:
+    """The paths and weights of LoRA files or folders, given as FILE, FILE:WEIGHT or (FILE, WEIGHT),
+    one or many. Raises FileNotFoundError for a path that doesn't exist, ValueError for a weight
+    that is not a finite number and for what is no file."""
+    if isinstance(loras, str | os.PathLike) or _is_pair(loras):
+        loras = [loras]
+    if not isinstance(loras, Iterable):
+        raise ValueError(f"loras must be FILE, FILE:WEIGHT or (FILE, WEIGHT): got {loras!r}")
+    return [_parse_lora(*lora) if _is_pair(lora) else _parse_lora(lora) for lora in loras]
+
+
+def _is_pair(lora: object) -> bool:
+    return isinstance(lora, tuple) and len(lora) == 2 and not isinstance(lora[1], str | os.PathLike)
 
 
 def _parse_lora(file: object, weight: Any = None) -> tuple[Path, float]:

@@ -152,6 +152,10 @@ class Job(RequestTarget):
 
 def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job:
     """Every check there is, before any slow work. Raises ValueError as `generate` does."""
+    if not isinstance(models, Models):
+        raise ValueError(f"models must be what cogi2v_jax.load returns: got {models!r}")
+    if not isinstance(request, Request):
+        raise ValueError(f"request must be a cogi2v_jax.Request: got {type(request).__name__}")
     resolved = request.resolve(models.config)
     videos = resolved.videos
     target = target_of(models, resolved)
