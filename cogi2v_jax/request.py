@@ -57,8 +57,8 @@ def _one_of(*names: str) -> Kind:
 COUNT = Kind(
     "a positive integer below 2**31", lambda value: _is_whole(value) and 0 < value < 2**31, int
 )
-# A GIF can hold a frame for at most 655 seconds, and ffmpeg rounds lower rates to none.
-RATE = Kind("a number from 0.01 to 1000", lambda v: _is_real(v) and 0.01 <= v <= 1000, float)
+# A GIF can hold a frame for at most 655 seconds, and no screen shows more than 240 a second.
+RATE = Kind("a number from 0.01 to 240", lambda v: _is_real(v) and 0.01 <= v <= 240, float)
 SCALE = Kind("a finite number and not negative", lambda v: _is_real(v) and v >= 0, float)
 SWITCH = Kind("true or false", lambda value: isinstance(value, (bool, np.bool_)), bool)
 LATENT_SCALE = Kind(

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,8 @@ def check_output(path: str | os.PathLike) -> Path:
 
     `x.mp4` and `x.gif` are files; `x.png`, `x` and `x/` all mean a folder `x` of png frames. Raises
     ValueError for another suffix, a parent folder that is missing or read-only, and a folder with
-    other files than frames written before; RuntimeError or OSError where ffmpeg does not run, which
-    an mp4 needs.
+    other files than frames written before; RuntimeError or OSError where ffmpeg cannot write an
+    mp4.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
@@ -42,7 +43,7 @@ def check_output(path: str | os.PathLike) -> Path:
     check_target("output", path, folder=not is_file)
     target = _target(path)
     if path.suffix.lower() == ".mp4":
-        _ffmpeg("-version")
+        _try_encoder()
     elif not is_file and target.exists():
         names = set(os.listdir(target)) if target.is_dir() else {"a file"}
         ours = "recipe.json" in names and all(
@@ -129,11 +130,26 @@ def _write_mp4(part: Path, frames: np.ndarray, fps: float | int, recipe: str) ->
     _ffmpeg(*arguments, stdin=np.ascontiguousarray(frames).data.cast("B"))
 
 
+def _try_encoder() -> None:
+    """Writes a small mp4 as every other one is written: some builds of ffmpeg lack the encoder."""
+    with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
+        try:
+            _write_mp4(Path(folder, "x.mp4"), np.zeros((2, 16, 16, 3), np.uint8), 8, "{}")
+        except RuntimeError as error:
+            way = "unset IMAGEIO_FFMPEG_EXE, or write a .gif or .png"
+            raise RuntimeError(f"{error}; an mp4 needs an ffmpeg with libx264: {way}") from None
+
+
+def gif_steps(count: int, fps: float | int) -> list[int]:
+    """How long the frames of a gif are shown, in hundredths of a second: its unit. Rounding the
+    clock instead of each step keeps the length (8 fps is 12, 13, 12, 13, ...). Browsers show steps
+    under 2 as 10."""
+    clock = [round(index * 100 / fps) for index in range(count + 1)]
+    return [max(2, later - now) for now, later in itertools.pairwise(clock)]
+
+
 def _write_gif(part: Path, frames: np.ndarray, fps: float | int, recipe: str) -> None:
-    # A gif's unit is a hundredth of a second. Rounding the clock instead of each step keeps the
-    # length (8 fps is 12, 13, 12, 13, ...). Browsers show steps under 2 as 10.
-    clock = [round(index * 100 / fps) for index in range(len(frames) + 1)]
-    steps = [10 * max(2, later - now) for now, later in itertools.pairwise(clock)]
+    steps = [10 * step for step in gif_steps(len(frames), fps)]
     first, *rest = (Image.fromarray(frame) for frame in frames)
     many = {"save_all": True, "append_images": rest, "duration": steps, "loop": 0}
     first.save(part, format="GIF", comment=recipe, **many)
