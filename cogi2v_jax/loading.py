@@ -53,6 +53,7 @@ def load(
     compute dtype (default: bfloat16, on CPUs float32), `mesh` how devices share the work, and with
     `vae_tiling` the VAE computes the reference's blended tiles. `loras` are added to the weights,
     as in `adapt`. Raises ValueError, FileNotFoundError or OSError in one line."""
+    hosts.start_devices()
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with contextlib.suppress(TypeError):  # a name that numpy doesn't know is refused below

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,11 +15,13 @@ from . import __version__
 from .arguments import add_settings, parse_loras
 from .config import names
 from .devices import hosts, plan
+from .media.download import local_copy, path_or_address
 from .media.images import read_image
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
-from .media.videos import check_output, write_video
+from .media.videos import check_output, gif_steps, write_video
 from .request import SETTINGS, Request, Video
+from .terminal import printing
 
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
@@ -38,6 +41,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     main = _Parser(
+        allow_abbrev=False,
         prog="python -m cogi2v_jax.sample",
         description="Makes a video from a still image and a sentence. With no argument it runs the "
         "embedded model on its example.",
@@ -48,8 +52,8 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
 
     add = main.add_argument_group("what to make").add_argument
-    image = "the first frame: any image file"
-    add("--image", "--image_or_video_path", **FILE, help=image)
+    image = "the first frame: any image file, or a http or https address"
+    add("--image", "--image_or_video_path", metavar="FILE", type=path_or_address, help=image)
     add("--prompt", metavar="TEXT", help="what should happen")
     add("--negative_prompt", metavar="TEXT", default="", help="what should not")
     manifest = "many at once: .csv, .jsonl or .txt (prompt@@image) instead of the two above"
@@ -107,12 +111,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.model in (None, EMBEDDED) and not options.image:
         options.image = EXAMPLE_IMAGE
         options.prompt = EXAMPLE_PROMPT if options.prompt is None else options.prompt
-    if options.image is None or options.prompt is None:
+    for missing, other in (("prompt", "image"), ("image", "prompt")):
+        if getattr(options, missing) is None and getattr(options, other) is not None:
+            reader.error(f"--{missing} must be given with --{other}")
+    if options.image is None:
         reader.error("--image and --prompt must be given (only the embedded model has an example)")
     return options
 
 
 @hosts.distributed
+@printing
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 could not be done, 2 wrong arguments, 130 stopped by the user."""
     options = parse(arguments)
@@ -130,16 +138,18 @@ def main(arguments: list[str] | None = None) -> int:
             if options.decode_latents:
                 _decode_latents(options)
             else:
-                _sample(options, _planned(options))
+                with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
+                    _sample(options, _planned(options, Path(folder)))
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        return _fail(str(error), error)
     except RuntimeError as error:
         first = str(error).partition("\n")[0]
         if "RESOURCE_EXHAUSTED" in str(error):
-            return _fail(f"the device ran out of memory: {first}")
-        # ffmpeg is not installed, or it failed; a device is not there, or another program has it.
-        if "ffmpeg" in str(error) or "initialize backend" in first:
-            return _fail(first)
+            return _fail(f"the device ran out of memory: {first}", error)
+        if "ffmpeg" in str(error):  # it is not installed, or it failed
+            return _fail(first, error)
         raise
     except KeyboardInterrupt:
         newline = "\n" if sys.stderr.isatty() else ""
@@ -154,8 +164,8 @@ def _say(line: str, end: str = "\n") -> None:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
-def _fail(line: str) -> int:
-    print(f"cogi2v: {line}", file=sys.stderr)
+def _fail(line: str, error: Exception) -> int:
+    print("; ".join([f"cogi2v: {line}", *getattr(error, "__notes__", [])]), file=sys.stderr)
     return 1
 
 
@@ -163,17 +173,20 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {setting: getattr(options, setting) for setting in SETTINGS}
 
 
-def _planned(options: argparse.Namespace) -> list[tuple[Video, Path]]:
-    """The videos to make, each with its output. Reads the images and checks the outputs."""
+def _planned(options: argparse.Namespace, folder: Path) -> list[tuple[Video, Path]]:
+    """The videos to make, each with its output. Reads the images, those at addresses into `folder`,
+    and checks the outputs."""
     single = options.prompt, options.image
     rows = read_manifest(options.manifest) if options.manifest else [Row(*single)]
+    images = {row.image: local_copy(row.image, folder) for row in rows}
     videos = []
+    for image in images.values():
+        read_image(image)
     for row in rows:
-        read_image(row.image)
         first = options.seed if row.seed is None else row.seed
         negative = options.negative_prompt if row.negative_prompt is None else row.negative_prompt
         seeds = range(first, first + options.num_videos_per_prompt)
-        videos += [Video(row.image, row.prompt, negative, seed) for seed in seeds]
+        videos += [Video(images[row.image], row.prompt, negative, seed) for seed in seeds]
     outputs = [options.output or Path("out.mp4")]
     if len(videos) > 1:
         (path,), width = outputs, len(str(len(videos) - 1))
@@ -222,20 +235,23 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
                 file = path.with_name(path.stem + LATENTS)
                 write_latents(file, latents[number : number + 1], recipe)
 
-        result = generate(models, batch, on_step=_progress(), on_latents=keep)
-        if hosts.leads():
-            _finish(zip(paths, result.video, recipes, strict=True), result.seconds, loading)
+        try:
+            result = generate(models, batch, on_step=_progress(), on_latents=keep)
+            if hosts.leads():
+                _finish(zip(paths, result.video, recipes, strict=True), result.seconds, loading)
+        except Exception as error:
+            if recipes:
+                kept = paths[0].with_name(paths[0].stem + LATENTS)
+                error.add_note(f"the latents are kept: --decode_latents {kept} makes the video")
+            raise
         loading = 0.0
 
 
 def _load(
     options: argparse.Namespace, name: str, dtype: str | None, loras: Iterable[str] = ()
 ) -> Any:
-    from .devices.mesh import sizes_of
     from .loading import load
 
-    if options.mesh != "auto":
-        sizes_of(options.mesh)  # before a model is fetched, which may take an hour
     return load(name, dtype, options.attention, options.mesh, options.vae_tiling, loras)
 
 
@@ -295,7 +311,11 @@ def _finish(
     for output, video, recipe in videos:
         frames, height, width, _ = video.shape
         written = write_video(output, video, recipe["fps"], recipe)
-        lines.append(f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps")
+        line = f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps"
+        steps = {*gif_steps(frames, recipe["fps"])} if written.suffix.lower() == ".gif" else set()
+        if {step * recipe["fps"] for step in steps} - {100}:
+            line += f" (in a gif: {' and '.join(map(str, sorted(steps)))} hundredths of a second)"
+        lines.append(line)
     seconds = seconds | {
         "load": seconds["load"] + loading,
         "write": time.perf_counter() - started,

@@ -216,3 +216,9 @@ def test_loading_keeps_compilations(cache, source, monkeypatch):
     monkeypatch.setattr(loading, "keep_compilations", lambda: kept.append(True))
     load(source, say=quiet)
     assert kept == [True]
+
+
+@pytest.mark.parametrize("mesh", ["v5e-9", "data=0", "pair=2,pair=2"])
+def test_a_mesh_that_does_not_exist_is_refused_before_a_model_is_fetched(mesh: str) -> None:
+    with pytest.raises(ValueError, match=r"mesh must be auto, v5e-1, .*: got"):
+        load("someone/not-there", mesh=mesh)

@@ -28,6 +28,11 @@ VARIABLES = COORDINATOR, PROCESSES, PROCESS = (
     "COGI2V_PROCESS",
 )
 ARRIVAL = 100  # seconds within which all processes must have started
+NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+}
 HEARTBEAT = 30  # seconds without a heartbeat after which a process is lost
 LINGER = 1.0  # seconds from process 0's failure to its exit
 MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
@@ -107,6 +112,22 @@ def host_memory() -> int:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     given = MEMORY_MAX.read_text().strip() if MEMORY_MAX.is_file() else "max"
     return min(host, int(given)) if given.isdecimal() else host
+
+
+def start_devices() -> None:
+    """Starts jax's devices. Raises OSError in one line where there are none."""
+    import jax
+
+    if not has_tpu():
+        # A libtpu that finds no chip looks for its host in the cloud, and prints six lines.
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts that some platform works
+        asked = os.environ.get("JAX_PLATFORMS") or "any platform"
+        why = f": {first_line(error)}" if str(error) else ""
+        raise OSError(f"jax finds no device of {asked}{why}") from None
 
 
 def _metadata(key: str) -> str:

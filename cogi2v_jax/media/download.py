@@ -1,12 +1,15 @@
 """Pictures at web addresses, within limits."""
 
+import os
 import string
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from ..disk import one_line
 
@@ -24,6 +27,21 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if not newurl.startswith(SCHEMES):
             raise urllib.error.URLError(f"it leads to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def path_or_address(text: str) -> Path | str:
+    """A path, or an address as it is: a path would lose one of its slashes."""
+    return text if text.startswith(SCHEMES) else Path(text)
+
+
+def local_copy(source: Path | str, folder: Path) -> Path:
+    """A path itself, or the file at an address, in a new folder in `folder`."""
+    if isinstance(source, Path):
+        return source
+    name = PurePosixPath(unquote(urlsplit(source).path)).name or "image"
+    copy = Path(tempfile.mkdtemp(dir=folder), os.fsencode(name)[-200:].decode(errors="ignore"))
+    copy.write_bytes(download(source))
+    return copy
 
 
 def download(address: str) -> bytes:

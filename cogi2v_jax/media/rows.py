@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from .download import path_or_address
+
 COLUMNS = ("prompt", "image", "negative_prompt", "seed")
 
 
@@ -14,15 +16,15 @@ class Row(NamedTuple):
     """One video to make, as a batch file states it. The command line answers what is None."""
 
     prompt: str
-    image: Path
+    image: Path | str  # a string is an address
     negative_prompt: str | None = None
     seed: int | None = None
 
 
 def read_manifest(path: Path) -> list[Row]:
     """Rows of a .csv file (with a header), a .jsonl file (an object a line) or a .txt file
-    (`prompt@@image` a line). Image paths are relative to the file's folder. Raises ValueError
-    naming every wrong line, or FileNotFoundError."""
+    (`prompt@@image` a line). Images are addresses, or paths that are relative to the file's folder.
+    Raises ValueError naming every wrong line, or FileNotFoundError."""
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _txt}
     if path.suffix.lower() not in readers:
         raise ValueError(f"manifest must end in {', '.join(readers)}: got {path.name}")
@@ -94,4 +96,6 @@ def _row(row: object, folder: Path) -> Row:
         raise ValueError(f"seed must be an integer from 0 to 2**64 - 1: got {seed!r}")
     negative = row.get("negative_prompt") or None
     seed = None if seed is None else int(seed)
-    return Row(row["prompt"], folder / row["image"], negative, seed)
+    image = path_or_address(row["image"])
+    image = folder / image if isinstance(image, Path) else image
+    return Row(row["prompt"], image, negative, seed)

@@ -16,8 +16,9 @@ PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert
 # their own.
 ORDER = """
     cogi2v_jax cogi2v_jax.disk cogi2v_jax.lookalikes cogi2v_jax.config cogi2v_jax.names
-    cogi2v_jax.request cogi2v_jax.arguments cogi2v_jax.kernels cogi2v_jax.devices
-    cogi2v_jax.models cogi2v_jax.media cogi2v_jax.weights cogi2v_jax.sampling cogi2v_jax.pipeline
+    cogi2v_jax.request cogi2v_jax.arguments cogi2v_jax.terminal cogi2v_jax.kernels
+    cogi2v_jax.devices cogi2v_jax.models cogi2v_jax.media cogi2v_jax.weights cogi2v_jax.sampling
+    cogi2v_jax.pipeline
     cogi2v_convert cogi2v_convert.tables cogi2v_convert.sources cogi2v_convert.writing
     cogi2v_convert.conversion cogi2v_convert.lora_match cogi2v_convert.inspection
     cogi2v_jax.loading cogi2v_convert.proof cogi2v_convert.__main__ cogi2v_jax.apps
