@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("COGI2V_TEST_PLATFORM", "cpu")
+# Compiling takes most of the tests' time. LLVM's first level of optimisation compiles the loop of
+# the embedded model in 0.7 s of CPU time instead of 4.9 s, its decoder in 2.3 s instead of 4.0 s.
+# (Without any, programs run so slowly that this costs more than it saves.)
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+    "--xla_backend_optimization_level=1"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 # A cache for each worker: what one test converted or compiled must not change what another one
