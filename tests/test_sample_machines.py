@@ -17,26 +17,22 @@ def folder(tmp_path, monkeypatch):
     return enter(tmp_path, monkeypatch)
 
 
-def test_videos_made_side_by_side_on_a_mesh_are_those_made_one_by_one(capsys):
+def test_videos_made_side_by_side_are_those_made_one_by_one_and_verbose_names_the_mesh(capsys):
     run = [*QUICK, "--num_videos_per_prompt", "2"]
     assert main([*run, "--output", "alone.png"]) == 0
     capsys.readouterr()
-    assert main([*run, "--output", "shared.png", "--mesh", "data=2,pair=2"]) == 0
-    heads = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert main([*run, "--output", "shared.png", "--mesh", "data=2,pair=2", "--verbose"]) == 0
+    out, err = capsys.readouterr()
+    assert "mesh: data=2,pair=2,context=1 on 4 of 8 x cpu" in err
+    assert "compiler options for cpu:" in err
+    assert "attention: xla, 58 tokens padded to 58" in err
+    heads = [line.partition(":")[0] for line in out.splitlines()]
     assert heads == ["seconds", "peak memory", "shared-0", "shared-1"]
     for number in (0, 1):
         for frame in sorted(Path(f"alone-{number}").glob("*.png")):
             paths = Path(f"shared-{number}", frame.name), frame
             ours, theirs = (np.asarray(Image.open(path), np.int16) for path in paths)
             assert np.abs(ours - theirs).max() <= 1
-
-
-def test_verbose_says_what_was_chosen(capsys):
-    assert main([*QUICK, "--output", "verbose.gif", "--verbose", "--mesh", "pair=2"]) == 0
-    err = capsys.readouterr().err
-    assert "mesh: data=1,pair=2,context=1 on 2 of 8 x cpu" in err
-    assert "compiler options for cpu:" in err
-    assert "attention: xla, 58 tokens padded to 58" in err
 
 
 def test_a_plan_is_printed_without_jax():
