@@ -28,7 +28,7 @@ def measured(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "stages"),
     [
-        (full_size.MODELS[1], ("text", "denoise, one prediction", "denoise, one step")),
+        (full_size.MODELS[1], ("text", "denoise, one step")),
         *(
             pytest.param(model, full_size.STAGES, marks=pytest.mark.slow)
             for model in full_size.MODELS

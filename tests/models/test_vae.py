@@ -49,7 +49,7 @@ def test_encoding_is_the_references(
 
 @pytest.mark.parametrize(
     ("frames", "height", "width"),
-    [(1, 5, 3), (2, 5, 3), (3, 5, 3), (5, 3, 7), (13, 2, 3), (4, 2, 2), (3, 1, 3)],
+    [(1, 5, 3), (2, 5, 3), (5, 3, 7), (13, 2, 3), (4, 2, 2), (3, 1, 3)],
 )
 def test_decoding_is_the_references(
     module: torch.nn.Module, network: VAE, frames: int, height: int, width: int
