@@ -1,7 +1,9 @@
 """Files on disk: the cache, free space, JSON and TOML, and writing that leaves nothing half-written
 under a final name."""
 
+import atexit
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -23,8 +25,20 @@ PART = ".part-"  # in the names of files and folders that are being written
 
 
 def cache_folder(*parts: str) -> Path:
-    """A folder of the user's cache, which may not exist yet."""
-    return user_cache_path("cogi2v-jax").joinpath(*parts)
+    """A folder of the user's cache, which may not exist yet; for a user without a home, of one for
+    this process."""
+    try:
+        return user_cache_path("cogi2v-jax").joinpath(*parts)
+    except RuntimeError:  # from expanding ~
+        return process_folder().joinpath(*parts)
+
+
+@functools.cache
+def process_folder() -> Path:
+    """A temporary folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="cogi2v-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def free_space(folder: Path) -> tuple[int, Path]:

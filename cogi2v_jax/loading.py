@@ -1,14 +1,12 @@
 """Loads a checkpoint by a path, a name or a hub id. One that is not converted yet is converted into
 the cache first."""
 
-import atexit
 import contextlib
 import hashlib
 import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +20,7 @@ from .config import CheckpointConfig
 from .devices import hosts
 from .devices.compiling import keep_compilations
 from .devices.mesh import sizes_of
-from .disk import SHA256, cache_folder, replace_when_done, sha256
+from .disk import SHA256, cache_folder, process_folder, replace_when_done, sha256
 from .models.attention import choose
 from .weights.checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
 from .weights.hub import locate
@@ -136,8 +134,7 @@ def _convert(folder: Path, say: Say) -> Path:
 
 
 def _cache(say: Say) -> Path:
-    """The user's cache of conversions or, where that can't be written, a temporary one that is
-    removed when the process ends."""
+    """The user's cache of conversions or, where that can't be written, one for this process."""
     cache = cache_folder("converted")
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -146,8 +143,7 @@ def _cache(say: Say) -> Path:
         writable = False
     if not writable:
         say(f"cannot write {cache}: not keeping the conversion; XDG_CACHE_HOME sets another place")
-        cache = Path(tempfile.mkdtemp(prefix="cogi2v-"))
-        atexit.register(shutil.rmtree, cache, ignore_errors=True)
+        cache = process_folder()
     return cache
 
 

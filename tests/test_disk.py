@@ -244,3 +244,13 @@ def test_an_unreadable_toml_file_is_one_line_naming_it(
     with pytest.raises(ValueError, match=f"^{path} must be a TOML file: ") as caught:
         read_toml(path)
     assert str(caught.value).isprintable()
+
+
+def test_a_user_without_a_home_has_a_cache_for_this_process(monkeypatch) -> None:
+    def homeless(name: str) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr(disk, "user_cache_path", homeless)
+    folder = disk.cache_folder("converted")
+    assert folder == disk.cache_folder("converted") == disk.process_folder() / "converted"
+    assert disk.process_folder().is_dir()

@@ -14,7 +14,7 @@ from cogi2v_convert import conversion
 from cogi2v_convert.writing import layers
 from safetensors.numpy import load_file, save
 
-from cogi2v_jax import loading
+from cogi2v_jax import disk, loading
 from cogi2v_jax.loading import load
 from cogi2v_jax.weights.pieces import leaf_names
 
@@ -166,8 +166,9 @@ def test_without_a_cache_a_conversion_is_kept_as_long_as_the_process(
     else:
         cache.parent.parent.write_text("in the way")
     leave = []
+    disk.process_folder.cache_clear()
     monkeypatch.setattr(
-        loading.atexit, "register", lambda *arguments, **named: leave.append((arguments, named))
+        disk.atexit, "register", lambda *arguments, **named: leave.append((arguments, named))
     )
     said = []
     models = load(source, say=said.append)
@@ -180,6 +181,7 @@ def test_without_a_cache_a_conversion_is_kept_as_long_as_the_process(
     models.piece("text_encoder")
     (((remove, folder), named),) = leave
     remove(folder, **named)
+    disk.process_folder.cache_clear()
     assert not models.folder.exists()
 
 

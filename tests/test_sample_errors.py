@@ -68,8 +68,9 @@ def latents_file(shape=(1, 3, 8, 8, 16), name="latents", recipe=RECIPE) -> str:
                 {"recipe": RECIPE | {"fps": fps}},
                 f"model 'cogi2v-tiny', dtype 'float32' and fps {fps!r}",
             )
-            for fps in (None, "8", True, 0, -8, 10**400, float("nan"))
+            for fps in (None, "8", True, 0, -8, float("nan"))
         ),
+        ({"recipe": RECIPE | {"fps": 10**400}}, "integers must have at most 300 digits: got 401"),
         ({"recipe": RECIPE | {"model": 3}}, "a recipe of model 3, dtype 'float32' and fps 8"),
         ({"recipe": RECIPE | {"dtype": None}}, "a recipe of model 'cogi2v-tiny', dtype None and"),
         ({"shape": (1, 0, 8, 8, 16)}, "it holds [1, 0, 8, 8, 16] and a recipe of"),

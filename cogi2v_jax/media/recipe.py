@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..disk import replace_when_done, sha256
+from ..disk import parse_json, replace_when_done, sha256
 from ..request import RATE, SETTINGS, Request, Video
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         with safe_open(path, framework="numpy") as file:
             latents = file.get_tensor("latents")
-            recipe = json.loads((file.metadata() or {})["recipe"])
+            recipe = parse_json((file.metadata() or {})["recipe"])
         model, dtype, fps = (dict(recipe).get(key) for key in ("model", "dtype", "fps"))
         known = isinstance(model, str) and isinstance(dtype, str) and RATE.fits(fps)
         if latents.ndim != 5 or len(latents) != 1 or 0 in latents.shape or not known:
