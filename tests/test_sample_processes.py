@@ -25,16 +25,28 @@ SETTINGS = {
     "PYTHONPATH": os.pathsep.join(sys.path),
 }
 
+MODULE = ("-m", "cogi2v_jax.sample")
+# The same with a shorter heartbeat: a process is lost after 10 s instead of 30 s.
+IMPATIENT = """
+import sys
+from cogi2v_jax import sample
+from cogi2v_jax.devices import hosts
+hosts.join.__defaults__ = (10,)
+sys.exit(sample.main())
+"""
+
 Ended = tuple[int, str, str, Path]  # exit code, standard output, standard error, folder
 
 
-def sample(parent: Path, count: int, *arguments: str) -> list[Ended]:
+def sample(
+    parent: Path, count: int, *arguments: str, program: tuple[str, ...] = MODULE
+) -> list[Ended]:
     folders = [parent / str(process) for process in range(count)]
     processes = []
     try:
         for folder, announced in zip(folders, announcements(count), strict=True):
             folder.mkdir(exist_ok=True)
-            line = [sys.executable, "-m", "cogi2v_jax.sample", *QUICK, *arguments]
+            line = [sys.executable, *program, *QUICK, *arguments]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             processes.append(
                 subprocess.Popen(line, env=os.environ | SETTINGS | announced, cwd=folder, **pipes)
@@ -77,7 +89,8 @@ def test_an_image_that_is_missing_on_one_host_ends_all(tmp_path: Path) -> None:
     for process in range(2):
         (tmp_path / str(process)).mkdir()
     (tmp_path / "0" / "photo.png").write_bytes(EXAMPLE_IMAGE.read_bytes())
-    first, second = sample(tmp_path, 2, "--image", "photo.png", "--prompt", "it moves")
+    arguments = ("--image", "photo.png", "--prompt", "it moves")
+    first, second = sample(tmp_path, 2, *arguments, program=("-c", IMPATIENT))
     assert first[0] != 0
     assert first[1] == ""
     assert (second[:2], len(second[2].splitlines())) == ((1, ""), 1)

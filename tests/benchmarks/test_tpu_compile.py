@@ -55,7 +55,7 @@ def test_a_product_in_nested_loops_counts_once_for_every_trip(programs: Path) ->
 
 
 def test_a_convolutions_taps_on_its_padding_do_not_count(programs: Path) -> None:
-    assert cost(programs / "convolution").flops == 2 * 16 * 128 * 256 * (3 * 32 - 2) * (3 * 48 - 2)
+    assert cost(programs / "convolution").flops == 2 * 4 * 32 * 64 * (3 * 12 - 2) * (3 * 8 - 2)
 
 
 @pytest.mark.parametrize(
