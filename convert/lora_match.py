@@ -87,8 +87,8 @@ class Match:
             parts.append(f"rank {_span(self.ranks)}")
             parts.append(f"alpha {_span(self.alphas)}{self.unstated}")
         parts.append(f"weight {self.weight:g}")
-        if self.file.base:
-            parts.append(f"made for {self.file.base}")
+        if self.file.bases:
+            parts.append(f"made for {' and '.join(self.file.bases)}")
         return one_line(", ".join(parts))
 
     def unmatched(self, shown: int = 20) -> list[str]:
@@ -249,15 +249,20 @@ def _of_module(settings: Mapping[str, Any], name: str, patterns: str, module: st
     return number
 
 
+# 1.5 anywhere in a name, or 15 and 1-5 right behind "CogVideoX".
+SECONDS_NAME = re.compile(r"1[._]5|x[-_]?1-?5(?!\d)", re.IGNORECASE)
+
+
 def _other_model(file: LoraFile, config: CheckpointConfig, misfits: bool) -> str:
     """A sentence if the file is for another model, by what it states or, if there are misfits, by
     its shapes; else ""."""
     ours = GENERATIONS[config.family]
-    # Only from "cogvideox" on: folders before it may have any number in their names.
-    if stated := re.search(r"cogvideox[^/]*", file.base, re.IGNORECASE):
-        generation = SECOND if re.search(r"1[._]5", stated[0]) else FIRST
-        if generation != ours:
-            return f"it says that it was made for {file.base}, of {generation}, and this is {ours}"
+    for base in file.bases:
+        # Only from "cogvideox" on: folders before it may have any number in their names.
+        stated = re.search(r"cogvideox[^/]*", base, re.IGNORECASE)
+        generation = SECOND if stated and SECONDS_NAME.search(stated[0]) else FIRST
+        if stated and generation != ours:
+            return f"it says that it was made for {base}, of {generation}, and this is {ours}"
     if not misfits:
         return ""
     facts = _facts(file)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from cogi2v_jax.disk import one_line, parse_json, read_json, sha256
 
@@ -34,7 +35,7 @@ class LoraFile(NamedTuple):
     read: Callable[[str], np.ndarray]
     # PEFT's: r, lora_alpha, rank_pattern, alpha_pattern, use_rslora; empty if there are none
     settings: Mapping[str, Any]
-    base: str  # the model that it says it was trained on, or ""
+    bases: tuple[str, ...]  # the models that it says it was trained on
 
 
 def open_lora(path: Path) -> LoraFile:
@@ -54,10 +55,10 @@ def open_lora(path: Path) -> LoraFile:
     shapes = {tensor: entry.shape for tensor, entry in file.entries.items()}
     beside = read_json(path.with_name(BESIDE)) if path.with_name(BESIDE).is_file() else {}
     settings = _settings(path, file.note) or beside
-    stated = [source.get(key) for source in (settings, beside, file.note) for key in BASES]
-    base = next((str(value) for value in stated if value), None)
-    base = _base_of_card(path) if base is None else base
-    return LoraFile(path, name, sha256(path), shapes, file.read, settings, base)
+    sources = settings, beside, file.note, _read_card(path.parent)
+    stated = [base for source in sources for key in BASES for base in _texts(source.get(key))]
+    bases = tuple(dict.fromkeys(stated))
+    return LoraFile(path, name, sha256(path), shapes, file.read, settings, bases)
 
 
 def _locate(path: Path) -> Path:
@@ -86,13 +87,19 @@ def _settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(f"{path} {must}: {error}") from None
 
 
-def _base_of_card(path: Path) -> str:
-    """The single `base_model` of the model card that trainers write beside a file, or ""."""
+def _texts(value: Any) -> list[str]:
+    """One text, or a list of them, without what is empty."""
+    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    """The front matter of the model card that trainers write beside a file; {} where there is none
+    that can be read."""
+    cards = (path for path in folder.iterdir() if path.name.lower() == "readme.md")
     try:
-        text = path.with_name("README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
-    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    line = r"^base_model:[ \t]*([\w./-]+)[ \t]*$"
-    found = re.search(line, front[1], re.MULTILINE) if front else None
-    return found[1] if found else ""
+        text = next(cards).read_text(encoding="utf-8-sig")
+        front = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(\n|$)", text, re.DOTALL)
+        read = yaml.safe_load(front[1]) if front else {}
+    except (StopIteration, OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+        return {}
+    return read if isinstance(read, dict) else {}

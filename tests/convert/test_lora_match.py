@@ -276,7 +276,15 @@ def file_of(
     def read(name: str) -> np.ndarray:
         return np.broadcast_to(np.float32(0.5), shapes[name])
 
-    return LoraFile(Path("a.safetensors"), "a.safetensors", "0", shapes, read, settings or {}, base)
+    return LoraFile(
+        Path("a.safetensors"),
+        "a.safetensors",
+        "0",
+        shapes,
+        read,
+        settings or {},
+        (base,) if base else (),
+    )
 
 
 def official(model: str, rank: int = 128, patch: bool = True) -> dict[str, tuple[int, ...]]:

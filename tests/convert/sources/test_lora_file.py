@@ -14,6 +14,7 @@ from cogi2v_convert.sources.lora_file import open_lora
 from cogi2v_convert.tables.lora_keys import meaning
 from cogi2v_convert.tables.rules import Rule, expand
 from cogi2v_convert.tables.transformer import table
+from safetensors.numpy import save_file
 from tolerances import relative_error
 
 from cogi2v_jax import loading
@@ -280,3 +281,40 @@ def test_text_from_a_file_can_not_move_a_terminal_s_cursor(
     with pytest.raises(ValueError, match="must fit") as caught:
         found.checked()
     assert str(caught.value).isprintable()
+
+
+CARDS = {
+    "a word": "base_model: THUDM/A",
+    "a word with a comment": "base_model: THUDM/A # the first",
+    "quotes": 'base_model: "THUDM/A"',
+    "a list": "base_model:\n- THUDM/A\n- 'THUDM/B'",
+    "a flow list": "tags: [x]\nbase_model: [THUDM/A, THUDM/B]",
+}
+
+
+@pytest.mark.parametrize("form", CARDS)
+@pytest.mark.parametrize("name", ["README.md", "readme.md"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_a_card_states_its_bases_in_every_form_of_yaml(
+    form: str, name: str, end: str, mark: str, tmp_path: Path
+) -> None:
+    card = f"{mark}---\n{CARDS[form]}\nlicense: other\n---\n# A LoRA\nbase_model: none\n"
+    (tmp_path / name).write_bytes(card.replace("\n", end).encode())
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
+    expected = ("THUDM/A", "THUDM/B") if "list" in form else ("THUDM/A",)
+    assert open_lora(tmp_path / "a.safetensors").bases == expected
+
+
+@pytest.mark.parametrize("card", ["", "---\n", "---\na: [\n---\n", "---\n- a\n---\n", "a: 1\n"])
+def test_a_card_without_readable_front_matter_states_nothing(card: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card)
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
+    assert open_lora(tmp_path / "a.safetensors").bases == ()
+
+
+def test_all_that_a_lora_states_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nbase_model: THUDM/B\n---\n")
+    header = {"base_model": "THUDM/A"}
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "a.safetensors", header)
+    assert open_lora(tmp_path / "a.safetensors").bases == ("THUDM/A", "THUDM/B")
