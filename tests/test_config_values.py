@@ -6,7 +6,9 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from diffusers.training_utils import EMAModel
 from transformers import T5Config
 
 from cogi2v_jax.config import (
@@ -91,6 +93,14 @@ def test_keys_of_transformers_that_do_not_change_an_encoder_are_ignored(
 ) -> None:
     own = {field.name: values[field.name] for field in dataclasses.fields(TextEncoderConfig)}
     assert TextEncoderConfig.from_json(values, "f") == TextEncoderConfig(**own)
+
+
+@pytest.mark.parametrize("kind", [TransformerConfig, VAEConfig])
+def test_what_diffusers_writes_about_an_average_is_ignored(kind: type) -> None:
+    average = EMAModel([torch.nn.Parameter(torch.zeros(1))], use_ema_warmup=True).state_dict()
+    del average["shadow_params"]  # the weights
+    assert "decay" in average
+    assert kind.from_json({**kind.REQUIRED, **average}, "f") == kind()
 
 
 @pytest.mark.parametrize(
