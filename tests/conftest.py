@@ -1,6 +1,7 @@
 """What all tests run with: eight CPU devices, full float32 products, no network, a cache folder of
 their own, and warnings as errors."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -38,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:builtin type [sS]wig:DeprecationWarning")
     future = "ignore::FutureWarning:(torch|diffusers|transformers).*"
     config.addinivalue_line("filterwarnings", future)
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what was imported out of later garbage collections, which take 5% of the tests'
+    time with it."""
+    gc.freeze()
 
 
 @pytest.fixture
