@@ -80,7 +80,7 @@ def test_the_posterior_is_sampled_with_its_deviation(rng: np.random.Generator) -
 def test_a_later_chunk_cannot_change_an_earlier_frame(
     network: VAE, rng: np.random.Generator
 ) -> None:
-    latents = rng.normal(size=(1, 5, 2, 2, 4)).astype(np.float32)
+    latents = rng.normal(size=(2, 5, 3, 7, 4)).astype(np.float32)
     changed = latents.copy()
     changed[:, 3:] += 1
     before, after = decode(network, latents), decode(network, changed)
@@ -90,7 +90,7 @@ def test_a_later_chunk_cannot_change_an_earlier_frame(
 
 
 def test_an_earlier_chunk_does_change_a_later_frame(network: VAE, rng: np.random.Generator) -> None:
-    latents = rng.normal(size=(1, 5, 2, 2, 4)).astype(np.float32)
+    latents = rng.normal(size=(2, 5, 3, 7, 4)).astype(np.float32)
     changed = latents.copy()
     changed[:, 2] += 1
     assert relative_error(decode(network, latents)[:, 9:], decode(network, changed)[:, 9:]) > 1e-3

@@ -41,8 +41,12 @@ def twin(module: torch.nn.Module) -> tuple[Any, VAEConfig]:
 
 @pytest.mark.parametrize(
     ("frames", "height", "width"),
-    [(5, 6, 5), (5, 14, 11), (1, 7, 5), (2, 3, 9)],
-    ids=["one tile", "ragged 3x3", "a border of one row", "a row of tiles"],
+    [
+        pytest.param(5, 6, 5, id="one tile"),
+        pytest.param(5, 14, 11, id="ragged 3x3"),
+        pytest.param(1, 7, 5, id="a border of one row"),
+        pytest.param(2, 3, 9, id="a row of tiles", marks=pytest.mark.slow),
+    ],
 )
 def test_decoding_in_tiles_is_the_references(
     module: Any, twin: Any, frames: int, height: int, width: int
