@@ -102,7 +102,7 @@ def reference(name: str, module: Any, given: torch.Tensor) -> np.ndarray:
 def mine(name: str, network: Any, given: torch.Tensor, dtype: jnp.dtype) -> Any:
     if name == "T5":
         return jax.jit(lambda network, ids: network(ids))(network, given.numpy().astype(np.int32))
-    method = "decode" if name == "VAE decode" else "moments"
+    method = "decode" if name == "VAE decode" else "encode"
     run = jax.jit(lambda network, video: getattr(network, method)(video))
     return run(network, jnp.asarray(twins.channels_last(given), dtype))
 
