@@ -69,7 +69,9 @@ class Program:
         if missing:
             try:
                 options = compiler_options(_device(leaves).device_kind, self.loop)
-                future.set_result(compile_with(options, self.lower(*args, **static)))
+                with jax_defaults():
+                    lowered = self._jitted(*args, **static).lower(*args, **static)
+                future.set_result(compile_with(options, lowered))
             except BaseException as error:
                 with self._lock:
                     del self._executables[key]  # the next call tries again
@@ -78,10 +80,12 @@ class Program:
 
     def lower(self, *args: Any, **static: Any) -> jax.stages.Lowered:
         """The program as XLA is given it, whatever settings of jax the process has."""
-        placed = self._out_shardings and {"out_shardings": self._out_shardings(*args, **static)}
         with jax_defaults():
-            jitted = jax.jit(self.function, static_argnames=self.static, **placed or {})
-            return jitted.lower(*args, **static)
+            return self._jitted(*args, **static).lower(*args, **static)
+
+    def _jitted(self, *args: Any, **static: Any) -> Any:
+        placed = self._out_shardings and {"out_shardings": self._out_shardings(*args, **static)}
+        return jax.jit(self.function, static_argnames=self.static, **placed or {})
 
 
 @contextmanager
