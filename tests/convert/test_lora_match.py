@@ -276,15 +276,8 @@ def file_of(
     def read(name: str) -> np.ndarray:
         return np.broadcast_to(np.float32(0.5), shapes[name])
 
-    return LoraFile(
-        Path("a.safetensors"),
-        "a.safetensors",
-        "0",
-        shapes,
-        read,
-        settings or {},
-        (base,) if base else (),
-    )
+    path, bases = Path("a.safetensors"), (base,) if base else ()
+    return LoraFile(path, path.name, "0", shapes, read, settings or {}, bases)
 
 
 def official(model: str, rank: int = 128, patch: bool = True) -> dict[str, tuple[int, ...]]:
