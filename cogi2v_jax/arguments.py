@@ -40,7 +40,10 @@ def parse_loras(loras: Any) -> list[tuple[Path, float]]:
     """The paths and weights of LoRA files or folders, given as FILE, FILE:WEIGHT or (FILE, WEIGHT),
     one or many. Raises FileNotFoundError for a path that doesn't exist, ValueError for a weight
     that is not a finite number and for what is no file."""
-    if isinstance(loras, str | os.PathLike) or _is_pair(loras):
+    # A tuple of two files is two LoRAs; within a list every pair is a file and its weight.
+    if isinstance(loras, str | os.PathLike) or (
+        _is_pair(loras) and isinstance(loras[1], float | int)
+    ):
         loras = [loras]
     if not isinstance(loras, Iterable):
         raise ValueError(f"loras must be FILE, FILE:WEIGHT or (FILE, WEIGHT): got {loras!r}")
@@ -48,7 +51,7 @@ def parse_loras(loras: Any) -> list[tuple[Path, float]]:
 
 
 def _is_pair(lora: object) -> bool:
-    return isinstance(lora, tuple) and len(lora) == 2 and not isinstance(lora[1], str | os.PathLike)
+    return isinstance(lora, tuple) and len(lora) == 2
 
 
 def _parse_lora(file: object, weight: Any = None) -> tuple[Path, float]:

@@ -172,6 +172,7 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
         "b:c:1e-1",
         ("b:c", 3),
         (Path("a"), 0.0),
+        ("a", "0.5"),
         str(tmp_path / "a"),
     ]
     assert parse_loras(asked) == [
@@ -183,13 +184,14 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
         (Path("b:c"), 0.1),
         (Path("b:c"), 3.0),
         (Path("a"), 0.0),
+        (Path("a"), 0.5),
         (tmp_path / "a", 1.0),
     ]
-    for wrong in ("a:", "a:x", "a:nan", "a:-inf", ("a", [])):
+    for wrong in ("a:", "a:x", "a:nan", "a:-inf", ("a", []), ("a", "big")):
         with pytest.raises(ValueError, match="the weight of lora a must be a finite number: got "):
             parse_loras([wrong])
     names = ("c", "c:1", "b", "b:d:1", ":1", "~nobody-of-this-name/c", "~no-one:1")
-    for missing in (*names, ("a", None, "a"), ("a", "big")):
+    for missing in (*names, ("a", None, "a")):
         with pytest.raises(
             (FileNotFoundError, ValueError),
             match="lora must be an existing file or folder: found no",
