@@ -38,7 +38,10 @@ def read_image(source: Any) -> Image.Image:
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(bytes(source), "bytes")
     if hasattr(source, "read"):
+        start = source.tell() if source.seekable() else None
         data = source.read()
+        if start is not None:
+            source.seek(start)  # several videos of a batch may begin with one open file
         if not isinstance(data, bytes):
             raise ValueError(f"image must be a file opened as binary: got {type(data).__name__}")
         return _decode(data, str(getattr(source, "name", "a file")))
