@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from ..disk import parse_json
 from .download import path_or_address
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed")
@@ -75,9 +75,8 @@ def _txt(text: str) -> Lines:
 def _row(row: object, folder: Path) -> Row:
     if isinstance(row, str):
         try:
-            row = json.loads(row)
-        # Not only JSONDecodeError: an integer of too many digits, and too many brackets.
-        except (ValueError, RecursionError) as error:
+            row = parse_json(row)
+        except ValueError as error:
             raise ValueError(f"it must be a JSON object: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"it must be a JSON object: got {type(row).__name__}")

@@ -14,7 +14,7 @@ from tokenizers.normalizers import Precompiled
 from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Steps
 
-from ..disk import one_line, read_json
+from ..disk import first_line, read_json
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 EXTRA_IDS = 100  # marks like <extra_id_0> behind the vocabulary, where no file says how many
@@ -37,7 +37,7 @@ def _from_json(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} must be a tokenizer: {one_line(str(error))}") from None
+        raise ValueError(f"{path} must be a tokenizer: {first_line(error)}") from None
     tokenizer.no_padding()  # the file keeps the settings of the call before it was saved
     tokenizer.no_truncation()
     return tokenizer
@@ -54,7 +54,7 @@ def _from_pieces(path: Path) -> Tokenizer:
         model.ParseFromString(path.read_bytes())
         tokenizer = Tokenizer(Unigram([(p.piece, p.score) for p in model.pieces], UNKNOWN, False))
     except Exception as error:  # protobuf's and the library's own
-        raise ValueError(f"{path} must be a sentencepiece model: {one_line(str(error))}") from None
+        raise ValueError(f"{path} must be a sentencepiece model: {first_line(error)}") from None
     if model.normalizer_spec.precompiled_charsmap:
         tokenizer.normalizer = Precompiled(model.normalizer_spec.precompiled_charsmap)
     words = Metaspace(replacement="\u2581", prepend_scheme="always", split=True)
