@@ -162,7 +162,7 @@ def tableau(
     alpha, sigma = np.sqrt(here), np.sqrt(1 - here)
     if not all(np.isfinite(column).all() for column in (alpha, sigma, x, x0, x0_prev, noise)):
         raise ValueError(f"scheduler {scheduler} must have finite coefficients: {config} has not")
-    if faults := inexact(alpha, sigma, landing, x, x0, x0_prev, noise):
+    if faults := find_broken_identities(alpha, sigma, landing, x, x0, x0_prev, noise):
         got = f"{' and '.join(faults)} for {config}"
         raise ValueError(f"scheduler {scheduler} must have exact coefficients: got {got}")
     constant = np.full(steps, guidance_scale)
@@ -171,7 +171,7 @@ def tableau(
     return Tableau(timesteps.astype(np.int32), *(c.astype(np.float32) for c in columns))
 
 
-def inexact(
+def find_broken_identities(
     alpha: np.ndarray,
     sigma: np.ndarray,
     landing: np.ndarray,
