@@ -28,6 +28,11 @@ from cogi2v_jax.models.attention import BACKENDS
 from cogi2v_jax.weights.pieces import NETWORKS, is_stacked, leaf_names
 
 TINY = Path(cogi2v_jax.__file__).parent / "assets" / "cogi2v-tiny"
+FILES = sorted(  # of its folder, that a conversion needs
+    path.relative_to(TINY).as_posix()
+    for path in TINY.rglob("*")
+    if path.is_file() and path.name != "README.md"
+)
 VAE_BLOCKS = {
     "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4,

@@ -16,12 +16,6 @@ from cogi2v_jax.weights import bucket
 from cogi2v_jax.weights.checkpoint import MANIFEST
 from cogi2v_jax.weights.hub import locate
 
-FILES = sorted(
-    path.relative_to(twins.TINY).as_posix()
-    for path in twins.TINY.rglob("*")
-    if path.is_file() and path.name != "README.md"
-)
-
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
@@ -59,7 +53,7 @@ def test_only_the_needed_files_of_a_bucket_are_copied_and_once(cloud, monkeypatc
     folder = locate("gs://models/tiny/", said.append)
     assert (
         sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        == FILES
+        == twins.FILES
     )
     assert said == [f"copying gs://models/tiny into {folder}"]
     assert locate("gs://models/tiny", said.append) == folder

@@ -16,12 +16,6 @@ from folders import left
 from cogi2v_jax.weights.hub import ask, fetch, locate
 from cogi2v_jax.weights.needed_files import choose_files
 
-FILES = sorted(
-    path.relative_to(twins.TINY).as_posix()
-    for path in twins.TINY.rglob("*")
-    if path.is_file() and path.name != "README.md"
-)
-
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -107,7 +101,7 @@ def test_of_a_repository_only_what_a_conversion_reads_is_taken():
         "text_encoder/model.fp32.pt",
     ]
     unneeded += ["transformer/old/diffusion_pytorch_model.safetensors", "scheduler/config.json"]
-    assert set(choose_files([*FILES, *unneeded])) == set(FILES)
+    assert set(choose_files([*twins.FILES, *unneeded])) == set(twins.FILES)
     assert choose_files(["a.safetensors", "b.safetensors"]) == []
 
 
@@ -126,9 +120,9 @@ def test_only_the_needed_files_of_a_repository_are_fetched_and_once(hub):
     folder = fetch("someone/finetune", said.append)
     assert (
         sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        == FILES
+        == twins.FILES
     )
-    assert hub.fetched() == set(FILES)
+    assert hub.fetched() == set(twins.FILES)
     assert said == ["fetching someone/finetune from the hub, 0.0 GB (its licence: it names none)"]
     hub.asked.clear()
     assert fetch("someone/finetune", said.append) == folder
@@ -149,7 +143,7 @@ def test_after_a_download_was_cut_off_only_the_files_that_are_missing_are_fetche
     hub.cut = 100_000
     assert refused("someone/finetune").startswith("cannot fetch model someone/finetune: ")
     repository = hub.repositories["someone/finetune"]
-    large = {name for name in FILES if (repository / name).stat().st_size > hub.cut}
+    large = {name for name in twins.FILES if (repository / name).stat().st_size > hub.cut}
     ask_again = ask("someone/finetune")
     assert (
         ask_again.missing
@@ -160,7 +154,9 @@ def test_after_a_download_was_cut_off_only_the_files_that_are_missing_are_fetche
     hub.asked.clear()
     folder = fetch("someone/finetune", lambda line: None)
     assert hub.fetched() == large
-    assert all((folder / name).read_bytes() == (repository / name).read_bytes() for name in FILES)
+    assert all(
+        (folder / name).read_bytes() == (repository / name).read_bytes() for name in twins.FILES
+    )
     assert ask("someone/finetune").missing == 0
 
 
@@ -193,7 +189,7 @@ def test_the_licence_is_named_before_the_download(repository, card, licence, hub
         assert line.endswith(f"(its licence: {licence})")
 
     fetch(repository, say)
-    assert hub.fetched() == set(FILES)
+    assert hub.fetched() == set(twins.FILES)
 
 
 def test_without_free_space_nothing_is_fetched(hub, monkeypatch, tmp_path):
