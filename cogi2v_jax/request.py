@@ -173,7 +173,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Request:
-    """A video to make, or a batch: `image` (a path, a PIL image or an array), `prompt`,
+    """A video to make, or a batch: `image` (what `media.images.read_image` reads), `prompt`,
     `negative_prompt` and `seed` may be sequences of one length. A setting that is None has the
     checkpoint's default (see `Settings` and `CheckpointConfig.defaults`)."""
 
