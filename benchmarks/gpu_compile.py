@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax._src.cudnn.fused_attention_stablehlo as fused
 import jax.numpy as jnp
@@ -50,6 +50,13 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+# What jax's functions of these names answer on it. They ask a real device before cuDNN attention is
+# lowered, and jax has no public way to answer for one.
+ABILITIES: dict[str, Any] = {
+    "check_cudnn_version": lambda: 90800,
+    "check_compute_capability": lambda _: True,
+    "is_cuda_compute_capability_equal": lambda version: version == "9.0",
+}
 # The bytes of the device that jax uses by default; bytes a second.
 MEMORY, BANDWIDTH = int(0.75 * 84978434048), 3.35e12
 # Instructions that move no bytes themselves.
@@ -59,10 +66,8 @@ SILENT |= {"while", "conditional", "call"}
 
 def describe_h100() -> Any:
     """Returns an H100 as XLA's compiler describes it."""
-    # cuDNN attention queries a real device for its abilities.
-    fused.check_cudnn_version = lambda: 90800
-    fused.check_compute_capability = lambda _: True
-    fused.is_cuda_compute_capability_equal = lambda version: version == "9.0"
+    for name, answer in ABILITIES.items():
+        setattr(fused, name, answer)
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1"
     ).devices[0]

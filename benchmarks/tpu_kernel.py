@@ -8,9 +8,8 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax._src.interpreters.mlir import make_ir_context
-from jax._src.lib import tpu
-from jaxlib.mlir import ir
+from jax.experimental.mosaic.dialects import tpu
+from jax.extend.mlir import ir
 
 # Comparisons in the order of their numbers in the kernel's program, by their names in the schedule.
 PREDICATES = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -40,7 +39,7 @@ class Kernel(NamedTuple):
 
 def read(body: str) -> Kernel:
     """Reads a kernel's program from its base64 in the HLO."""
-    context = make_ir_context()
+    context = ir.Context()
     tpu.register_dialect(context)
     context.allow_unregistered_dialects = True
     with context, ir.Location.unknown():

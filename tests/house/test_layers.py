@@ -1,7 +1,8 @@
-"""The house rules: which folder may import which, what the packages never import, where torch's
-names may appear, how long a file may be."""
+"""The house rules: which folder may import which, what is never imported, where torch's names may
+appear, how long a file may be."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,15 @@ def test_folders_import_from_earlier_folders_alone_and_have_no_circles_inside() 
 def test_a_module_imports_no_torch(name: str) -> None:
     libraries = {imported.split(".")[0] for imported in imports(name)}
     assert not libraries & {"torch", "transformers", "diffusers"}
+
+
+def test_private_modules_of_libraries_are_imported_nowhere_but_in_one_benchmark() -> None:
+    private = re.compile(r"^ *(import|from) (?!cogi2v_)\w[\w.]*(\.| import )_(?!_)", re.MULTILINE)
+    folders = (*PACKAGES.values(), *(ROOT / name for name in ("benchmarks", "notebooks", "tests")))
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    found = [path for path in files if private.search(path.read_text(encoding="utf-8"))]
+    # tests/benchmarks/test_gpu_compile.py says whether jax still has what it imports.
+    assert found == [ROOT / "benchmarks" / "gpu_compile.py"]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("cogi2v_jax")])
