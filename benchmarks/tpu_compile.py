@@ -3,22 +3,19 @@ figures.
 
     python benchmarks/tpu_compile.py --model cogvideox-5b-i2v --mesh v5e-8 --stage denoise
         --json row.json [--hlo program.txt]
-    python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--stage NAME]
+    python benchmarks/tpu_compile.py [--model NAME] [--mesh NAME] [--stage NAME] [--again]
     python benchmarks/tpu_compile.py --markdown
 
-The first writes one row. The second compiles all combinations of what is not given and writes them
-to configs/plans.toml. The third prints configs/plans.toml as a table.
+The first writes one row. The second compiles those combinations of what is not given that
+configs/plans.toml lacks, with `--again` all of them, and writes them there. The third prints
+configs/plans.toml as a table.
 
 Nothing here is a measured time. `peak_gib` is the compiler's sum of arguments, outputs and
-temporaries of a chip; a program that it refuses for its memory does not fit. Static seconds are the
-scheduled cycles over the chip's clock, plus the sent bytes at 100 GB/s. They are a lower bound,
-because a kernel's schedule does not include waiting for memory. The second figure multiplies the
-kernels by 1.27, which reproduces three published step times of another port on v4 within 5 %: one
-constant, fitted on one generation and one kernel.
+temporaries of a device; a program that it refuses for its memory does not fit. Static seconds are
+the scheduled cycles over the chip's clock, plus the sent bytes at 100 GB/s. docs/performance.md
+says how far measured times were from such figures. Every row names the jax and libtpu that made it.
 
-Every row is compiled in its own process, because libtpu reads its flags once. Rows in
-configs/plans.toml are kept if they were made with the same jax and libtpu: remove the file after a
-change to the programs.
+Every row is compiled in its own process, because libtpu reads its flags once.
 """
 
 import argparse
@@ -30,6 +27,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "configs" / "plans.toml"
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
 Row = dict[str, Any]
+Name = tuple[str, str, str]  # of a row: model, mesh and stage
 
 
 def make_environment(schedules: Path | None) -> dict[str, str]:
@@ -76,10 +75,10 @@ def compile_row(model: str, mesh: str, stage: str, attention: str, hlo: Path | N
     arguments += [f"--hlo={hlo}"] if hlo else []
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
         row = run_compiler(arguments, Path(scratch, "row.json"))
-        if "static_seconds" in row or not row["fits"]:
-            return row
-        scheduled = run_compiler(arguments, Path(scratch, "scheduled.json"), Path(scratch))
-        return scheduled | {"compile_seconds": row["compile_seconds"]}
+        if row["fits"] and "static_seconds" not in row:
+            scheduled = run_compiler(arguments, Path(scratch, "scheduled.json"), Path(scratch))
+            row = scheduled | {"compile_seconds": row["compile_seconds"]}
+        return row | read_versions()
 
 
 def run_compiler(arguments: list[str], row: Path, schedules: Path | None = None) -> Row:
@@ -100,31 +99,27 @@ def read_versions() -> Row:
     return {"jax": version("jax"), "libtpu": version("libtpu"), "date": time.strftime("%Y-%m-%d")}
 
 
-def read_rows() -> list[Row]:
-    """Reads the rows of configs/plans.toml, or none if another compiler made them."""
-    if not PLANS.exists():
-        return []
-    plans, now = tomllib.loads(PLANS.read_text()), read_versions()
-    same = all(plans["made"][package] == now[package] for package in ("jax", "libtpu"))
-    return plans["row"] if same else []
+def read_rows() -> dict[Name, Row]:
+    """Reads the rows of configs/plans.toml by model, mesh and stage."""
+    rows = tomllib.loads(PLANS.read_text()).get("row", []) if PLANS.exists() else []
+    return {(row["model"], row["mesh"], row["stage"]): row for row in rows}
 
 
-def write(rows: list[Row], path: Path = PLANS) -> None:
-    """Writes rows as TOML to another file, then renames it, so that an interrupted run does not
-    leave half a file."""
+def write(rows: Iterable[Row]) -> None:
+    """Writes configs/plans.toml under another name, then renames it, so that an interrupted run
+    does not leave half a file."""
 
-    def table(name: str, values: Row) -> str:
+    def table(row: Row) -> str:
         # JSON's strings, numbers, true and false are TOML's.
-        return "\n".join([name, *(f"{key} = {json.dumps(value)}" for key, value in values.items())])
+        return "\n".join(["[[row]]", *(f"{key} = {json.dumps(row[key])}" for key in row)])
 
     head = (
         "# What the TPU compiler says of every stage on every mesh; nothing here was measured. "
         "Written by benchmarks/tpu_compile.py."
     )
-    tables = [table("[made]", read_versions()), *(table("[[row]]", row) for row in rows)]
-    part = path.with_suffix(".part")
-    part.write_text("\n\n".join([head, *tables]) + "\n")
-    part.replace(path)
+    part = PLANS.with_suffix(".part")
+    part.write_text("\n\n".join([head, *map(table, rows)]) + "\n")
+    part.replace(PLANS)
 
 
 def format_cells(row: Row) -> list[str]:
@@ -133,27 +128,25 @@ def format_cells(row: Row) -> list[str]:
     def figure(key: str, form: str, scale: float = 1.0) -> str:
         return format(row[key] * scale, form) if key in row else "-"
 
-    seconds = f"{figure('static_seconds_floor', '.1f')} - {figure('static_seconds', '.1f')}"
     figures = [figure("peak_gib", ".2f"), figure("flops", ".1f", 1e-12)]
-    figures += [figure("collective_mib_per_layer", ".1f"), seconds if row["fits"] else "-"]
+    figures += [figure("collective_mib_per_layer", ".1f"), figure("static_seconds", ".2f")]
     names = [row["model"], row["mesh"], row["stage"], "yes" if row["fits"] else "no"]
-    return [*names, *figures, figure("compile_seconds", ".0f")]
+    compiler = f"{row['jax']}, {row['libtpu']}"
+    return [*names, *figures, figure("compile_seconds", ".0f"), compiler]
 
 
 HEAD = ["model", "mesh", "stage", "fits", "GiB a chip", "TFLOP a chip", "MiB sent a layer"]
-HEAD += ["static s", "compiled in s"]
-WIDTHS = [19, 6, 7, 4, 10, 12, 16, 15, 13]
+HEAD += ["static s", "compiled in s", "jax, libtpu"]
+WIDTHS = [19, 6, 7, 4, 10, 12, 16, 8, 13, 18]
 
 
 def format_line(parts: list[str]) -> str:
     return "  ".join(part.ljust(width) for part, width in zip(parts, WIDTHS, strict=True)).rstrip()
 
 
-def format_markdown(plans: dict[str, Any]) -> str:
-    lines = [HEAD, ["-" * len(name) for name in HEAD], *map(format_cells, plans["row"])]
-    versions = "jax {jax}, libtpu {libtpu}, {date}".format(**plans["made"])
-    table = [f"| {' | '.join(parts)} |" for parts in lines]
-    return "\n".join([*table, "", f"Compiled with {versions}."])
+def format_markdown(rows: Iterable[Row]) -> str:
+    lines = [HEAD, ["-" * len(name) for name in HEAD], *map(format_cells, rows)]
+    return "\n".join(f"| {' | '.join(parts)} |" for parts in lines)
 
 
 def main() -> None:
@@ -169,11 +162,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help=about)
     about = "write the optimised programs there; for a single row"
     parser.add_argument("--hlo", type=Path, help=about)
+    about = "compile rows anew that configs/plans.toml has"
+    parser.add_argument("--again", action="store_true", help=about)
     about = "print configs/plans.toml as a table and compile nothing"
     parser.add_argument("--markdown", action="store_true", help=about)
     args = parser.parse_args()
     if args.markdown:
-        print(format_markdown(tomllib.loads(PLANS.read_text())))
+        print(format_markdown(read_rows().values()))
         return
     choices = (args.model, MODELS), (args.mesh, tpus), (args.stage, STAGES)
     wanted = list(itertools.product(*([given] if given else every for given, every in choices)))
@@ -185,24 +180,23 @@ def main() -> None:
     except PackageNotFoundError as missing:
         rule = "benchmarks/tpu_compile.py must have libtpu (Linux on x86-64)"
         sys.exit(f"{rule}: {missing}; pip install libtpu")
-    rows = [] if args.json else read_rows()
+    rows = {} if args.json else read_rows()
+    places = {name: place for place, name in enumerate(itertools.product(MODELS, tpus, STAGES))}
     print(format_line(HEAD), flush=True)
     failures = []
-    for model, mesh, stage in wanted:
-        wants = {"model": model, "mesh": mesh, "stage": stage}
-        row = next((row for row in rows if row.items() >= wants.items()), None)
-        if row is None:
+    for name in wanted:
+        if args.again or name not in rows:
             try:
-                row = compile_row(model, mesh, stage, args.attention, args.hlo)
+                rows[name] = compile_row(*name, args.attention, args.hlo)
             except RuntimeError as error:
-                failures.append(f"{model} {mesh} {stage}: {error}")
+                failures.append(f"{' '.join(name)}: {error}")
                 continue
-            rows.append(row)
             if not args.json:
-                write(rows)
-        print(format_line(format_cells(row)), flush=True)
+                write(rows[name] for name in sorted(rows, key=places.__getitem__))
+        print(format_line(format_cells(rows[name])), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(rows[0] if len(wanted) == 1 and rows else rows, indent=1))
+        made = list(rows.values())
+        args.json.write_text(json.dumps(made[0] if len(wanted) == 1 and made else made, indent=1))
     sys.exit("\n\n".join(failures) or 0)
 
 

@@ -42,13 +42,12 @@ def rows(monkeypatch):
             "mesh": mesh,
             "fits": True,
             "peak_gib": 9.0,
-            "static_seconds_floor": 1.0,
-            "static_seconds": 2.0,
+            "static_seconds": 1.0,
         }
         for mesh in ("v5e-1", "v5e-8")
         for stage in plan.STAGES
     ]
-    monkeypatch.setattr(plan, "table", lambda: {"made": {}, "row": table})
+    monkeypatch.setattr(plan, "table", lambda: table)
     monkeypatch.setattr(preflight, "required_libtpu", lambda: ("0.0.42", "0.0.42.*"))
     return table
 
