@@ -135,9 +135,9 @@ def format_cells(row: Row) -> list[str]:
     return [*names, *figures, figure("compile_seconds", ".0f"), compiler]
 
 
-HEAD = ["model", "mesh", "stage", "fits", "GiB a chip", "TFLOP a chip", "MiB sent a layer"]
+HEAD = ["model", "mesh", "stage", "fits", "GiB a device", "TFLOP a device", "MiB sent a layer"]
 HEAD += ["static s", "compiled in s", "jax, libtpu"]
-WIDTHS = [19, 6, 7, 4, 10, 12, 16, 8, 13, 18]
+WIDTHS = [19, 6, 7, 4, 12, 14, 16, 8, 13, 18]
 
 
 def format_line(parts: list[str]) -> str:

@@ -29,7 +29,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def describe_devices(mesh: str) -> Sequence[Any]:
-    """Returns the chips of a mesh of `configs/meshes.toml`, as libtpu describes them."""
+    """Returns the devices of a mesh of `configs/meshes.toml`, as libtpu describes them."""
     stated = config.meshes()["meshes"][mesh]
     generation = config.meshes()["generations"][stated["generation"]]
     chip = {"chip_config_name": generation["chip"]} if "chip" in generation else {}

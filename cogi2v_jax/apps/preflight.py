@@ -213,7 +213,7 @@ def _meshes(machine: Machine) -> list[str]:
     """Named meshes of exactly this machine's devices."""
 
     def devices(mesh: str) -> tuple[str, int]:
-        return plan.generation(mesh)["kind"], plan.chips(mesh)
+        return plan.generation(mesh)["kind"], plan.count_devices(mesh)
 
     here = machine.kind, machine.chips
     return [mesh for mesh in config.meshes()["meshes"] if devices(mesh) == here]

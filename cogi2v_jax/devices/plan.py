@@ -48,7 +48,7 @@ def lines(
     and whether it fits. `settings` are those of `Request`, None for the checkpoint's default.
     Raises ValueError in one line for an unknown model or mesh, and for what the network cannot
     compute."""
-    chips(mesh)  # raises for an unknown mesh
+    count_devices(mesh)  # raises for an unknown mesh
     model = _find(model)
     request = Request(image="", prompt="", **settings).resolve(config.named(model))
     steps = request.num_inference_steps
@@ -60,7 +60,7 @@ def lines(
         _machine(mesh),
         f"{model}: one video of {video} {_guidance(request.guided)}, {dtype}",
         "",
-        f"{'stage':10}{'GiB a chip':>10}{'static s':>12}",
+        f"{'stage':10}{'GiB a device':>12}{'static s':>12}",
         *(_line(stage, steps) for stage in found),
         *_total(found, steps),
         "",
@@ -77,7 +77,7 @@ def _find(model: str) -> str:
     return name
 
 
-def chips(mesh: str) -> int:
+def count_devices(mesh: str) -> int:
     """The number of devices of a named mesh. Raises ValueError for an unknown name."""
     known = config.meshes()["meshes"]
     if mesh not in known:
@@ -118,7 +118,8 @@ def _stage(name: str, model: str, mesh: str, wanted: dict[str, Any]) -> Stage:
 def _octaves(row: Row, mesh: str, wanted: dict[str, Any]) -> float:
     """How far the video and the machine of a row are from those asked for, in powers of two."""
     volume, target = (math.prod(values[key] for key in SIZE) for values in (row, wanted))
-    return abs(math.log2(volume / target)) + abs(math.log2(chips(row["mesh"]) / chips(mesh)))
+    ratio = count_devices(row["mesh"]) / count_devices(mesh)
+    return abs(math.log2(volume / target)) + abs(math.log2(ratio))
 
 
 def _numbers(row: Row, steps: int) -> tuple[float, float]:
@@ -129,25 +130,28 @@ def _numbers(row: Row, steps: int) -> tuple[float, float]:
 
 
 def _machine(mesh: str) -> str:
-    made, count = config.meshes()["meshes"][mesh], chips(mesh)
+    made, devices = config.meshes()["meshes"][mesh], count_devices(mesh)
     split = ", ".join(f"{axis} {made.get(axis, 1)}" for axis in AXES)
-    topology = f" ({made['topology']})" if "topology" in made else ""
-    devices = f"{count} {'chip' if count == 1 else 'chips'} of {generation(mesh)['kind']}"
-    return f"{mesh}: {devices}{topology}, split over {split}"
+    topology = made.get("topology", "")
+    chips = math.prod(map(int, topology.split("x"))) if topology else devices
+    kind = f"{'chip' if chips == 1 else 'chips'} of {generation(mesh)['kind']}"
+    kind += f" ({topology})" if topology else ""
+    kind += f", {devices // chips} devices each" if devices > chips else ""
+    return f"{mesh}: {chips} {kind}, split over {split}"
 
 
 def _line(stage: Stage, steps: int) -> str:
     if stage.row is None:
         near, nearest = stage.nearest, "no similar program was compiled either"
         if near:
-            nearest = f"nearest is {_label(near)}: {_cell(_numbers(near, steps)[0])} GiB a chip"
+            nearest = f"nearest is {_label(near)}: {_cell(_numbers(near, steps)[0])} GiB a device"
         return f"{stage.name:10}not compiled; {nearest}"
     note = f"  {stage.row['attention']} attention" if stage.name == "denoise" else ""
     return _columns(stage.name, *_numbers(stage.row, steps)) + note
 
 
 def _columns(name: str, gib: float, seconds: float) -> str:
-    return f"{name:10}{_cell(gib):>10}{_cell(seconds):>12}"
+    return f"{name:10}{_cell(gib):>12}{_cell(seconds):>12}"
 
 
 def _cell(number: float) -> str:
@@ -174,7 +178,7 @@ def _total(found: list[Stage], steps: int) -> Iterable[str]:
 
 def _verdict(found: list[Stage], mesh: str) -> str:
     usable = generation(mesh).get("hbm_gib")
-    of = f"the {usable:g} GiB that a program can use of a chip" if usable else "a chip's memory"
+    of = f"the {usable:g} GiB that a program can use of a device" if usable else "a device's memory"
     too_large = [stage.name for stage in found if stage.row and not stage.row["fits"]]
     unknown = [stage.name for stage in found if not stage.row]
     if too_large:
@@ -190,8 +194,9 @@ def _footnotes(found: list[Stage], steps: int) -> Iterable[str]:
     if not rows:
         return
     yield (
-        "seconds are static: the cycles that the TPU compiler scheduled; tokamax's attention took "
-        "0.92 - 1.04 times its own on v5p and v6e, but no time of ours was measured on a TPU"
+        "seconds are static: the cycles that the TPU compiler scheduled; no time of ours was "
+        "measured on a TPU, but tokamax's attention took 0.92 - 1.04 times its static time on v5p "
+        "and v6e, and 1.13 - 1.20 times on v7x, whose clock is assumed"
     )
     made = (f"jax {row['jax']} and libtpu {row['libtpu']} on {row['date']}" for row in rows)
     yield f"compiled with {'; '.join(dict.fromkeys(made))}"

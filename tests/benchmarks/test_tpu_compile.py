@@ -15,6 +15,9 @@ import tpu_hlo
 import tpu_kernel
 import tpu_stage
 
+from cogi2v_jax import config
+from cogi2v_jax.devices import plan
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     find_spec("libtpu") is None, reason="libtpu (Linux on x86-64) is not installed"
@@ -135,6 +138,22 @@ def test_a_kernels_schedule_is_the_last_of_its_name(tmp_path: Path) -> None:
 )
 def test_the_size_of_a_group_is_read_from_every_notation(groups: str, chips: int) -> None:
     assert tpu_hlo.read_group_size(f", channel_id=1, {groups}") == chips
+
+
+def test_a_machine_has_as_many_devices_of_its_kind_as_libtpu_describes() -> None:
+    meshes = [name for name, mesh in config.meshes()["meshes"].items() if "topology" in mesh]
+    script = "import json, sys, tpu_stage as t; "
+    script += "found = {mesh: t.describe_devices(mesh) for mesh in sys.argv[1:]}; "
+    script += "print(json.dumps({mesh: [len(d), d[0].device_kind] for mesh, d in found.items()}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *meshes],
+        env=tpu_compile.make_environment(None),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {
+        mesh: [plan.count_devices(mesh), plan.generation(mesh)["kind"]] for mesh in meshes
+    }
 
 
 LOOP = """HloModule m
