@@ -1,8 +1,9 @@
 # Needs only Python 3.11 or newer. `make help` lists what can be made.
 PYTHON ?= python3
 BIN := .venv/bin
+NEWEST := .venv/newest
 
-.PHONY: help sample test test-slow lint clean
+.PHONY: help sample test test-slow test-newest lint clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -16,6 +17,21 @@ test: .venv/test ## run the tests
 # The released checkpoints through the TPU compiler; more meshes, dtypes and tiles.
 test-slow: .venv/test ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+# A new environment each time, for what pip resolves today. PYENV_VERSION is for machines where pyenv
+# would run only its default version.
+test-newest: .venv/test ## install without PyTorch on Python 3.13 or 3.12; sample, and verify a trace
+	for python in python3.13 python3.12 $(BIN)/python; do \
+	PYENV_VERSION=$${python#python} $$python -m venv --clear $(NEWEST) && break; done
+	rm -rf build
+	$(NEWEST)/bin/python -m pip install --quiet .
+	$(NEWEST)/bin/python --version
+	$(NEWEST)/bin/python -m pip list | grep -E '^(jax|flax|orbax|numpy)'
+	! $(NEWEST)/bin/python -c 'import torch' 2>/dev/null
+	$(NEWEST)/bin/cogi2v-sample --num_inference_steps 2 --output $(NEWEST)/out.mp4
+	$(BIN)/cogi2v-convert record cogi2v_jax/assets/cogi2v-tiny $(NEWEST)/trace.safetensors \
+	--image cogi2v_jax/assets/example.png --prompt 'the cyan triangle grows' --num_inference_steps 2
+	$(NEWEST)/bin/cogi2v-convert verify cogi2v-tiny $(NEWEST)/trace.safetensors
 
 lint: .venv/test ## check style and types
 	$(BIN)/ruff check .
