@@ -37,6 +37,7 @@ from cogi2v_jax.devices.plan import STAGES
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "configs" / "plans.toml"
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
+WITH_KERNELS = ("denoise",)  # stages; their static seconds need the schedules of kernels
 Row = dict[str, Any]
 Name = tuple[str, str, str]  # of a row: model, mesh and stage
 
@@ -62,37 +63,22 @@ def make_environment(schedules: Path | None) -> dict[str, str]:
 
 
 def compile_row(model: str, mesh: str, stage: str, attention: str, hlo: Path | None = None) -> Row:
-    """Compiles one stage and returns its row. A program with kernels is compiled twice: the second
-    run writes the kernels' schedules, which takes half as long again and must not count as compile
-    time. Raises RuntimeError with the compiler's last lines if it fails for another reason than
-    memory."""
-    arguments = [
-        f"--model={model}",
-        f"--mesh={mesh}",
-        f"--stage={stage}",
-        f"--attention={attention}",
-    ]
-    arguments += [f"--hlo={hlo}"] if hlo else []
+    """Compiles one stage in its own process and returns its row. Where libtpu writes the schedules
+    of kernels, compiling takes half as long again. Raises RuntimeError with the compiler's last
+    lines if it fails for another reason than memory."""
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
-        row = run_compiler(arguments, Path(scratch, "row.json"))
-        if row["fits"] and "static_seconds" not in row:
-            scheduled = run_compiler(arguments, Path(scratch, "scheduled.json"), Path(scratch))
-            row = scheduled | {"compile_seconds": row["compile_seconds"]}
-        return row | read_versions()
-
-
-def run_compiler(arguments: list[str], row: Path, schedules: Path | None = None) -> Row:
-    """Runs tpu_stage.py in its own process and returns the row that it wrote. Without a folder for
-    schedules, the row lacks the figures that need them."""
-    command = [sys.executable, "-m", "tpu_stage", *arguments, "--json", row]
-    command += ["--schedules", schedules] if schedules else []
-    done = subprocess.run(
-        command, env=make_environment(schedules), stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-15:])
-        raise RuntimeError(last or f"the compiler's process ended with {done.returncode}")
-    return json.loads(row.read_text())
+        row, schedules = Path(scratch, "row.json"), Path(scratch, "schedules")
+        schedules.mkdir()
+        command = [sys.executable, "-m", "tpu_stage", f"--model={model}", f"--mesh={mesh}"]
+        command += [f"--stage={stage}", f"--attention={attention}"]
+        command += [f"--schedules={schedules}", f"--json={row}"]
+        command += [f"--hlo={hlo}"] if hlo else []
+        environment = make_environment(schedules if stage in WITH_KERNELS else None)
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            last = "\n".join(done.stderr.splitlines()[-15:])
+            raise RuntimeError(last or f"the compiler's process ended with {done.returncode}")
+        return json.loads(row.read_text()) | read_versions()
 
 
 def read_versions() -> Row:

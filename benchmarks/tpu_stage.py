@@ -42,10 +42,10 @@ def describe_devices(mesh: str) -> Sequence[Any]:
 
 
 def compile_stage(
-    model: str, mesh: str, stage: str, attention: str, schedules: Path | None
+    model: str, mesh: str, stage: str, attention: str, schedules: Path
 ) -> tuple[dict[str, Any], str]:
     """Compiles a stage. Returns its row and the HLO of its programs. The row lacks the figures that
-    the compiler did not reach, and without a folder of kernels' schedules those that need them."""
+    the compiler did not reach. libtpu writes the schedules of kernels to `schedules`."""
     checkpoint = config.named(model)
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
     request = Request("photo.jpg", "a prompt").resolve(checkpoint)
@@ -84,23 +84,19 @@ def compile_stage(
         for name, times in cost.kernels.items():
             kernel = tpu_kernel.read(cost.bodies[name])
             kernel_flops += times * kernel.flops
-            if schedules:
-                kernel_cycles += times * tpu_kernel.count_cycles(
-                    find_schedule(name, schedules), kernel
-                )
+            kernel_cycles += times * tpu_kernel.count_cycles(find_schedule(name, schedules), kernel)
     layers = {"text": checkpoint.text_encoder.num_layers}
     layers |= {"denoise": checkpoint.transformer.num_layers * steps}
+    clock = 1e9 * chip["clock_ghz"]
+    seconds = (total.cycles + kernel_cycles) / clock + total.sent / WIRE
     row |= {
         "fits": peak <= chip["hbm_gib"],
         "peak_gib": round(peak, 3),
         "flops": total.flops + kernel_flops,
         "collective_mib_per_layer": round(total.sent / layers.get(stage, 1) / MIB, 3),
         "compile_seconds": round(compiled, 1),
+        "static_seconds": round(seconds, 4),
     }
-    if schedules or not total.kernels:
-        clock = 1e9 * chip["clock_ghz"]
-        seconds = (total.cycles + kernel_cycles) / clock + total.sent / WIRE
-        row["static_seconds"] = round(seconds, 4)
     return row, "\n".join(texts)
 
 
@@ -134,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("model", "mesh", "stage", "attention"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--schedules", type=Path, help="where libtpu dumps schedules")
+    parser.add_argument("--schedules", type=Path, required=True, help="where libtpu dumps them")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--hlo", type=Path)
     args = parser.parse_args()
