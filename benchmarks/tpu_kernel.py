@@ -3,8 +3,10 @@ from the compiler's schedule. A bundle of the schedule takes one cycle, without 
 """
 
 import base64
+import itertools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +31,14 @@ class Branch(NamedTuple):
 
     skipped: tuple[str, int] | None  # the comparison with a constant under which it is skipped
     share: float  # of the grid's points that run it; 1 if that is unknown before the run
+    number: int  # in the order of the program
+    last: int  # the number of the last branch inside it, or its own
 
 
 class Kernel(NamedTuple):
     grid: tuple[int, ...]
     flops: float  # of products, over the whole grid
-    branches: tuple[Branch, ...]  # in the order of the program
+    branches: tuple[Branch, ...]
 
 
 def read(body: str) -> Kernel:
@@ -92,10 +96,15 @@ class _Walk:
             if condition is not None:
                 taken = reached & (condition == (side == 0))
                 part = share * float(taken.mean()) / max(float(reached.mean()), 1e-30)
+            number = len(self.branches)
             if side == 0:
                 skipped = test and (OPPOSITE[test[0]], test[1])
-                self.branches.append(Branch(skipped, part / share if share else 1.0))
+                ran = part / share if share else 1.0
+                self.branches.append(Branch(skipped, ran, number, number))
             flops += self.run(region.blocks[0], taken, part)
+            if side == 0:
+                last = len(self.branches) - 1
+                self.branches[number] = self.branches[number]._replace(last=last)
         return flops
 
     def _learn(self, op: Any, name: str, operands: list[Any]) -> None:
@@ -136,6 +145,43 @@ def _count_product(op: Any) -> float:
     return 2.0 * math.prod(result) * math.prod(left[axis] for axis in axes)
 
 
+class Skip(NamedTuple):
+    """A forward jump of a schedule, over the bundles from `after` to `target`."""
+
+    after: int
+    target: int
+    test: tuple[str | None, int]
+
+
+def match_branches(
+    skips: Sequence[Skip], branches: Sequence[Branch]
+) -> Sequence[tuple[Skip, Branch]]:
+    """Finds the jumps over a kernel's branches: the most that have the same tests in the same order
+    and lie inside each other as the branches do. Of several such choices it takes the one that
+    skips the fewest bundles. All other jumps are around copies in and out, or around the whole
+    body in steps of the grid's loop that only copy; these can have a branch's test too."""
+    tests = {branch.skipped for branch in branches}
+    skips = [skip for skip in skips if skip.test in tests]
+
+    def alike(pairs: Sequence[tuple[Skip, Branch]]) -> bool:
+        return all(skip.test == branch.skipped for skip, branch in pairs) and all(
+            (inner.after < outer.target) == (part.number <= whole.last)
+            for (outer, whole), (inner, part) in itertools.combinations(pairs, 2)
+        )
+
+    def count_skipped(pairs: Sequence[tuple[Skip, Branch]]) -> int:
+        return sum(skip.target - skip.after for skip, _ in pairs)
+
+    for count in range(min(len(skips), len(branches)), 0, -1):
+        choices = itertools.product(
+            itertools.combinations(skips, count), itertools.combinations(branches, count)
+        )
+        found = filter(alike, (list(zip(*choice, strict=True)) for choice in choices))
+        if best := min(found, key=count_skipped, default=[]):
+            return best
+    return []
+
+
 def count_cycles(schedule: str, kernel: Kernel) -> float:
     """Counts the bundles that one core runs in one call of the kernel. A bundle inside branches and
     loops counts as often as these run it. Of the schedules that the compiler dumps,
@@ -154,15 +200,11 @@ def count_cycles(schedule: str, kernel: Kernel) -> float:
                 predicate = OPPOSITE[predicate]
             jumps.append((address + SLOTS, int(found[3]), predicate, constant))
     weight = np.ones(count)
-    branches = list(kernel.branches)
+    skips = [Skip(after, target, (test, n)) for after, target, test, n in jumps if target >= after]
+    for skip, branch in match_branches(skips, kernel.branches):
+        weight[skip.after : skip.target] *= branch.share
     for after, target, predicate, constant in jumps:
-        if target >= after:
-            test = predicate, constant
-            same = [i for i, branch in enumerate(branches) if branch.skipped == test]
-            if same:  # else it is a branch around the copies in and out
-                weight[after:target] *= branches[same[0]].share
-                branches = branches[same[0] + 1 :]
-        else:
+        if target < after:
             # The loop jumps back while its counter is less. The grid's loop runs two more times, to
             # begin and to finish its copies.
             if predicate != "lt":

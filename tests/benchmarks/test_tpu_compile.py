@@ -108,6 +108,38 @@ def test_a_kernels_cycles_grow_with_its_grid_except_those_that_run_once_a_row(
     assert cycles[1024, 1024] > 16 * 512 * 512 / (4 * 128) * 2
 
 
+def write_schedule(jumps: dict[int, tuple[str, int, int]]) -> str:
+    """130 bundles, with jumps to a bundle if a register compares as said with a constant."""
+    lines = {address: f"  {address:#x}  :  {{ nop }}" for address in range(130)}
+    for address, (predicate, constant, target) in jumps.items():
+        compare = f"%p{address} = scmp.{predicate}.s32.totalorder %s1, {constant}"
+        jump = f"%1 = sbr.rel (%p{address}) target bundleno = {target}"
+        lines[address] = f"  {address:#x}  : > {{ {compare} ;; {jump} }}"
+    return "\n".join(lines.values())
+
+
+def test_a_jump_around_the_whole_body_is_not_taken_for_one_of_its_branches() -> None:
+    """The compiler compares a spilled predicate with 0, and so do kernels with a counter."""
+    first, last = (
+        tpu_kernel.Branch(("ne", step), share=0.25, number=number, last=number)
+        for number, step in enumerate((0, 3))
+    )
+    body, loop = {5: ("ne", 0, 110)}, {120: ("lt", 6, 2)}  # a loop over 4 points
+    branches = {10: ("ne", 0, 25), 85: ("ne", 3, 110)}
+    schedule = write_schedule(body | branches | loop)
+    # A jump takes effect after 5 bundles: the branches are bundles 15 - 24 and 90 - 109.
+    assert tpu_kernel.count_cycles(schedule, tpu_kernel.Kernel((4,), 0.0, (first, last))) == (
+        7 + 4 * (123 - 10 - 20) + 10 + 20
+    )
+    # One branch that has the other inside it.
+    nest = {10: ("ne", 0, 110), 85: ("ne", 3, 110)}
+    whole = first._replace(last=1)
+    schedule = write_schedule(nest | loop)
+    assert tpu_kernel.count_cycles(schedule, tpu_kernel.Kernel((4,), 0.0, (whole, last))) == (
+        7 + 4 * (123 - 95) + 75 + 20 / 4
+    )
+
+
 def test_a_program_that_does_not_fit_says_how_much_it_needs(programs: Path) -> None:
     error = (programs / "too-large" / "program.txt").read_text()
     assert 32 <= tpu_stage.read_needed_gib(jax.errors.JaxRuntimeError(error)) < 33
