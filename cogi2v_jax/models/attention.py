@@ -148,6 +148,7 @@ TILES = {
     "v5e": Tile(1280, 8960, 896),
     "v5p": Tile(1280, 3584, 896),
     "v6e": Tile(1792, 8960, 1792),
+    "tpu7x": Tile(1920, 3584, 1792),
 }
 # Fitted to the compiler's schedules of other tiles: one step over a block of keys costs the time of
 # so many more rows of keys, and a tile of half the size is slower by this share.

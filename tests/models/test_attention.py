@@ -152,6 +152,7 @@ HALF, FULL = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
     [
         (V5E, HALF, attention.Splash(attention.TILES["v5e"])),
         (V6E, HALF, attention.Splash(attention.TILES["v6e"])),
+        (device("tpu", "TPU7x"), HALF, attention.Splash(attention.TILES["tpu7x"])),
         (device("tpu", "TPU v9"), HALF, attention.Splash(attention.TILES["v5e"])),
         (V5E, FULL, XLA),
         (H100, HALF, attention.BACKENDS["cudnn"]),
