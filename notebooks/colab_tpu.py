@@ -23,18 +23,30 @@
 # @title 1. Install
 # @markdown `source` is a package's name, a folder (`/content/cogi2v-jax[tpu]`) or a git address
 # @markdown (`cogi2v-jax[tpu] @ git+https://…`). If the program is installed, this does nothing.
+# @markdown Colab has an older numpy in memory, so the installation ends with a line that asks for
+# @markdown **Runtime → Restart session and run all**, once.
 source = "cogi2v-jax[tpu]"  # @param {"type":"string"}
 
 import importlib
 import subprocess
 import sys
 
+from IPython.core.error import UsageError
+
 try:
     import cogi2v_jax
-except ImportError:  # jax is not imported yet, so pip can replace it without a restart
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+except ImportError:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", source]
+    pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode:
+        raise UsageError(f"pip cannot install {source}: {pip.stderr.strip()}") from None
     importlib.invalidate_caches()
     import cogi2v_jax
+from cogi2v_jax.apps import preflight
+
+# A platform may have imported its own numpy or jax before this cell. Only a new session can load
+# those that were installed: the cell then stops here, and after the restart it goes on.
+preflight.check_imports("choose Runtime → Restart session and run all")
 print("cogi2v-jax", cogi2v_jax.__version__)
 
 # %%
@@ -46,8 +58,6 @@ wanted = "auto"  # @param ["auto", "cogvideox-5b-i2v", "cogvideox1.5-5b-i2v", "c
 keep_on_drive = False  # @param {"type":"boolean"}
 
 from pathlib import Path
-
-from cogi2v_jax.apps import preflight
 
 # Stops here, and says why, if the machine can't hold the model that you chose.
 model = preflight.check(wanted)

@@ -22,7 +22,8 @@
 # %% [markdown]
 # ## 1. Install
 # `source` is a package's name, a folder (`/kaggle/input/cogi2v-jax[tpu]`) or a git address
-# (`cogi2v-jax[tpu] @ git+https://…`). If the program is installed, the cell does nothing.
+# (`cogi2v-jax[tpu] @ git+https://…`). If the program is installed, the cell does nothing. If Kaggle
+# has an older numpy or jax in memory, the installation ends with a line that asks for a restart.
 
 # %%
 source = "cogi2v-jax[tpu]"
@@ -31,14 +32,24 @@ import importlib
 import subprocess
 import sys
 
+from IPython.core.error import UsageError
+
 try:
     import cogi2v_jax
 except ImportError:
     # Kaggle has a TPU library (libtpu) for PyTorch, which is too old for jax's kernels; [tpu]
-    # installs the right one. jax is not imported yet, so no restart is needed.
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
+    # installs the right one.
+    command = [sys.executable, "-m", "pip", "install", "--quiet", source]
+    pip = subprocess.run(command, capture_output=True, text=True)
+    if pip.returncode:
+        raise UsageError(f"pip cannot install {source}: {pip.stderr.strip()}") from None
     importlib.invalidate_caches()
     import cogi2v_jax
+from cogi2v_jax.apps import preflight
+
+# A platform may have imported its own numpy or jax before this cell. Only a new session can load
+# those that were installed: the cell then stops here, and after the restart it goes on.
+preflight.check_imports("choose Run → Restart & clear cell outputs, then Run → Run all")
 print("cogi2v-jax", cogi2v_jax.__version__)
 
 # %% [markdown]
@@ -51,8 +62,6 @@ print("cogi2v-jax", cogi2v_jax.__version__)
 wanted = "auto"
 
 from pathlib import Path
-
-from cogi2v_jax.apps import preflight
 
 # Stops here, and says why, if the machine can't hold the model that you chose.
 model = preflight.check(wanted)

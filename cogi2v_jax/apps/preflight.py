@@ -2,6 +2,7 @@
 gigabytes. `look` finds the facts, `faults` judges them, `check` does both and prints the result."""
 
 import re
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from typing import NamedTuple
@@ -46,6 +47,16 @@ class Weights(NamedTuple):
 
     fetch_gib: float
     convert_gib: float
+
+
+def check_imports(remedy: str) -> None:
+    """Raises Unfit, which ends with the remedy, if this process imported a library before pip
+    replaced it. Its compiled parts cannot be loaded again."""
+    for name in ("numpy", "ml_dtypes", "jaxlib", "jax"):
+        loaded, now = getattr(sys.modules.get(name), "__version__", None), installed(name)
+        if loaded not in (None, now):
+            got = f"{loaded}, which was imported before pip replaced it; {remedy}"
+            raise Unfit(f"{name} must be {now} in this session: got {got}")
 
 
 def check(wanted: str = "auto", say: Callable[[str], None] = print) -> str:

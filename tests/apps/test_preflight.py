@@ -1,5 +1,7 @@
 """The preflight's judgement, on machines that we make up, and what it finds on this one."""
 
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,3 +266,13 @@ def test_a_conversion_in_the_cache_is_found_by_its_architecture(tmp_path, monkey
     assert Path(models.folder).is_relative_to(tmp_path)
     assert preflight.is_converted("cogi2v-tiny")
     assert not preflight.is_converted(MODEL)
+
+
+@pytest.mark.parametrize("name", ["numpy", "jax"])
+def test_a_library_of_another_version_than_the_installed_one_is_refused(name, monkeypatch):
+    preflight.check_imports("restart")
+    now = preflight.installed(name)
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(__version__="0.7.2"))
+    got = "got 0.7.2, which was imported before pip replaced it; restart"
+    with pytest.raises(Unfit, match=re.escape(f"{name} must be {now} in this session: {got}")):
+        preflight.check_imports("restart")

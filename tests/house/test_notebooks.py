@@ -134,6 +134,44 @@ def test_a_setting_that_the_model_cannot_compute_is_refused_before_weights_load(
     assert "the weights are in" not in printed(notebook)
 
 
+def start_with(tmp_path: Path, code: str) -> None:
+    """Makes kernels run some code before the first cell."""
+    folder = tmp_path / "home" / "ipython" / "profile_default" / "startup"
+    folder.mkdir(parents=True)
+    (folder / "first.py").write_text(code)
+
+
+@pytest.mark.parametrize(
+    ("name", "menu"),
+    [("colab_tpu", "Runtime → Restart session and run all"), ("kaggle_tpu", "Run → Restart")],
+)
+def test_a_library_that_was_imported_before_pip_replaced_it_stops_the_first_cell_with_one_line(
+    name: str, menu: str, run: Run, tmp_path: Path
+) -> None:
+    start_with(tmp_path, "import numpy; numpy.__version__ = '2.1.3'")
+    notebook = run(name)
+    first, *others = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (error,) = first.outputs
+    (line,) = error["traceback"]
+    assert re.match(r"numpy must be [\d.]+ in this session: got 2\.1\.3, which was imported", line)
+    assert f"; choose {menu}" in line
+    assert {cell.execution_count for cell in others} == {None}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_program_that_pip_cannot_install_stops_the_first_cell_without_a_traceback(
+    name: str, run: Run, tmp_path: Path
+) -> None:
+    start_with(tmp_path, "import sys; sys.modules['cogi2v_jax'] = None")
+    notebook = run(name, ('\\"cogi2v-jax[tpu]\\"', '\\"./missing\\"'))
+    first, *others = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (output,) = first.outputs
+    assert output["text"].startswith("UsageError: pip cannot install ./missing: ")
+    assert "ERROR: Invalid requirement: './missing'" in output["text"]  # between pip's colours
+    assert "Traceback" not in output["text"]
+    assert {cell.execution_count for cell in others} == {None}
+
+
 # Stand-ins for the modules of the platforms, with the same signatures.
 UPLOAD = """
 def upload_file(path):
