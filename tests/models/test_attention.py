@@ -13,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 from tolerances import assert_close
 
+from cogi2v_jax import config
 from cogi2v_jax.models import attention
 from cogi2v_jax.models.layers import LayerNorm
 from cogi2v_jax.models.positions import Positions
@@ -136,6 +137,12 @@ def test_tiles_add_little_padding_to_a_sequence(generation: str, tokens: int) ->
     assert rows <= max(1.03 * tokens, tokens + 2 * attention.LANES)
     # Larger than the library's default.
     assert tile.queries >= min(1024, attention.LANES * (tokens // attention.LANES))
+
+
+def test_every_generation_of_tpus_has_tiles() -> None:
+    """Those of another may not fit: v7x refuses the loop with the tiles of v5e."""
+    meshes = config.meshes()["meshes"].values()
+    assert {mesh["generation"] for mesh in meshes if "topology" in mesh} == attention.TILES.keys()
 
 
 def device(platform: str, kind: str) -> types.SimpleNamespace:
