@@ -21,6 +21,8 @@ from platformdirs import user_cache_path
 DEEPEST = 64  # levels in JSON; Python's own limit is about 1000 levels of what walks a value
 LONGEST = 300  # digits of an integer in JSON; a float holds at most 308
 SHA256 = re.compile(r"[0-9a-f]{64}")
+POINTER = b"version https://git-lfs"  # the beginning of one
+A_POINTER = "a git-lfs pointer; fetch the file with git lfs pull"
 PART = ".part-"  # in the names of files and folders that are being written
 
 
@@ -83,6 +85,22 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises ValueError, in one line, for a file whose place a pointer of git-lfs still has."""
+    try:
+        with path.open("rb") as file:
+            if not is_pointer(file.read(len(POINTER))):
+                return
+    except OSError:
+        return  # whoever reads the file says so
+    raise ValueError(f"{path} must be the file itself: got {A_POINTER}")
+
+
+def is_pointer(head: bytes) -> bool:
+    """Whether a file that begins so is a pointer of git-lfs."""
+    return head.startswith(POINTER)
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a user's JSON text. Raises ValueError, in one line, for what is no JSON, and for
     what Python reads but code that uses it would fail at: values nested deeper than DEEPEST,
@@ -111,6 +129,7 @@ def _values(value: Any) -> Iterable[Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises FileNotFoundError or ValueError in one line."""
+    refuse_pointer(path)
     try:
         value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -124,6 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises ValueError in one line."""
+    refuse_pointer(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..disk import A_POINTER, is_pointer
 from ..request import FITS
 from .colours import NoColour, to_srgb
 from .download import SCHEMES, download
@@ -88,9 +89,8 @@ def _decode(source: Path | bytes, name: str) -> Image.Image:
         from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
 
         register_heif_opener()
-    if head.startswith(b"version https://git-lfs"):
-        way = "fetch the file with git lfs pull"
-        raise ValueError(f"image must be a picture file: got a git-lfs pointer in {name}; {way}")
+    if is_pointer(head):
+        raise ValueError(f"image must be a picture file: got {name}, {A_POINTER}")
     with decoding("image", name):
         image = Image.open(file)
     with image:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..disk import parse_json, replace_when_done, sha256
+from ..disk import parse_json, refuse_pointer, replace_when_done, sha256
 from ..request import RATE, SETTINGS, Request, Video
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def read_latents(path: Path) -> tuple[Any, dict[str, Any]]:
 
     if not path.is_file():
         raise FileNotFoundError(f"latents must exist: found no {path}")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="numpy") as file:
             latents = file.get_tensor("latents")

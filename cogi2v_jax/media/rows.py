@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..disk import parse_json
+from ..disk import parse_json, refuse_pointer
 from .download import path_or_address
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed")
@@ -28,6 +28,7 @@ def read_manifest(path: Path) -> list[Row]:
     readers = {".csv": _csv, ".jsonl": _jsonl, ".txt": _txt}
     if path.suffix.lower() not in readers:
         raise ValueError(f"manifest must end in {', '.join(readers)}: got {path.name}")
+    refuse_pointer(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

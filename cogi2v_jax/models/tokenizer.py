@@ -2,7 +2,7 @@
 transformers does, so that ids agree for every Unicode text and sampling needs neither torch nor
 transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from tokenizers.normalizers import Precompiled
 from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Steps
 
-from ..disk import first_line, read_json
+from ..disk import first_line, read_json, refuse_pointer
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 EXTRA_IDS = 100  # marks like <extra_id_0> behind the vocabulary, where no file says how many
@@ -26,16 +26,34 @@ def encoder(folder: Path) -> Callable[[str], list[int]]:
     `tokenizer.json`, which is all that newer transformers save. Marks like </s> in a text become
     their own ids. Raises ValueError for a file that is no tokenizer, FileNotFoundError if the
     folder has neither."""
-    for name, read in (("spiece.model", _from_pieces), ("tokenizer.json", _from_json)):
+    for name, read in _readers():
         if (folder / name).is_file():
             tokenizer = read(folder / name)
             return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     raise FileNotFoundError(f"{folder} must hold spiece.model or tokenizer.json: found neither")
 
 
+def check_files(folder: Path) -> None:
+    """Reads every file of a tokenizer's folder, also what `encoder` leaves out. Raises as
+    `encoder`, and ValueError for a file that is no JSON or has not been fetched."""
+    for path in sorted(path for path in folder.glob("*") if path.is_file()):
+        refuse_pointer(path)
+        if path.suffix == ".json":
+            read_json(path)
+    for name, read in _readers():
+        if (folder / name).is_file():
+            read(folder / name)
+    encoder(folder)
+
+
+def _readers() -> Iterable[tuple[str, Callable[[Path], Tokenizer]]]:
+    return ("spiece.model", _from_pieces), ("tokenizer.json", _from_json)
+
+
 def _from_json(path: Path) -> Tokenizer:
+    refuse_pointer(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} must be a tokenizer: {first_line(error)}") from None
     tokenizer.no_padding()  # the file keeps the settings of the call before it was saved
@@ -49,6 +67,7 @@ def _from_pieces(path: Path) -> Tokenizer:
         ModelProto,  # pyright: ignore[reportAttributeAccessIssue]
     )
 
+    refuse_pointer(path)
     model: Any = ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
@@ -72,7 +91,7 @@ def _marks_behind(vocabulary: int, folder: Path) -> list[AddedToken]:
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
     try:
-        count = int(settings.get("extra_ids", EXTRA_IDS))
+        count = min(int(settings.get("extra_ids", EXTRA_IDS)), MOST + 1)
         extra = (f"<extra_id_{i}>" for i in reversed(range(count)))
         marks = {id: AddedToken(text, special=True) for id, text in enumerate(extra, vocabulary)}
         listed = settings.get("added_tokens_decoder", {}).items()

@@ -11,7 +11,7 @@ import numpy as np
 from einops import EinopsError, rearrange
 from safetensors import SafetensorError, safe_open
 
-from cogi2v_jax.disk import first_line, one_line, parse_json
+from cogi2v_jax.disk import first_line, one_line, parse_json, refuse_pointer
 from cogi2v_jax.request import SETTINGS
 
 FORMAT = 1
@@ -90,6 +90,7 @@ def open_trace(path: Path) -> Trace:
     missing or incomplete."""
     if not path.is_file():
         raise FileNotFoundError(f"trace must be an existing file: got {path}")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="numpy") as file:
             head = parse_json((file.metadata() or {})["trace"])

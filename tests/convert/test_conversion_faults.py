@@ -218,7 +218,7 @@ FAULTS = {
     ),
     "integers": (
         recast(torch.int8),
-        r"proj_out.bias must be one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2: got I8$",
+        r"proj_out.bias must be one of F64, .*, F8_E5M2 or blocks of GGUF: got I8$",
     ),
     "a .bin of something else": (
         other_bin,
@@ -262,6 +262,46 @@ def test_a_faulty_source_is_refused_in_one_line_and_nothing_is_made(
     line = one_line(capsys, ["to-flax", source, tmp_path / "flax"])
     assert str(source) in line
     assert re.search(expected, line)
+    assert left(tmp_path) == {"source"}
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 791656\n"
+
+
+@pytest.mark.parametrize("command", ["to-flax", "inspect"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer/spiece.model",
+        "tokenizer/special_tokens_map.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/README.md",
+        "transformer/config.json",
+        "model_index.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ],
+)
+def test_a_pointer_of_git_lfs_is_named(name, command, source, tmp_path, capsys):
+    (source / name).write_text(POINTER)
+    arguments = [command, source, *([tmp_path / "flax"] if command == "to-flax" else [])]
+    line = one_line(capsys, arguments)
+    assert f"{source / name} must be the file itself: got a git-lfs pointer; fetch" in line
+    assert left(tmp_path) == {"source"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("tokenizer/spiece.model", "must be a sentencepiece model"),
+        ("tokenizer/tokenizer.json", "must be a JSON file"),
+        ("tokenizer/special_tokens_map.json", "must be a JSON file"),
+        ("model_index.json", "must be a JSON file"),
+    ],
+)
+def test_every_file_that_is_taken_over_is_parsed(name, rule, source, tmp_path, capsys):
+    (source / name).write_bytes(b"<html>")
+    line = one_line(capsys, ["to-flax", source, tmp_path / "flax"])
+    assert f"{source / name} {rule}" in line
     assert left(tmp_path) == {"source"}
 
 
