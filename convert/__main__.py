@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("folder", metavar="FOLDER", help="converted folder, here or at gs://")
 
     add = command("inspect", _inspect, "describe weights, and whether every tensor fits")
-    what = f"a converted folder, or {SOURCES}; with --model a LoRA file"
+    what = f"a converted folder, or {SOURCES}; with --model a LoRA (file, folder or hub id)"
     add("sources", metavar="SRC", nargs="+", help=what)
     add("--model", metavar="NAME", help="folder or name of the model that a LoRA is for")
     add("--keys", action="store_true", help="list the matched tensors too, with our names")
@@ -227,14 +227,17 @@ def _check(options: argparse.Namespace) -> int:
     where something does."""
     from cogi2v_jax.weights.hub import locate
 
-    from .writing.manifest import check
+    from .writing.manifest import check, read
 
-    faults = 0
-    for fault in check(locate(options.folder, must="FOLDER must be a converted folder")):
+    faults, folder = 0, locate(options.folder, must="FOLDER must be a converted folder")
+    for fault in check(folder):
         _say(f"{options.folder}: {fault}")
         faults += 1
     count = f"{faults} fault{'s' * (faults > 1)}; convert its source again"
-    print(f"{options.folder}: {count if faults else 'whole: every file and every tensor'}")
+    whole = "whole: every file and every tensor"
+    if not faults and "crc32" not in read(folder):
+        whole = "whole: every tensor, and every file's size (it has no checksums of files)"
+    print(f"{options.folder}: {count if faults else whole}")
     return 1 if faults else 0
 
 
@@ -247,9 +250,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.model and len(sources) > 1:
         raise ValueError(f"--model must come with one LoRA: got {len(sources)} sources")
     lines, fits = (
-        describe_lora(Path(sources[0]), options.model, keys)
-        if options.model
-        else describe(sources, keys)
+        describe_lora(sources[0], options.model, keys) if options.model else describe(sources, keys)
     )
     print("\n".join(lines))
     return 0 if fits else 1

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogi2v_jax.disk import check_space, one_line, read_json
+from cogi2v_jax.models import tokenizer
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST, open_folder, read_leaves
 from cogi2v_jax.weights.pieces import NETWORKS, unit_shapes
 
@@ -47,7 +48,8 @@ def to_flax(
     source = gather(sources, wide=cast_of(dtype) or WIDE)
     matches = {part: match(source, part) for part in NETWORKS}
     faults = [f"{part}: {fault}" for part, found in matches.items() for fault in found.faults]
-    refuse(str(source.folder), faults)
+    faulty = (part for part, found in matches.items() if found.faults)
+    refuse(" and ".join(dict.fromkeys(str(source.place(part)) for part in faulty)), faults)
     files = [file for part in NETWORKS for file in source.parts[part]]
     with make_folder(destination, wait) as folder, Digests(files, known) as digests:
         conversion = Conversion(source, matches, folder, dtype, progress)
@@ -69,8 +71,8 @@ def to_torch(source: Path, destination: Path | str, progress: Progress | None = 
     meter = Meter(size, progress)
     with make_folder(destination) as folder:
         settings = {part: source / part / name for part, name in CONFIG_FILES.items()}
-        tokenizer = [path for path in (source / "tokenizer").iterdir() if path.is_file()]
-        _copy_settings(settings, source, tokenizer, folder)
+        files = [path for path in (source / "tokenizer").iterdir() if path.is_file()]
+        _copy_settings(settings, source, files, folder)
         for part, tensors in parts.items():
             files = sorted({tensor.file for tensor in tensors.values()})
             for file in files:
@@ -87,6 +89,7 @@ class Converted:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        tokenizer.check_files(folder / "tokenizer")
         self.config = open_folder(folder, jnp.dtype(jnp.float32)).config
         # A T5 embedding has two names.
         self.targets = {part: targets(self.config, part) for part in NETWORKS}

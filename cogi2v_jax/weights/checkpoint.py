@@ -8,6 +8,9 @@ while a folder is written (the one being written and the next), and one while it
 """
 
 import dataclasses
+import functools
+import re
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +32,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from ..config import PARTS, CheckpointConfig
 from ..devices.mesh import Sizes, make_mesh
-from ..disk import first_line, one_line, read_json
+from ..disk import first_line, one_line, process_folder, read_json
 from .lora import Leaves, Lora, check_leaves, read_merged, select_loras
 from .pieces import (
     NETWORKS,
@@ -55,6 +58,9 @@ CONFIG_FILES = {
     "text_encoder": "config.json",
     "scheduler": "scheduler_config.json",
 }
+# Orbax and tensorstore take brackets and stars as patterns, backslashes as separators, and a colon
+# as the end of a scheme; other bytes than these they pass on.
+PLAIN = re.compile(r"[\w ./+=,@~-]*")
 _WRITING = threading.Lock()  # two threads of a process must not write with orbax at once
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -113,6 +119,17 @@ def unit_name(layer: int | None) -> str:
     return "rest" if layer is None else f"{layer:03d}"
 
 
+@functools.cache
+def plain_path(folder: Path) -> Path:
+    """The absolute path of a folder, or of a link to it where orbax can't take its name."""
+    folder = folder.absolute()
+    if PLAIN.fullmatch(str(folder)):
+        return folder
+    link = Path(tempfile.mkdtemp(dir=process_folder()), "folder")
+    link.symlink_to(folder, target_is_directory=True)
+    return link
+
+
 def unit_path(folder: Path, part: str, layer: int | None) -> Path:
     return folder / part / "weights" / unit_name(layer)
 
@@ -142,7 +159,7 @@ def write_unit(
         (jax.Array, type_handlers.ArrayHandler()),
     )
     with _WRITING, _checkpointer(type_handler_registry=registry) as checkpointer:
-        target = unit_path(folder, part, layer).absolute()
+        target = unit_path(plain_path(folder), part, layer)
         checkpointer.save(target, args=ocp.args.PyTreeSave(dict(leaves), save_args=chunks))
 
 
@@ -180,17 +197,17 @@ def read_shards(
             raise ValueError("cannot read its metadata")
         found = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
         read = checkpointer.restore(path, args=restore) if found == shapes else {}
-    _check_shapes(path, found, shapes)
+    _check_shapes(unit_path(folder, part, layer), found, shapes)
     return read
 
 
 @contextmanager
 def _reading(folder: Path, part: str, layer: int | None) -> Iterator[tuple[ocp.Checkpointer, Path]]:
-    path = unit_path(folder, part, layer).absolute()
     try:
         with _checkpointer() as checkpointer:
-            yield checkpointer, path
+            yield checkpointer, unit_path(plain_path(folder), part, layer)
     except (ValueError, OSError, KeyError) as error:
+        path = unit_path(folder, part, layer)
         raise ValueError(f"{path} must be a whole orbax checkpoint: {first_line(error)}") from None
 
 

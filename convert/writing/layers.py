@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogi2v_jax.disk import check_space, sync_all
-from cogi2v_jax.weights.checkpoint import unit_path, write_unit
+from cogi2v_jax.weights.checkpoint import read_unit, unit_path, write_unit
 
 from ..sources.gather import Source
 from ..sources.matching import Match
 from . import int8
-from .checksums import Sums, check_finite, size_of, sums
+from .checksums import Sums, check_finite, crc32_of, differences, size_of, sums
 
 MARGIN = 2**18  # bytes; an upper bound of what a unit takes on disk beside its leaves
 Progress = Callable[[str, int, int], None]  # (part, bytes done of all parts, bytes of all parts)
@@ -59,11 +59,12 @@ class Conversion:
         }
         self.meter = Meter(sum(map(self._size, matches)), progress)
         self.sums: dict[tuple[str, int | None], Sums] = {}  # of each unit
+        self.crc32: dict[str, str] = {}  # of each weight file
         self.errors: dict[str, dict[str, float]] = {}  # of int8 kernels, by part and torch name
 
     def _size(self, part: str) -> int:
         """Bytes of a part's leaves."""
-        _, targets, tensors, _ = self.matches[part]
+        _, targets, tensors, *_ = self.matches[part]
         # By leaf: a T5 embedding may be stored under both of its names.
         leaves = {(targets[name].rule.flax, targets[name].layer): tensors[name] for name in tensors}
         total = 0
@@ -118,7 +119,14 @@ class Conversion:
         # Before every unit: on a full disk, orbax prints its own errors as well.
         check_space(self.folder, size + size // 16 + MARGIN, f"a layer of the {part}")
         write_unit(self.folder, part, layer, leaves)
+        leaves.clear()  # before they are read back: two layers in memory at most
+        unit = unit_path(self.folder, part, layer)
         # Now, while the next layer is converted, and not all layers at the end.
-        sync_all(unit_path(self.folder, part, layer))
+        sync_all(unit)
+        back = sums(read_unit(self.folder, part, layer))
+        if fault := next(differences(found, back, f"{part}/weights/{unit.name}"), None):
+            raise OSError(f"{self.folder} must hold what was written there: {fault}")
+        for file in sorted(path for path in unit.rglob("*") if path.is_file()):
+            self.crc32[file.relative_to(self.folder).as_posix()] = crc32_of(file)
         self.sums[part, layer] = found
         self.meter.add(part, size)

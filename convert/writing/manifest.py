@@ -11,6 +11,7 @@ import numpy as np
 
 from cogi2v_jax import __version__
 from cogi2v_jax.disk import read_json, sha256
+from cogi2v_jax.models import tokenizer
 from cogi2v_jax.weights.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -21,7 +22,7 @@ from cogi2v_jax.weights.checkpoint import (
 )
 from cogi2v_jax.weights.pieces import NETWORKS, layer_count
 
-from .checksums import Digests, Sums, sums
+from .checksums import Digests, Sums, crc32_of, differences, sums
 from .layers import Conversion
 
 PACKAGES = ("jax", "numpy", "orbax-checkpoint")
@@ -57,6 +58,7 @@ def write(conversion: Conversion, digests: Digests) -> None:
         "leaves": leaves,
         "settings": settings,
         "files": list_weights(folder),
+        "crc32": conversion.crc32,  # of the same files
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -66,9 +68,9 @@ def read(folder: Path) -> dict[str, Any]:
     one of another format."""
     manifest = read_json(folder / MANIFEST)
     # How deep the JSON objects are nested: leaves by part, unit and leaf.
-    depths = {"leaves": 3, "settings": 0, "files": 0}
+    depths = {"leaves": 3, "settings": 0, "files": 0, "crc32": 0}
     if manifest.get("format") != FORMAT or not all(
-        _is_nested(manifest.get(key), depth) for key, depth in depths.items()
+        _is_nested(({"crc32": {}} | manifest).get(key), depth) for key, depth in depths.items()
     ):
         raise ValueError(
             f"{folder} must have a manifest of format {FORMAT}: got {manifest.get('format')!r}; "
@@ -84,13 +86,18 @@ def _is_nested(value: Any, depth: int) -> bool:
 
 
 def check(folder: Path) -> Iterator[str]:
-    """Compares a converted folder with its manifest: files, settings, and the bits of each tensor.
-    Yields a line for each fault. Raises as `read`."""
+    """Compares a converted folder with its manifest: files, settings, and the bits of each tensor;
+    and parses what sampling will. Yields a line for each fault. Raises as `read`."""
     manifest, found = read(folder), list_weights(folder)
     files = manifest["files"]
-    broken = {name: size for name, size in files.items() if found.get(name) != size}
-    for name, size in broken.items():
-        yield f"{name} must have {size} bytes: got {found.get(name, 'no such file')}"
+    broken = {name for name, size in files.items() if found.get(name) != size}
+    for name in sorted(broken):
+        yield f"{name} must have {files[name]} bytes: got {found.get(name, 'no such file')}"
+    # Whoever converted before these were written has none.
+    for name, expected in manifest.get("crc32", {}).items():
+        if name in found and name not in broken and (got := crc32_of(folder / name)) != expected:
+            yield f"{name} must have the CRC-32 {expected}: got {got}"
+            broken.add(name)
     for name in sorted(found.keys() - files.keys()):
         yield f"{name} must not be there: the manifest has no such file"
     for name, expected in manifest["settings"].items():
@@ -99,6 +106,10 @@ def check(folder: Path) -> Iterator[str]:
             yield f"{name} is missing"
         elif sha256(path) != expected:
             yield f"{name} must have the SHA-256 {expected}: got other bytes"
+    try:
+        tokenizer.check_files(folder / "tokenizer")
+    except (ValueError, OSError) as error:
+        yield str(error)
     config = read_config(folder)
     for part in NETWORKS:
         for layer in (None, *range(layer_count(config, part))):
@@ -117,11 +128,4 @@ def check_unit(
     where = f"{part}/weights/{unit_name(layer)}"
     expected: Sums = manifest["leaves"].get(part, {}).get(unit_name(layer), {})
     found = sums({name: np.asarray(leaf) for name, leaf in leaves.items()})
-    if found.keys() != expected.keys():
-        count = f"the {len(expected)} tensors that the manifest has"
-        yield f"{where} must hold {count}: got {len(found)}"
-    for name in sorted(found.keys() & expected.keys()):
-        for key, got in found[name].items():
-            if got != (must := expected[name].get(key)):
-                yield f"{where}: {name} must have the {key} {must}: got {got}"
-                break
+    yield from differences(expected, found, where)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import twins
@@ -15,7 +16,9 @@ from diffusers import CogVideoXImageToVideoPipeline
 from folders import FILES, KINDS, PARTS, left, one_line, raw, settings, weights
 from safetensors.torch import load_file, save_file
 
-from cogi2v_jax.weights.checkpoint import MANIFEST, read_unit
+from cogi2v_jax.loading import load
+from cogi2v_jax.weights.checkpoint import MANIFEST, read_unit, write_unit
+from cogi2v_jax.weights.pieces import leaf_names
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,37 @@ def converted(saved, tmp_path_factory):
 def source(saved, tmp_path):
     """A diffusers folder to change."""
     return Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
+
+
+# names
+
+
+NAMES = ["[AI]", "a\\b", "**", "gs:", b"\xff".decode(errors="surrogateescape"), "a b%20c;é猫"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_folder_may_have_any_name(name, saved, converted, tmp_path, capsys):
+    folder = tmp_path / name
+    flax = to_flax(saved["1.0"], folder / "flax")
+    assert main(["check", str(flax)]) == 0
+    assert main(["inspect", str(flax)]) == 0
+    capsys.readouterr()
+    assert raw(to_torch(flax, folder / "back"), "vae") == raw(saved["1.0"], "vae")
+    ours, theirs = (leaf_names(load(each).piece("vae")) for each in (flax, converted))
+    assert all(np.array_equal(ours[leaf][...], theirs[leaf][...]) for leaf in theirs)
+    assert main(["check", str(Path(flax).rename(tmp_path / "moved"))]) == 0
+
+
+def test_a_layer_that_reads_back_as_another_is_refused(source, tmp_path, monkeypatch):
+    def write(folder, part, layer, leaves):
+        write_unit(
+            folder, part, layer, {name: leaf + (layer == 1) for name, leaf in leaves.items()}
+        )
+
+    monkeypatch.setattr(layers, "write_unit", write)
+    with pytest.raises(OSError, match=r"must hold what was written there: transformer/weights/001"):
+        to_flax(source, tmp_path / "flax")
+    assert left(tmp_path) == {"source"}
 
 
 # to ours and back

@@ -11,6 +11,7 @@ import pytest
 import twins
 from cogi2v_convert.__main__ import main
 from cogi2v_convert.conversion import to_flax
+from cogi2v_convert.writing import manifest
 from folders import PARTS, one_line, raw, weights
 
 from cogi2v_jax.weights.checkpoint import MANIFEST
@@ -140,6 +141,7 @@ DAMAGE = {
         stating(leaves={"transformer": 5}),
         r"must have a manifest of format 2",
     ),
+    "a list of files' checksums": (stating(crc32=["x"]), r"must have a manifest of format 2"),
     "a list of files": (stating(files=["x"]), r"must have a manifest of format 2"),
     "a name with a line's end": (stating(settings={"a\nb": "0"}), r"a\\nb is missing"),
     "no manifest": (lambda folder: (folder / MANIFEST).unlink(), r"checkpoint.json"),
@@ -159,6 +161,41 @@ def test_check_names_what_is_damaged(damage: str, flax: Path, capsys) -> None:
     assert lines
     assert all(line.startswith("cogi2v-convert: ") for line in lines)
     assert any(re.search(expected, line) for line in lines), lines
+
+
+def test_check_sums_the_bytes_of_every_file(flax: Path) -> None:
+    files = [path for path in sorted(flax.rglob("*")) if path.is_file() and path.stat().st_size]
+    assert len(files) > 50
+    for path in files:
+        if path.name != MANIFEST:
+            whole = path.read_bytes()
+            flip(path, len(whole) // 3)
+            name = path.relative_to(flax).as_posix()
+            assert any(fault.startswith(name) for fault in manifest.check(flax)), name
+            path.write_bytes(whole)
+    assert list(manifest.check(flax)) == []
+
+
+def test_check_says_that_an_earlier_folder_has_no_checksums_of_files(flax: Path, capsys) -> None:
+    without("crc32")(flax)
+    assert main(["check", str(flax)]) == 0
+    assert "whole: every tensor, and every file's size (it has no" in capsys.readouterr().out
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 791656\n" % 0
+
+
+def test_a_pointer_that_was_converted_is_found(flax: Path, capsys) -> None:
+    """As versions did which copied the tokenizer unread."""
+    path, found = flax / "tokenizer" / "spiece.model", manifest_of(flax)
+    path.write_bytes(POINTER)
+    found["settings"]["tokenizer/spiece.model"] = hashlib.sha256(POINTER).hexdigest()
+    stating(**found)(flax)
+    expected = f"cogi2v-convert: {flax}: {path} must be the file itself: got a git-lfs pointer; "
+    assert main(["check", str(flax)]) == 1
+    assert expected in capsys.readouterr().err
+    line = one_line(capsys, ["inspect", flax])
+    assert f"{path} must be the file itself" in line
 
 
 @pytest.mark.parametrize(
