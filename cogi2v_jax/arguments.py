@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .names import HUB_ID, LORA_SUFFIXES
 from .request import SWITCH, Kind, Settings
 
 
@@ -36,10 +37,11 @@ def _read(kind: Kind, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"must be {kind.rule}: got {text!r}") from None
 
 
-def parse_loras(loras: Any) -> list[tuple[Path, float]]:
-    """The paths and weights of LoRA files or folders, given as FILE, FILE:WEIGHT or (FILE, WEIGHT),
-    one or many. Raises FileNotFoundError for a path that doesn't exist, ValueError for a weight
-    that is not a finite number and for what is no file."""
+def parse_loras(loras: Any) -> list[tuple[Path | str, float]]:
+    """The paths, or as texts the hub ids, and weights of LoRAs, given as FILE, FILE:WEIGHT or
+    (FILE, WEIGHT), one or many, where FILE may be a folder or a hub id. Raises FileNotFoundError
+    for a path that doesn't exist, ValueError for a weight that is not a finite number and for what
+    is no file."""
     # A tuple of two files is two LoRAs; within a list every pair is a file and its weight.
     if isinstance(loras, str | os.PathLike) or (
         _is_pair(loras) and isinstance(loras[1], float | int)
@@ -54,13 +56,16 @@ def _is_pair(lora: object) -> bool:
     return isinstance(lora, tuple) and len(lora) == 2
 
 
-def _parse_lora(file: object, weight: Any = None) -> tuple[Path, float]:
+def _parse_lora(file: object, weight: Any = None) -> tuple[Path | str, float]:
     # Not pathlib's expanduser, which raises for a user that doesn't exist.
-    path, (head, _, tail) = Path(os.path.expanduser(str(file))), str(file).rpartition(":")
-    if weight is None and head and not path.exists():  # a name may have a colon of its own
-        path, weight = Path(os.path.expanduser(head)), tail
-    if not path.exists():
-        raise FileNotFoundError(f"lora must be an existing file or folder: found no {path}")
+    text, (head, _, tail) = os.path.expanduser(str(file)), str(file).rpartition(":")
+    if weight is None and head and not Path(text).exists():  # a name may have a colon of its own
+        text, weight = os.path.expanduser(head), tail
+    is_id = HUB_ID.fullmatch(text) and Path(text).suffix not in LORA_SUFFIXES
+    path = text if is_id and not Path(text).exists() else Path(text)
+    if isinstance(path, Path) and not path.exists():
+        must = "lora must be an existing file or folder, or a hub id"
+        raise FileNotFoundError(f"{must}: found no {path}")
     try:
         number = float(1 if weight is None else weight)
     except (TypeError, ValueError, OverflowError):

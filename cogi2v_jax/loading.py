@@ -63,7 +63,7 @@ def load(
     if mesh != "auto":
         sizes_of(mesh)  # before a model is fetched, which may take an hour
     keep_compilations()
-    files = _open_loras(loras)  # before a model is fetched, which may take an hour
+    files = _open_loras(loras, say)  # before a model is fetched, which may take an hour
     folder = locate(path_or_name, say)
     merged = _match_loras(files, read_config(folder), jnp.dtype(dtype), say) if files else []
     settings = {"attention": attention, "mesh": mesh, "vae_tiling": vae_tiling, "loras": merged}
@@ -71,18 +71,18 @@ def load(
 
 
 def adapt(models: Models, loras: Iterable[Any] = (), say: Say = _say) -> None:
-    """Replaces the LoRAs of `models`: files or folders, as "FILE", "FILE:WEIGHT" or (FILE, WEIGHT),
-    which are summed. Weights with other LoRAs in them are read again when they are needed; no
-    program is compiled. Calls `say` with a line for each file and for each tensor that fits no
-    weight. Raises ValueError or FileNotFoundError in one line, and then changes nothing."""
-    models.loras = _match_loras(_open_loras(loras), models.config, models.dtype, say)
+    """Replaces the LoRAs of `models`: files, folders or hub ids, as "FILE", "FILE:WEIGHT" or
+    (FILE, WEIGHT), which are summed. Weights with other LoRAs in them are read again when they are
+    needed; no program is compiled. Calls `say` with a line for each file and for each tensor that
+    fits no weight. Raises ValueError or OSError in one line, and then changes nothing."""
+    models.loras = _match_loras(_open_loras(loras, say), models.config, models.dtype, say)
 
 
-def _open_loras(loras: Iterable[Any]) -> list[tuple[Any, float]]:
+def _open_loras(loras: Iterable[Any], say: Say) -> list[tuple[Any, float]]:
     # The type checker can't follow the package's name to its folder, convert/.
     from cogi2v_convert.sources.lora_file import open_lora  # pyright: ignore[reportMissingImports]
 
-    return [(open_lora(path), weight) for path, weight in parse_loras(loras)]
+    return [(open_lora(lora, say), weight) for lora, weight in parse_loras(loras)]
 
 
 def _match_loras(

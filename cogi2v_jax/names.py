@@ -1,6 +1,11 @@
-"""The names and the hub ids of the published checkpoints."""
+"""Hub ids, suffixes of LoRA files, and the names of the published checkpoints."""
+
+import re
 
 from . import config
+
+HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.*)?")  # owner/name@revision
+LORA_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
 
 
 def find_name(model: str) -> str | None:

@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     verbose = "print mesh, attention and compiler options"
     add("--verbose", action="store_true", help=verbose)
     add("--decode_latents", **FILE, help=f"only decode a *{LATENTS} file of an earlier run")
-    lora = "a LoRA file or folder (diffusers, PEFT, kohya, SAT), added to the weights"
+    lora = "a LoRA (diffusers, PEFT, kohya, SAT): file, folder or hub id, added to the weights"
     lora += "; several times over"
     add("--lora_path", metavar="FILE[:WEIGHT]", action="append", default=[], help=lora)
     # Flags of the official script: there is one type here, and a LoRA file knows its rank.

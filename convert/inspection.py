@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from cogi2v_jax.arguments import parse_loras
 from cogi2v_jax.config import CheckpointConfig, named, names
 from cogi2v_jax.disk import one_line
 from cogi2v_jax.lookalikes import by_tensors
@@ -22,7 +23,7 @@ from .sources import lookalikes
 from .sources.gather import MUST, Given, Source, gather, parts_at
 from .sources.lora_file import open_lora
 from .sources.matching import match
-from .sources.parts import SAT
+from .sources.parts import DIFFUSERS
 from .tables.rules import Target
 from .writing import int8
 
@@ -62,17 +63,21 @@ def _describe_converted(folder: Converted, keys: bool) -> list[str]:
 def _describe_source(source: Source, keys: bool) -> tuple[list[str], bool]:
     lines, fits = _headline(source.folder, "diffusers folder", source.config), True
     for part in NETWORKS:
-        _, targets, tensors, faults = match(source, part)
+        _, targets, tensors, faults, copies = match(source, part)
         fitting = len(tensors) - sum(fault.split()[0] in tensors for fault in faults)
         matched = f"{fitting} of {len(tensors)} tensors matched"
         dtypes = sorted({kind for weights in source.weights(part) for kind in weights.kinds()})
         origin = ""
         if given := source.replaced.get(part):
-            naming = " (SAT)" if given.opened and given.opened.naming == SAT else ""
+            named = {weights.naming for weights in given.opened} - {DIFFUSERS}
+            naming = f" ({', '.join(named)})" if named else ""
             origin = f", from {', '.join(map(str, given.files))}{naming}"
         count = _parameters(source.config, part)
         lines.append(f"{part}: {count:,} parameters, {matched}, {', '.join(dtypes)}{origin}")
         lines += [f"  ! {one_line(fault)}" for fault in faults]
+        if copies:
+            what = f"{len(copies)} fused copies left out, the first {copies[0]}"
+            lines.append(one_line(f"  {what}"))
         if keys:
             lines += _list_keys(tensors, targets)
         fits = fits and not faults
@@ -92,22 +97,21 @@ def _list_keys(tensors: Mapping[str, object], targets: Mapping[str, Target]) -> 
 
 def _describe_file(part: str, given: Given) -> tuple[str, bool]:
     """Describes one part that a file holds; and whether it may be a part of ours."""
-    assert given.opened
-    tensors = given.opened.tensors()
+    tensors = {k: v for weights in given.opened for k, v in weights.tensors().items()}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     relative = by_tensors(shapes)
     found = relative or (lookalikes.facts(shapes) if part == "transformer" else None)
-    dtypes = ", ".join(sorted(given.opened.kinds()))
-    naming = f"{given.opened.naming} names, {len(tensors)} tensors, {dtypes}"
+    dtypes = ", ".join(sorted({kind for weights in given.opened for kind in weights.kinds()}))
+    naming = f"{given.opened[0].naming} names, {len(tensors)} tensors, {dtypes}"
     return f"{given.files[0]}: {part}, {naming}{f', {found}' if found else ''}", relative is None
 
 
-def describe_lora(path: Path, model: str, keys: bool) -> tuple[list[str], bool]:
-    """Describes a LoRA file for a model: a folder, or a name or hub id of `config.names()`; only
-    the configuration is read. Returns the lines, and whether it can be added; `keys` lists each
-    tensor. Raises as `open_lora` and `check_loras`."""
+def describe_lora(lora: str, model: str, keys: bool) -> tuple[list[str], bool]:
+    """Describes a LoRA (a file, a folder or a hub id) for a model (a folder, or a name or hub id of
+    `config.names()`), of which only the configuration is read. Returns the lines, and whether it
+    can be added; `keys` lists each tensor. Raises as `open_lora` and `check_loras`."""
     config = _config_of(model)
-    found = lora_match.match(open_lora(path), config)
+    found = lora_match.match(open_lora(parse_loras([lora])[0][0]), config)
     check_loras(config, FLOAT32, [found.lora] if found.lora else [])
     lines = [f"{found.line()} ({found.title})", *found.unmatched(len(found.rows))]
     lines += [f"  ! {one_line(fault)}" for fault in found.general]

@@ -3,22 +3,34 @@ files that are needed, if there is space for them, and with their licence named.
 
 import glob
 import os
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import config
 from ..disk import check_space, first_line, one_line
-from ..names import find_name
+from ..names import HUB_ID, find_name
 from . import bucket
 from .checkpoint import MANIFEST
-from .needed_files import choose_files
+from .needed_files import BESIDE_LORA, LORA_FILE, choose_files, choose_lora
 
-HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.*)?")  # owner/name@revision
 EMBEDDED = Path(__file__).parent.parent / "assets"
-STATED = ("transformer/config.json", "config.json")  # every download has one of them
+
+
+class Kind(NamedTuple):
+    """What a repository is fetched for."""
+
+    what: str  # for messages
+    must: str
+    choose: Callable[[Iterable[str]], list[str]]  # the files to fetch, of all
+    stated: tuple[str, ...]  # most downloads have one of them
+
+
+CHECKPOINT = Kind(
+    "model", "be a diffusers folder", choose_files, ("transformer/config.json", "config.json")
+)
+LORA = Kind("lora", "hold one safetensors file", choose_lora, (LORA_FILE, *BESIDE_LORA))
 
 
 def report(line: str) -> None:
@@ -48,8 +60,14 @@ def locate(
     raise FileNotFoundError(f"{must}, a hub id or one of {known}: found no {text}")
 
 
+def locate_lora(lora: Path | str, say: Callable[[str], None] = report) -> Path:
+    """The path of a LoRA itself, or the folder that its hub id is downloaded into. Raises as
+    `fetch`."""
+    return lora if isinstance(lora, Path) else fetch(lora, say, LORA)
+
+
 class Listing(NamedTuple):
-    """A repository on the hub: the files that a conversion needs, or all of a converted folder."""
+    """A repository on the hub: the files to fetch."""
 
     about: Any  # huggingface_hub's ModelInfo
     files: list[Any]  # huggingface_hub's RepoFile
@@ -60,20 +78,22 @@ class Listing(NamedTuple):
         return sum(file.size for file in self.files)
 
 
-def ask(repository: str, revision: str = "") -> Listing:
+def ask(repository: str, revision: str = "", kind: Kind = CHECKPOINT) -> Listing:
     """The files and the card of a repository, from the hub. Raises what its client raises, and
-    FileNotFoundError for a repository without a checkpoint."""
+    FileNotFoundError for a repository with nothing of this kind."""
     from huggingface_hub import HfApi, RepoFile, constants
 
     api = HfApi()
     about = api.model_info(repository, revision=revision or None)
     listed = api.list_repo_tree(repository, recursive=True, revision=about.sha)
     files = {file.path: file for file in listed if isinstance(file, RepoFile)}
-    names = sorted(files) if MANIFEST in files else choose_files(files)
+    names = kind.choose(files)
     if not names:
         seen = one_line(", ".join(sorted(files)[:3])) or "nothing"
-        way = "download a single file and give its path to cogi2v-convert"
-        raise FileNotFoundError(f"model {repository} must be a diffusers folder: got {seen}; {way}")
+        to = " to cogi2v-convert" if kind is CHECKPOINT else ""
+        way = f"download a single file and give its path{to}"
+        must = f"{kind.what} {repository} must {kind.must}"
+        raise FileNotFoundError(f"{must}: got {seen}; {way}")
     chosen = [files[name] for name in names]
     # The cache has a file under its hash, and nothing of one whose download was cut off.
     blobs = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "blobs")
@@ -82,25 +102,25 @@ def ask(repository: str, revision: str = "") -> Listing:
     return Listing(about, chosen, sum(missing))
 
 
-def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
-    """Downloads the files of a repository that a conversion needs into the hub client's cache, and
-    returns their folder. Where the hub can't be reached, it is what an earlier run downloaded.
-    Raises FileNotFoundError, or OSError where there is no space, in one line."""
+def fetch(hub_id: str, say: Callable[[str], None], kind: Kind = CHECKPOINT) -> Path:
+    """Downloads the files of a repository that are needed into the hub client's cache, and returns
+    their folder. Where the hub can't be reached, it is what an earlier run downloaded. Raises
+    FileNotFoundError, or OSError where there is no space, in one line."""
     from huggingface_hub import constants, errors, snapshot_download
 
     repository, _, revision = hub_id.partition("@")
     if constants.HF_HUB_OFFLINE:
-        return _cached(repository, revision, say, "HF_HUB_OFFLINE is set, and nothing is there")
+        offline = "HF_HUB_OFFLINE is set, and nothing is there"
+        return _cached(repository, revision, say, offline, kind)
     try:
-        found = ask(repository, revision)
+        found = ask(repository, revision, kind)
     except errors.RevisionNotFoundError:
-        raise FileNotFoundError(
-            f"model {repository} must have the revision {revision or 'main'}: the hub has none"
-        ) from None
+        must = f"{kind.what} {repository} must have the revision {revision or 'main'}"
+        raise FileNotFoundError(f"{must}: the hub has none") from None
     except FileNotFoundError:
         raise
     except Exception as error:  # a dozen kinds, from missing networks to private repositories
-        return _cached(repository, revision, say, _reason(error, repository))
+        return _cached(repository, revision, say, _reason(error, repository), kind)
     check_space(
         Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME sets another place)"
     )
@@ -112,7 +132,7 @@ def fetch(hub_id: str, say: Callable[[str], None]) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=names))
     except Exception as error:
         reason = _reason(error, repository)
-        raise FileNotFoundError(f"cannot fetch model {repository}: {reason}") from None
+        raise FileNotFoundError(f"cannot fetch {kind.what} {repository}: {reason}") from None
 
 
 def _licence(repository: str, info: Any) -> str:
@@ -137,16 +157,18 @@ def _reason(error: Exception, repository: str) -> str:
     return first_line(error)
 
 
-def _cached(repository: str, revision: str, say: Callable[[str], None], reason: str) -> Path:
+def _cached(
+    repository: str, revision: str, say: Callable[[str], None], reason: str, kind: Kind
+) -> Path:
     """The folder of what an earlier run downloaded. Raises FileNotFoundError with the `reason` why
     the hub was not asked."""
     from huggingface_hub import try_to_load_from_cache
 
-    for stated in STATED:
+    for stated in kind.stated:
         found = try_to_load_from_cache(repository, stated, revision=revision or None)
         if isinstance(found, str):
             say(f"taking {repository} from the cache of the hub's client")
             return Path(found.removesuffix(stated))
     raise FileNotFoundError(
-        f"model {repository} must be on the hub, in its cache or a folder here: {reason}"
+        f"{kind.what} {repository} must be on the hub, in its cache or a folder here: {reason}"
     )

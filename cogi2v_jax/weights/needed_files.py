@@ -1,11 +1,11 @@
-"""Chooses by name the files of a repository or a bucket that a conversion needs: one precision of
-every part, safetensors rather than bin."""
+"""Chooses by name the files of a repository or a bucket that are needed: of a checkpoint those that
+a conversion reads, one precision of every part and safetensors rather than bin."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .checkpoint import CONFIG_FILES
+from .checkpoint import CONFIG_FILES, MANIFEST
 from .pieces import NETWORKS
 
 SUFFIXES = (".safetensors", ".bin")
@@ -14,11 +14,25 @@ FILE = re.compile(r"[^.]+?(?:\.(?P<variant>\w+))?(?P<shard>-\d{5}-of-\d{5})?(\.s
 INDEX = re.compile(r"[^.]+(\.safetensors|\.bin)\.index(?:\.(?P<variant>\w+))?\.json")
 # "" is the file without a variant, which programs load by default.
 PREFERRED = ("", "bf16", "fp32", "fp16")
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the preferred one of several
+# What is known of a LoRA beside its file: PEFT's settings, and its card.
+BESIDE_LORA = ("adapter_config.json", "README.md")
+
+
+def choose_lora(names: Iterable[str]) -> list[str]:
+    """The file of a LoRA and what is beside it; empty for a folder with none or several."""
+    top = [name for name in names if "/" not in name]
+    files = [name for name in top if name.endswith(".safetensors")]
+    files = [LORA_FILE] if LORA_FILE in files else files
+    return [*files, *(name for name in BESIDE_LORA if name in top)] if len(files) == 1 else []
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
-    """The files of a diffusers folder, or of a folder with one part, that a conversion reads. Empty
-    for any other folder."""
+    """All files of a converted folder; the files of a diffusers folder, or of a folder with one
+    part, that a conversion reads. Empty for any other folder."""
+    names = sorted(names)
+    if MANIFEST in names:
+        return names
     folders: dict[str, list[str]] = defaultdict(list)
     for name in names:
         folder, _, file = name.rpartition("/")

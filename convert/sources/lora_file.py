@@ -9,13 +9,14 @@ import numpy as np
 import yaml
 
 from cogi2v_jax.disk import one_line, parse_json, read_json, sha256
+from cogi2v_jax.names import LORA_SUFFIXES
+from cogi2v_jax.weights.hub import locate_lora, report
+from cogi2v_jax.weights.needed_files import BESIDE_LORA, LORA_FILE
 
 from .tensor_files import DTYPES, NARROW, open_file
 
-SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
-DEFAULT = "pytorch_lora_weights.safetensors"  # the preferred file of a folder
 HEADER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
-BESIDE = "adapter_config.json"  # PEFT's own settings
+BESIDE, CARD = BESIDE_LORA
 BASES = (
     "base_model_name_or_path",
     "base_model",
@@ -38,13 +39,14 @@ class LoraFile(NamedTuple):
     bases: tuple[str, ...]  # the models that it says it was trained on
 
 
-def open_lora(path: Path) -> LoraFile:
-    """Opens a file, or the one in a folder. Raises FileNotFoundError or ValueError, in one line,
-    for what is no file of tensors."""
-    path = _locate(path)
-    name = f"{path.absolute().parent.name}/{path.name}" if path.name == DEFAULT else path.name
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"lora must end in {', '.join(SUFFIXES)}: got {path}")
+def open_lora(lora: Path | str, say: Callable[[str], None] = report) -> LoraFile:
+    """Opens a file, or the one in a folder or of a hub id. Raises FileNotFoundError, OSError or
+    ValueError, in one line, for what is no file of tensors."""
+    path = _locate(locate_lora(lora, say))
+    name = f"{path.absolute().parent.name}/{path.name}" if path.name == LORA_FILE else path.name
+    name = name if isinstance(lora, Path) else lora
+    if path.suffix not in LORA_SUFFIXES:
+        raise ValueError(f"lora must end in {', '.join(LORA_SUFFIXES)}: got {path}")
     file = open_file(path)
     codes = [code for code in DTYPES if code not in NARROW]
     for tensor, entry in file.entries.items():
@@ -67,9 +69,9 @@ def _locate(path: Path) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"lora must be an existing file or folder: found no {path}")
     files = sorted(path.glob("*.safetensors"))
-    chosen = [file for file in files if file.name == DEFAULT] or files
+    chosen = [file for file in files if file.name == LORA_FILE] or files
     if len(chosen) != 1:
-        must = f"lora folder must hold {DEFAULT} or one safetensors file"
+        must = f"lora folder must hold {LORA_FILE} or one safetensors file"
         raise FileNotFoundError(f"{must}: found {len(files)} in {path}")
     return chosen[0]
 
@@ -95,7 +97,7 @@ def _texts(value: Any) -> list[str]:
 def _read_card(folder: Path) -> dict[str, Any]:
     """The front matter of the model card that trainers write beside a file; {} where there is none
     that can be read."""
-    cards = (path for path in folder.iterdir() if path.name.lower() == "readme.md")
+    cards = (path for path in folder.iterdir() if path.name.lower() == CARD.lower())
     try:
         text = next(cards).read_text(encoding="utf-8-sig")
         front = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(\n|$)", text, re.DOTALL)

@@ -164,6 +164,8 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     for name in ("a", "a:0.5", "b:c"):
         Path(name).touch()
     asked = [
+        "someone/orbit",
+        "someone/orbit@v2:0.5",
         "a",
         "a:0.5",
         "a:-.25",
@@ -176,6 +178,8 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
         str(tmp_path / "a"),
     ]
     assert parse_loras(asked) == [
+        ("someone/orbit", 1.0),
+        ("someone/orbit@v2", 0.5),
         (Path("a"), 1.0),
         (Path("a:0.5"), 1.0),
         (Path("a"), -0.25),
@@ -190,11 +194,12 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     for wrong in ("a:", "a:x", "a:nan", "a:-inf", ("a", []), ("a", "big")):
         with pytest.raises(ValueError, match="the weight of lora a must be a finite number: got "):
             parse_loras([wrong])
-    names = ("c", "c:1", "b", "b:d:1", ":1", "~nobody-of-this-name/c", "~no-one:1")
+    names = ("c", "c:1", "c/b.safetensors", "a/b/c", "b", "b:d:1", ":1")
+    names += ("~nobody-of-this-name/c", "~no-one:1")
     for missing in (*names, ("a", None, "a")):
         with pytest.raises(
             (FileNotFoundError, ValueError),
-            match="lora must be an existing file or folder: found no",
+            match="lora must be an existing file or folder, or a hub id: found no",
         ):
             parse_loras([missing])
 
