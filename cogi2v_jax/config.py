@@ -68,6 +68,8 @@ class _Part:
         if relative := lookalikes.by_keys((*values, str(values.get("_class_name")))):
             what = "image-to-video from a prompt and a first image alone"
             raise ValueError(f"{where} must be of {what}: got {relative}")
+        if quantised := values.get("quantization_config"):
+            raise ValueError(one_line(f"{where} must be the bf16 folder's: got {quantised}"))
         faults = [
             f"{key} must be stated: the reference takes another value for its absence"
             for key in sorted(cls.STATED - values.keys())
@@ -329,17 +331,19 @@ class CheckpointConfig:
             yield f"transformer {rule}: got neither rotary nor learned ones"
 
     @classmethod
-    def from_parts(cls, parts: Mapping[str, Mapping[str, Any]], where: str) -> "CheckpointConfig":
+    def from_parts(
+        cls, parts: Mapping[str, Mapping[str, Any]], where: str | Mapping[str, str]
+    ) -> "CheckpointConfig":
         """From the four JSON files' contents, keyed as in `PARTS`. The fitting TOML is looked up by
-        architecture, never by name. Raises ValueError, which begins with `where`."""
+        architecture, not by name. Raises ValueError, which begins with `where`, of the part."""
         types = (TransformerConfig, VAEConfig, TextEncoderConfig, SchedulerConfig)
+        places = dict.fromkeys(PARTS, where) if isinstance(where, str) else where
+        kinds = zip(PARTS, types, strict=True)
+        read: list[Any] = [kind.from_json(parts[p], f"{places[p]}: {p}") for p, kind in kinds]
         try:
-            read: list[Any] = [
-                kind.from_json(parts[part], part) for part, kind in zip(PARTS, types, strict=True)
-            ]
             config = cls(*read)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise ValueError(f"{' with '.join(dict.fromkeys(places.values()))}: {error}") from None
         for name in filter(config.agrees_with, names()):
             published = Published(**_tuples(toml(name).get("published", {})))
             return dataclasses.replace(config, name=name, published=published)
@@ -411,8 +415,6 @@ def named(name: str) -> CheckpointConfig:
     stated = toml(name)
     missing = [part for part in PARTS if not isinstance(stated.get(part), dict)]
     if missing:
-        path = CONFIGS / "checkpoints" / f"{name}.toml"
-        raise ValueError(
-            f"{path} must have a table for each of {', '.join(PARTS)}: got no {missing[0]}"
-        )
+        tables = ", ".join(PARTS)
+        raise ValueError(f"{name}.toml must have the tables {tables}: got no {missing[0]}")
     return CheckpointConfig.from_parts({part: stated[part] for part in PARTS}, name)

@@ -17,6 +17,8 @@ from .tensor_files import DTYPES, NARROW
 
 # Safetensors' names of the dtypes that are written.
 CODES = {dtype: code for code, dtype in DTYPES.items() if code not in NARROW}
+# Torch files that a trainer writes beside the weights.
+BESIDE = ("optimizer", "scheduler", "scaler", "training_args", "random_states")
 STEMS = {  # of the names of weight files and indexes
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -33,7 +35,7 @@ def find_weights(folder: Path) -> tuple[list[Path], set[str]]:
         indexes = sorted(folder.glob(f"*{suffix}.index*.json"))
         if plain := [path for path in indexes if path.name.count(".") == 3] or indexes:
             return _indexed(plain[0])
-        files = sorted(folder.glob(f"*{suffix}"))
+        files = sorted(path for path in folder.glob(f"*{suffix}") if path.stem not in BESIDE)
         if plain := [path for path in files if path.name.count(".") == 1] or files:
             break
     if len(plain) != 1:

@@ -13,14 +13,14 @@ import numpy as np
 
 from cogi2v_jax.config import PARTS, CheckpointConfig
 from cogi2v_jax.disk import one_line, read_json
+from cogi2v_jax.models import tokenizer
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST
 from cogi2v_jax.weights.hub import locate, report
 from cogi2v_jax.weights.pieces import NETWORKS
 
-from . import lookalikes, parts
 from .diffusers import STEMS, find_weights
-from .parts import DIFFUSERS, MARKS, WIDE, Tensor, Weights, of_part, parts_of
-from .tensor_files import open_file
+from .parts import WIDE, Tensor, Weights, of_files, parts_of
+from .tensor_files import open_file, plain_names
 
 MUST = "SRC must be a folder, a file"
 NO_FOLDER = "must be a diffusers or converted folder: found no transformer/ in it"
@@ -28,12 +28,12 @@ NO_FOLDER = "must be a diffusers or converted folder: found no transformer/ in i
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """The weights of one part: files, with the names in their index, or a single file that is
-    already open."""
+    """The weights of one part: files, with the names in their index, and their tensors where they
+    are known already."""
 
     files: list[Path]
     promised: frozenset[str] = frozenset()
-    opened: Weights | None = None
+    opened: Sequence[Weights] = ()
     config: Path | None = None  # of the part's own folder
 
     @staticmethod
@@ -41,10 +41,16 @@ class Given:
         files, promised = find_weights(folder)
         return Given(files, frozenset(promised), config=folder / "config.json")
 
+    @property
+    def where(self) -> Path:
+        """For messages: the file, or the folder of several."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+
 
 class Source:
-    """A diffusers folder, with some of its parts replaced. float8 is read as `wide`. Raises
-    FileNotFoundError or ValueError, in one line, for what is no diffusers folder."""
+    """A diffusers folder, with some of its parts replaced. float8 and GGUF's blocks are read as
+    `wide`. Every file but the weights is parsed here. Raises FileNotFoundError or ValueError, in
+    one line, for what is no diffusers folder."""
 
     def __init__(
         self, folder: Path, replaced: Mapping[str, Given] | None = None, wide: np.dtype[Any] = WIDE
@@ -58,18 +64,23 @@ class Source:
             part: own.get(part) or folder / part / name for part, name in CONFIG_FILES.items()
         }
         self.config = CheckpointConfig.from_parts(
-            {part: read_json(self.settings[part]) for part in PARTS}, str(folder)
+            {part: read_json(self.settings[part]) for part in PARTS},
+            {part: str(path.parent if (path := own.get(part)) else folder) for part in PARTS},
         )
+        if (index := folder / "model_index.json").is_file():
+            read_json(index)
         self._given = {
             part: self.replaced.get(part) or Given.of(folder / part) for part in NETWORKS
         }
         self._weights: dict[str, list[Weights]] = {}
         self._owners: dict[str, dict[str, Weights]] = {}  # by part and tensor
-        tokenizer = folder / "tokenizer"
-        self.tokenizer_files = sorted(path for path in tokenizer.glob("*") if path.is_file())
-        models = ("spiece.model", "tokenizer.json")
-        if not any(path.name in models for path in self.tokenizer_files):
-            raise FileNotFoundError(f"{tokenizer} must hold {' or '.join(models)}: found neither")
+        tokenizer.check_files(folder / "tokenizer")
+        files = sorted((folder / "tokenizer").iterdir())
+        self.tokenizer_files = [path for path in files if path.is_file()]
+
+    def place(self, part: str) -> Path:
+        """Where a part is from, for messages."""
+        return self.replaced[part].where if part in self.replaced else self.folder
 
     @property
     def parts(self) -> dict[str, list[Path]]:
@@ -86,8 +97,7 @@ class Source:
         """A part's files, opened."""
         if part not in self._weights:
             given = self._given[part]
-            opened = [given.opened] if given.opened else []
-            opened = opened or [of_part(open_file(file), part) for file in given.files]
+            opened = given.opened or of_files([*map(open_file, given.files)], part)
             self._weights[part] = [dataclasses.replace(each, wide=self.wide) for each in opened]
         return self._weights[part]
 
@@ -114,12 +124,13 @@ class Source:
 
     def absent(self, part: str) -> set[str]:
         """Tensors that an index names and no file holds."""
-        held = {name for weights in self.weights(part) for name in weights.file.entries}
-        return set(self._given[part].promised) - held
+        weights, promised = self.weights(part), self._given[part].promised
+        held = {name for each in weights for name in each.file.entries}
+        return {plain for plain in plain_names(promised, self._given[part].where)} - held
 
     def shard(self, part: str, tensor: Tensor) -> str:
         """The name of the safetensors file for a tensor in a diffusers folder."""
-        if tensor.file.suffix == ".safetensors" and not self._given[part].opened:
+        if tensor.file.suffix == ".safetensors" and self._given[part].config:
             return tensor.file.name
         number = re.search(r"-\d+-of-\d+(?=\.bin$)", tensor.file.name)
         return f"{STEMS[part]}{number[0] if number else ''}.safetensors"
@@ -172,33 +183,51 @@ def _stated(path: Path) -> list[str]:
 
 
 def parts_at(path: Path) -> dict[str, Given]:
-    """The parts in a file, in the folder of one part, or in a SAT folder."""
+    """The parts in a file, in the folder of one part with or without its configuration, or in a
+    SAT folder."""
     if path.is_file():
-        return {part: Given([path], opened=weights) for part, weights in parts_of(path).items()}
+        return _recognise(Given([path]), path)
     if (path / "config.json").is_file():
         given = Given.of(path)
-        names = {name for file in given.files for name in open_file(file).entries}
-        for part, naming, mark in MARKS:
-            if mark in names and naming == DIFFUSERS:
-                return {part: given}
-        raise ValueError(f"{path} {parts.MUST}: got {lookalikes.describe_names(names)}")
-    found: dict[str, Given] = {}
+        if len(found := _recognise(given, path)) > 1:
+            raise ValueError(f"{path} must be the folder of one part: got {', '.join(found)}")
+        return found
+    found = {}
     for file in sat_files(path):
-        for part, weights in parts_of(file).items():
+        for part, given in _recognise(Given([file]), file).items():
             if part in found:
                 both = f"{found[part].files[0]} and {file}"
                 raise ValueError(f"{path} must hold one {part}: got {both}; give the file itself")
-            found[part] = Given([file], opened=weights)
-    if not found:
-        raise FileNotFoundError(f"{path} {NO_FOLDER}")
-    return found
+            found[part] = given
+    if found:
+        return found
+    try:
+        files, promised = find_weights(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} {NO_FOLDER}") from None
+    return _recognise(Given(files, frozenset(promised)), path)
+
+
+def _recognise(given: Given, path: Path) -> dict[str, Given]:
+    """Every part in the files of `given`, which `path` names in messages."""
+    found = parts_of([*map(open_file, given.files)], path)
+    return {part: dataclasses.replace(given, opened=weights) for part, weights in found.items()}
 
 
 def sat_files(folder: Path) -> list[Path]:
-    """SAT checkpoints at most two folders deep, without optimizer states; where a file `latest`
-    names one of several steps, only that step."""
+    """SAT's or DeepSpeed's checkpoints at most two folders deep, without optimizer states; where a
+    file `latest` names one of several steps, only that step. Raises ValueError for what several
+    processes saved, each its own part."""
     levels = ("*.pt", "*/*.pt", "*/*/*.pt")
     files = [file for level in levels for file in sorted(folder.glob(level))]
+    if split := [*folder.glob("**/zero_pp_rank_*_model_states.pt")]:
+        way = "merge them with its zero_to_fp32.py and give the file that it makes"
+        got = f"DeepSpeed's ZeRO stage 3, as {split[0]}"
+        raise ValueError(f"{folder} must hold whole tensors: got {got}; {way}")
+    if split := [*folder.glob("**/*.distcp")]:
+        way = "merge them with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+        got = f"torch's distributed checkpoint, as {split[0]}"
+        raise ValueError(f"{folder} must hold whole tensors: got {got}; {way}")
     if split := [file for file in files if file.name.startswith("mp_rank_01_")]:
         must = "must hold the checkpoint of one process, not split over several"
         raise ValueError(f"{folder} {must}: got {split[0]}; merge it with SAT first")

@@ -10,7 +10,7 @@ from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.lookalikes import by_tensors
 from cogi2v_jax.weights.pieces import abstract, layer_count, leaf_names
 
-from ..tables import t5, transformer, vae
+from ..tables import fused, t5, transformer, vae
 from ..tables.rules import Target, expand, misfits
 from . import lookalikes
 from .gather import Source
@@ -31,6 +31,7 @@ class Match(NamedTuple):
     targets: dict[str, Target]  # by torch name
     tensors: dict[str, Tensor]  # by torch name
     faults: list[str]  # why they do not fit the network, a line each
+    copies: tuple[str, ...] = ()  # tensors beside those that they are copies of, and left out
 
 
 def targets(config: CheckpointConfig, part: str) -> dict[str, Target]:
@@ -51,8 +52,12 @@ def shapes(config: CheckpointConfig, part: str) -> dict[str, tuple[int, ...]]:
 
 def match(source: Source, part: str) -> Match:
     """Matches every tensor of a part with its target by name and shape. Reads only headers, but for
-    a T5 embedding that is stored under both of its names."""
+    what is stored twice: a T5 embedding under both of its names, and fused projections beside those
+    that they were made of."""
     found, tensors = targets(source.config, part), source.tensors(part)
+    copies = tuple(name for name in tensors if name not in found and fused.parts_of(name))
+    stale = [name for name in copies if not _is_fused(source, part, tensors, name)]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in copies}
     twice = {}
     if part == "text_encoder":
         for alias, name in t5.TIED.items():
@@ -73,14 +78,33 @@ def match(source: Source, part: str) -> Match:
         for alias, name in twice.items()
         if not _is_same(source, tensors, alias, name)
     ]
+    for name in stale:
+        whole = " and ".join(fused.parts_of(name))
+        faults.append(f"{name} must be a copy of {whole}: got other values")
     absent = sorted(source.absent(part) - found.keys())
     faults += [f"{name} is in the index and in no shard" for name in absent]
-    return Match(part, found, tensors, faults)
+    return Match(part, found, tensors, faults, copies)
+
+
+def _is_fused(source: Source, part: str, tensors: dict[str, Tensor], name: str) -> bool:
+    """Whether a tensor is the three beside it, one behind the other, bit for bit."""
+    whole = source.read(part, name)
+    parts = [source.read(part, each) for each in fused.parts_of(name) if each in tensors]
+    if len(parts) < 3 or sum(len(each) for each in parts) != len(whole):
+        return False
+    rows = np.split(whole, np.cumsum([len(each) for each in parts])[:-1])
+    return all(_same_bits(*pair) for pair in zip(rows, parts, strict=True))
 
 
 def _is_same(source: Source, tensors: dict[str, Tensor], one: str, other: str) -> bool:
-    """Compares bits: as numbers, -0 equals 0 and NaN does not equal itself."""
     if tensors[one][1:] != tensors[other][1:]:
         return False
-    ours, theirs = (source.read("text_encoder", name).view(np.uint8) for name in (one, other))
-    return np.array_equal(ours, theirs)
+    return _same_bits(*(source.read("text_encoder", name) for name in (one, other)))
+
+
+def _same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Compares bits: as numbers, -0 equals 0 and NaN does not equal itself."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    one, other = (np.ascontiguousarray(each).reshape(-1) for each in (one, other))
+    return np.array_equal(one.view(np.uint8), other.view(np.uint8))

@@ -1,9 +1,9 @@
-"""What a weight file holds, recognised by the names in it, and its tensors under diffusers' names:
-plain files, files from ComfyUI (prefixes, float8 with scales) and from SAT."""
+"""What weight files hold, recognised by the names in them, and their tensors under diffusers'
+names: plain files, files from ComfyUI (prefixes, float8 with scales, GGUF) and from SAT."""
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,21 +13,28 @@ import numpy as np
 
 from cogi2v_jax.disk import one_line, parse_json
 
-from ..tables import sat
+from ..tables import fused, llama, sat
 from ..tables.rules import FileTensor
-from . import lookalikes
-from .tensor_files import BYTES, DTYPES, NARROW, WeightFile, open_file
+from . import blocks, lookalikes
+from .tensor_files import BYTES, DTYPES, NARROW, WeightFile
 
-DIFFUSERS, SAT = "diffusers", "SAT"
+DIFFUSERS, SAT, LLAMA = "diffusers", "SAT", "llama.cpp"
 # A name that only one part has, in one naming. What precedes it in a file is the prefix of all
 # names of that part there.
 MARKS = (
-    ("transformer", DIFFUSERS, "transformer_blocks.0.attn1.to_q.weight"),
+    ("transformer", DIFFUSERS, "transformer_blocks.0.attn1.to_out.0.weight"),
     ("transformer", SAT, "transformer.layers.0.attention.query_key_value.weight"),
     ("vae", DIFFUSERS, "encoder.down_blocks.0.resnets.0.conv1.conv.weight"),
     ("vae", SAT, "encoder.down.0.block.0.conv1.conv.weight"),
     ("text_encoder", DIFFUSERS, "encoder.block.0.layer.0.SelfAttention.q.weight"),
+    ("text_encoder", LLAMA, "enc.blk.0.attn_q.weight"),
 )
+# Diffusers' names for those of another naming, by naming and part.
+RENAMED = {
+    (SAT, "transformer"): sat.transformer,
+    (SAT, "vae"): sat.vae,
+    (LLAMA, "text_encoder"): llama.text_encoder,
+}
 MUST = "must hold a transformer, a VAE or a T5 encoder of this family"
 # Tensors beside the weights: the tokenizer in a T5 file, scales of activations, notes of
 # quantisation; and the decoder of a complete T5.
@@ -35,9 +42,18 @@ NO_WEIGHTS = re.compile(
     r"(^|\.)(scaled_fp8|spiece_model|logit_scale|scale_input|input_scale|comfy_quant)$"
 )
 DECODER = re.compile(r"decoder\.|lm_head\.")
+# Names that only a quantisation has which is not read.
+QUANTISED = (
+    (re.compile(r"\.quant_state\.bitsandbytes__|\.quant_map$|\.SCB$"), "bitsandbytes"),
+    (re.compile(r"\.(qzeros|g_idx)$"), "GPTQ or AWQ"),
+    (re.compile(r"\.(wscales|smooth_factor|proj_down)$"), "SVDQuant"),
+    (re.compile(r"\._data(\._data)?$"), "quanto"),
+    (re.compile(r"_qweight$"), "GGUF of another kind"),
+)
 # The values in ComfyUI's note of a quantised layer for which the weight is float8 times a scale.
 PLAIN = {"format": ("float8_e4m3fn", "float8_e5m2"), "full_precision_matrix_mult": (True, False)}
-WIDE: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)  # the default dtype to read float8 as
+READ = (*DTYPES, *blocks.KINDS)  # dtypes of weights in files
+WIDE: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)  # default for float8 and GGUF's blocks
 
 
 class Tensor(NamedTuple):
@@ -55,7 +71,7 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors of a file, under diffusers' names. float8 is read as `wide`."""
+    """Tensors of a file, under diffusers' names. float8 and GGUF's blocks are read as `wide`."""
 
     file: WeightFile
     naming: str
@@ -74,16 +90,17 @@ class Weights:
             for stored in self.stored.values()
         }
         return {
-            f"{DTYPES[code].name}{' with scales' if scaled else ''}"
+            f"{DTYPES[code].name if code in DTYPES else code}{' with scales' if scaled else ''}"
             for code, scaled in codes
-            if code in DTYPES
+            if code in READ
         }
 
     def _tensor(self, stored: FileTensor) -> Tensor:
         shape, code = self.file.entries[stored.name]
         where = one_line(f"{self.file.path}: {stored.name}")
-        if code not in DTYPES:
-            raise ValueError(f"{where} must be one of {', '.join(DTYPES)}: got {one_line(code)}")
+        if code not in READ:
+            kinds = f"{', '.join(DTYPES)} or blocks of GGUF"
+            raise ValueError(f"{where} must be one of {kinds}: got {one_line(code)}")
         if stored.scale:
             scale = self.file.entries[stored.scale]
             rows = (shape[:1], (*shape[:1], *(1 for _ in shape[1:])))  # one scale an output
@@ -95,41 +112,53 @@ class Weights:
                 must = f"must divide into {stored.chunks} along its first axis"
                 raise ValueError(f"{where} {must}: got {list(shape)}")
             shape = (shape[0] // stored.chunks * len(stored.indices), *shape[1:])
-        return Tensor(self.file.path, shape, self.wide if code in NARROW else DTYPES[code])
+        return Tensor(self.file.path, shape, self._dtype(code))
+
+    def _dtype(self, code: str) -> np.dtype[Any]:
+        return self.wide if code in NARROW or code in blocks.KINDS else DTYPES[code]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, multiplied with its scale in float32."""
         stored = self.stored[name]
-        shape, code = self.file.entries[stored.name]
-        if stored.chunks == 1:
-            values = self.file.read(stored.name)
-        else:
-            rows = shape[0] // stored.chunks
-            starts = (index * rows for index in stored.indices)
-            chunks = [self.file.read(stored.name, start, start + rows) for start in starts]
-            values = np.concatenate(chunks)
+        code = self.file.entries[stored.name].dtype
+        values = self._chunks(stored.name, stored)
         if stored.scale:
-            scale = self.file.read(stored.scale).astype(np.float32)
-            axes = (-1, *(1,) * (values.ndim - 1)) if scale.size > 1 else ()
-            values = values.astype(np.float32) * scale.reshape(axes)
-        return values.astype(self.wide if code in NARROW else DTYPES[code], copy=False)
+            is_one = math.prod(self.file.entries[stored.scale].shape) == 1
+            scale = self.file.read(stored.scale) if is_one else self._chunks(stored.scale, stored)
+            axes = () if is_one else (-1, *(1,) * (values.ndim - 1))
+            values = values.astype(np.float32) * scale.astype(np.float32).reshape(axes)
+        return values.astype(self._dtype(code), copy=False)
+
+    def _chunks(self, name: str, stored: FileTensor) -> np.ndarray:
+        """What a stored tensor takes of one in the file, its weight or its scales."""
+        if stored.chunks == 1:
+            return self.file.read(name)
+        rows = self.file.entries[name].shape[0] // stored.chunks
+        starts = (index * rows for index in stored.indices)
+        return np.concatenate([self.file.read(name, start, start + rows) for start in starts])
 
 
-def of_part(
-    file: WeightFile,
-    part: str,
-    naming: str = DIFFUSERS,
-    prefix: str = "",
-    names: Iterable[str] | None = None,
+def of_files(files: Sequence[WeightFile], part: str) -> list[Weights]:
+    """The tensors of the one part that these files hold, under diffusers' names and whatever is
+    before them all. Raises ValueError, in one line, for a quantisation that can't be read."""
+    mark = next(mark for its, naming, mark in MARKS if (its, naming) == (part, DIFFUSERS))
+    names = [name for file in files for name in file.entries]
+    marks = (name for name in names if name == mark or name.endswith(f".{mark}"))
+    prefix = next(marks, mark).removesuffix(mark)
+    return [_of_part(file, part, DIFFUSERS, prefix, file.entries, {*names}) for file in files]
+
+
+def _of_part(
+    file: WeightFile, part: str, naming: str, prefix: str, names: Iterable[str], all: Set[str]
 ) -> Weights:
-    """The tensors of a part in a file: all of them, or the given names, which begin with `prefix`.
-    Raises ValueError, in one line, for a quantisation that can't be read."""
+    """The tensors of a part in a file: those of `names`, without `prefix`. `all` are the names in
+    all files of the part. Raises ValueError, in one line, for a quantisation that can't be
+    read."""
     _check_quantisation(file)
-    own = {name.removeprefix(prefix): name for name in (file.entries if names is None else names)}
-    if naming == SAT:
+    own = {name.removeprefix(prefix): name for name in names}
+    if rename := RENAMED.get((naming, part)):
         stored = {
-            name: tensor._replace(name=own[tensor.name])
-            for name, tensor in sat.NAMES[part](own).items()
+            name: tensor._replace(name=own[tensor.name]) for name, tensor in rename(own).items()
         }
         return Weights(file, naming, stored)
     scales = _scales(own)
@@ -137,9 +166,9 @@ def of_part(
     if part == "text_encoder":
         unused |= {own[name] for name in own if DECODER.match(name)}
     stored = {
-        name: FileTensor(inside, scale=scales.get(inside))
-        for name, inside in own.items()
-        if inside not in unused
+        name: tensor._replace(name=own[tensor.name], scale=scales.get(own[tensor.name]))
+        for name, tensor in fused.split(own, {name.removeprefix(prefix) for name in all}).items()
+        if own[tensor.name] not in unused
     }
     return Weights(file, naming, stored)
 
@@ -154,14 +183,14 @@ def _scales(own: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def parts_of(path: Path) -> dict[str, Weights]:
-    """Every part in a single file, recognised by the names in it. Raises ValueError or
-    FileNotFoundError, in one line, for a file of something else, and for a quantisation that can't
-    be read."""
-    file = open_file(path)
+def parts_of(files: Sequence[WeightFile], path: Path) -> dict[str, list[Weights]]:
+    """Every part in a file, or in the files of one index, recognised by the names in them; `path`
+    is for messages. Raises ValueError, in one line, for files of something else, and for a
+    quantisation that can't be read."""
+    names = {name for file in files for name in file.entries}
     found: dict[str, tuple[str, str]] = {}  # part and naming, by prefix
     for part, naming, mark in MARKS:
-        for name in file.entries:
+        for name in sorted(names):
             if name == mark or name.endswith(f".{mark}"):
                 prefix = name.removesuffix(mark)
                 if part in (other for other, _ in found.values()):
@@ -169,23 +198,42 @@ def parts_of(path: Path) -> dict[str, Weights]:
                     raise ValueError(f"{path} must hold one {part}: got more, under {prefixes}")
                 found[prefix] = part, naming
     if not found:
-        raise ValueError(f"{path} {MUST}: got {lookalikes.describe_names(file.entries)}")
-    owned: dict[str, list[str]] = {prefix: [] for prefix in found}
-    for name in file.entries:
-        prefixes = [prefix for prefix in found if name.startswith(prefix)]
-        if prefixes:
-            owned[max(prefixes, key=len)].append(name)
-        elif not NO_WEIGHTS.search(name):
-            parts = ", ".join(part for part, _ in found.values())
-            raise ValueError(f"{path} must hold nothing but {parts}: got {one_line(name)}")
+        for file in files:
+            _check_quantisation(file)
+        raise ValueError(f"{path} {MUST}: got {lookalikes.describe_names(names)}")
+
+    def owner(name: str) -> str | None:
+        """The longest prefix that a name begins with."""
+        return max(filter(name.startswith, found), key=len, default=None)
+
+    others = (name for name in sorted(names) if owner(name) is None)
+    if other := next((name for name in others if not NO_WEIGHTS.search(name)), None):
+        parts = ", ".join(part for part, _ in found.values())
+        raise ValueError(f"{path} must hold nothing but {parts}: got {one_line(other)}")
     return {
-        part: of_part(file, part, naming, prefix, owned[prefix])
+        part: [
+            _of_part(
+                file,
+                part,
+                naming,
+                prefix,
+                [name for name in file.entries if owner(name) == prefix],
+                names,
+            )
+            for file in files
+        ]
         for prefix, (part, naming) in found.items()
     }
 
 
 def _check_quantisation(file: WeightFile) -> None:
-    """Raises ValueError unless every quantised weight is float8 times its scale."""
+    """Raises ValueError for quantised weights but float8 times its scale and GGUF's blocks."""
+    for name in file.entries:
+        for pattern, what in QUANTISED:
+            if pattern.search(name):
+                must = "must hold weights that are not quantised, float8, or GGUF's blocks"
+                got = f"those of {what} ({one_line(name)})"
+                raise ValueError(f"{file.path} {must}: got {got}; take the bf16 file instead")
     for layer, note in _read_notes(file).items():
         other = {
             key: value for key, value in note.items() if value not in PLAIN.get(key, (None, False))

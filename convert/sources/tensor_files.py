@@ -1,10 +1,12 @@
 """Weight files, read one tensor or some rows of it at a time, so that no file is in memory whole.
 The first bytes of a file decide its format, not its name."""
 
+import math
 import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +14,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cogi2v_jax.disk import first_line, one_line, parse_json
+from cogi2v_jax.disk import first_line, one_line, parse_json, refuse_pointer
+
+from . import blocks
 
 # Weights' dtypes by their names in safetensors. Float8 comes with scales; no network here holds it.
 NARROW: dict[str, np.dtype[Any]] = {
@@ -26,7 +30,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     **NARROW,
 }
-BYTES = "U8"  # not for weights: a tokenizer's model or a note in JSON
+BYTES = "U8"  # not for weights: a tokenizer's model, a note in JSON, or GGUF's blocks
 TORCH = {  # by torch's names
     "torch.float64": "F64",
     "torch.float32": "F32",
@@ -36,14 +40,37 @@ TORCH = {  # by torch's names
     "torch.float8_e5m2": "F8_E5M2",
     "torch.uint8": BYTES,
 }
-INSIDE = ("module", "state_dict", "model")  # keys under which programs save their tensors
+# Keys under which programs save their tensors.
+INSIDE = (
+    *("module", "state_dict", "model", "model_state_dict", "params", "transformer"),
+    *("ema", "ema_model", "ema_state_dict", "model_ema", "params_ema"),
+)
+# What wrappers of torch (compile, DDP, FSDP, checkpointing) put before a module's name.
+WRAPPER = re.compile(
+    r"(?:^|(?<=\.))"
+    r"(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 class Entry(NamedTuple):
-    """A tensor in a file's header; `dtype` is a name from safetensors that may not be in DTYPES."""
+    """A tensor in a file's header. `dtype` is a name from safetensors or one of `blocks.KINDS`, or
+    of neither. A tensor of blocks is read as float32, of this shape."""
 
     shape: tuple[int, ...]
     dtype: str
+
+
+def plain_names(names: Iterable[str], path: Path) -> dict[str, str]:
+    """The names in a file, by what they are without wrappers. Raises ValueError for two that are
+    the same then."""
+    found: dict[str, str] = {}
+    for name in names:
+        plain = blocks.QWEIGHT.sub(".weight", WRAPPER.sub("", name))
+        if plain in found:
+            both = one_line(f"{found[plain]} and {name}")
+            raise ValueError(f"{path} must hold each tensor once: got {both}")
+        found[plain] = name
+    return found
 
 
 class Safetensors:
@@ -61,23 +88,30 @@ class Safetensors:
             line = first_line(error)
             raise ValueError(f"{path} must be a whole safetensors file: {line}") from None
         self.note: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.entries, self._starts = {}, {}
-        for name, entry in header.items():
-            self.entries[name] = Entry(tuple(entry["shape"]), entry["dtype"])
-            self._starts[name] = 8 + length + entry["data_offsets"][0]
+        self.entries: dict[str, Entry] = {}
+        self._stored: dict[str, tuple[tuple[int, ...], int]] = {}  # shapes and offsets of the data
+        for name, inside in plain_names(header, path).items():
+            entry = header[inside]
+            stored, code = tuple(entry["shape"]), entry["dtype"]
+            kind = blocks.QWEIGHT.search(inside) if code == BYTES else None
+            self.entries[name] = (
+                _of_blocks(path, inside, kind[1], stored) if kind else Entry(stored, code)
+            )
+            self._stored[name] = stored, 8 + length + entry["data_offsets"][0]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A tensor, or its rows from `start` to `stop`."""
-        shape, code = self.entries[name]
-        dtype = np.dtype(np.uint8) if code == BYTES else DTYPES[code]
-        row = int(np.prod(shape[1:], dtype=np.int64))
+        code = self.entries[name].dtype
+        shape, offset = self._stored[name]
+        dtype = DTYPES.get(code, np.dtype(np.uint8))
+        row = math.prod(shape[1:])
         stop = (shape[0] if shape else 1) if stop is None else stop
         taken = (stop - start, *shape[1:]) if shape else ()
         if start >= stop or not row:
             return np.empty(taken, dtype)
         # Mapped, not read: its pages are loaded once, when used, and freed with the array.
-        offset = self._starts[name] + start * row * dtype.itemsize
-        return np.memmap(self.path, dtype, "r", offset, taken)
+        values = np.memmap(self.path, dtype, "r", offset + start * row * dtype.itemsize, taken)
+        return blocks.dequantise(code, values) if code in blocks.KINDS else values
 
 
 class Pickled:
@@ -107,15 +141,21 @@ class Pickled:
         except Exception as error:  # a broken file raises anything
             raise ValueError(f"{path} must be a whole torch file: {first_line(error)}") from None
         self.note: dict[str, str] = {}
-        tensors = _tensors(saved).items()
-        self._tensors = {name: each for name, each in tensors if each.layout == torch.strided}
+        tensors = _tensors(path, saved)
+        if empty := [name for name, tensor in tensors.items() if not tensor.numel()]:
+            way = "merge its processes' files with its zero_to_fp32.py and give the file it makes"
+            got = f"{len(empty)} empty ones, as DeepSpeed's ZeRO stage 3 saves"
+            raise ValueError(f"{path} must hold whole tensors: got {got}; {way}")
+        names = plain_names(tensors, path).items()
+        self._tensors = {
+            name: tensors[inside]
+            for name, inside in names
+            if tensors[inside].layout == torch.strided
+        }
         self.entries = {
             name: Entry(tuple(tensor.shape), TORCH.get(str(tensor.dtype), str(tensor.dtype)))
             for name, tensor in self._tensors.items()
         }
-        if not self.entries:
-            where = ", ".join(INSIDE)
-            raise ValueError(f"{path} must hold tensors by name, or under {where}: found none")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A tensor, or its rows from `start` to `stop`."""
@@ -129,7 +169,46 @@ class Pickled:
         return values if code == BYTES else values.view(DTYPES[code])
 
 
-WeightFile = Safetensors | Pickled
+class Gguf:
+    """A file of llama.cpp and ComfyUI. Raises ValueError, in one line, for a file that is cut short
+    or of another version, and where the library is missing."""
+
+    def __init__(self, path: Path):
+        self.path, self.note, self.entries = path, dict[str, str](), dict[str, Entry]()
+        try:
+            gguf = blocks.library()
+        except ValueError as error:
+            raise ValueError(f"{path} {error}") from None
+        try:
+            reader = gguf.GGUFReader(path)
+            tensors = {tensor.name: tensor for tensor in reader.tensors}
+            shapes = {name: self._shape(reader, tensor) for name, tensor in tensors.items()}
+        except Exception as error:  # a broken file raises anything
+            raise ValueError(f"{path} must be a whole GGUF file: {first_line(error)}") from None
+        self._data = {}
+        for name, inside in plain_names(tensors, path).items():
+            self._data[name] = tensors[inside].data
+            self.entries[name] = Entry(shapes[inside], tensors[inside].tensor_type.name)
+
+    @staticmethod
+    def _shape(reader: Any, tensor: Any) -> tuple[int, ...]:
+        # GGUF has at most four axes: ComfyUI's programs note the shape of what had more.
+        field = reader.get_field(f"comfy.gguf.orig_shape.{tensor.name}")
+        noted = tuple(int(field.parts[part][0]) for part in field.data) if field else ()
+        shape = noted or tuple(map(int, reversed(tensor.shape)))
+        if math.prod(shape) != tensor.n_elements:
+            raise ValueError(f"{tensor.name} must have {tensor.n_elements} numbers: got {shape}")
+        return shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A tensor, or its rows from `start` to `stop`."""
+        shape, code = self.entries[name]
+        data = self._data[name]
+        values = blocks.dequantise(code, data) if code in blocks.KINDS else data.view(DTYPES[code])
+        return values.reshape(shape)[start:stop] if shape else values.reshape(())
+
+
+WeightFile = Safetensors | Pickled | Gguf
 
 
 def open_file(path: Path) -> WeightFile:
@@ -139,10 +218,9 @@ def open_file(path: Path) -> WeightFile:
             head = file.read(9)
     except OSError as error:
         raise FileNotFoundError(f"{path} must be a readable file: {error.strerror}") from None
+    refuse_pointer(path)
     if head[:4] == b"GGUF":
-        must = "must be safetensors or a torch file"
-        way = "take the bf16, fp16 or fp8 file of the same model"
-        raise ValueError(f"{path} {must}: got GGUF; {way}")
+        return Gguf(path)
     is_pickle = head[:1] == b"\x80" and head[1:2] <= b"\x05"
     if head[8:] != b"{" and (head[:4] == b"PK\x03\x04" or is_pickle):
         return Pickled(path)
@@ -157,14 +235,29 @@ def _asked(error: pickle.UnpicklingError) -> str:
     return first_line(error)
 
 
-def _tensors(saved: Any) -> dict[str, Any]:
+def _of_blocks(path: Path, name: str, kind: str, stored: tuple[int, ...]) -> Entry:
+    try:
+        return Entry(blocks.shape_of(kind, stored), kind)
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(name)} {error}") from None
+
+
+def _tensors(path: Path, saved: Any) -> dict[str, Any]:
+    """The tensors by name in what `torch.load` returned."""
     import torch
 
-    inside = [saved.get(key) for key in INSIDE] if isinstance(saved, dict) else []
-    for values in (saved, *inside):
-        if isinstance(values, dict):
-            named = ((name, value) for name, value in values.items() if isinstance(name, str))
-            found = {name: value for name, value in named if isinstance(value, torch.Tensor)}
-            if found:
-                return found
-    return {}
+    found: dict[str, dict[str, Any]] = {}
+    values = saved if isinstance(saved, dict) else {}
+    for key, inside in {"": values, **{key: values.get(key) for key in INSIDE}}.items():
+        named = inside.items() if isinstance(inside, dict) else ()
+        tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        if tensors:
+            found[key] = tensors
+    if len(found) == 1 or "" in found:
+        return next(iter(found.values()))
+    if found:
+        way = "save the one to convert in a file of its own"
+        raise ValueError(f"{path} must hold one set of tensors: got {', '.join(found)}; {way}")
+    got = one_line(", ".join(map(str, values))) or type(saved).__name__
+    must = f"must hold tensors by name, or under {', '.join(INSIDE[:3])} or the like"
+    raise ValueError(f"{path} {must}: got {got[:200]}")

@@ -39,6 +39,7 @@ KINDS = [
     for rule in table(TransformerConfig(patch_size_t=2, ofs_embed_dim=512))
     if rule.is_linear
 ]
+KINDS.append("transformer_blocks.{}.attn1.to_qkv")  # of a network whose projections were fused
 
 
 def _flat(kind: str) -> re.Pattern[str]:

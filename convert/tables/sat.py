@@ -100,6 +100,3 @@ def _vae_name(name: str) -> str:
     name = re.sub(r"(_blocks\.\d+)\.block\.(\d+)\.", r"\1.resnets.\2.", name)
     name = re.sub(r"(_blocks\.\d+)\.(down|up)sample\.", r"\1.\2samplers.0.", name)
     return name.replace(".nin_shortcut.", ".conv_shortcut.")
-
-
-NAMES = {"transformer": transformer, "vae": vae}

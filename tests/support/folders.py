@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import twins
 from cogi2v_convert.__main__ import main
+from cogi2v_convert.sources.gather import Source
 from safetensors.torch import load_file, save_file
 
 from cogi2v_jax.weights.checkpoint import open_folder, read_unit
@@ -202,3 +203,19 @@ KINDS = {
     "embedding by its other name": rename,
     "embedding twice": double,
 }
+
+
+def assert_reads(source: Source, part: str, tensors: dict[str, torch.Tensor]) -> None:
+    """The source's tensors of a part are these, bit for bit."""
+    found = source.tensors(part)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        value = source.read(part, name)
+        assert (value.shape, str(value.dtype)) == (
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+        )
+        assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
+        assert (
+            value.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )

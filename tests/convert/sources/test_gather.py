@@ -13,7 +13,7 @@ from cogi2v_convert.__main__ import main
 from cogi2v_convert.conversion import to_flax, to_torch
 from cogi2v_convert.sources.gather import gather
 from diffusers import CogVideoXImageToVideoPipeline
-from folders import PARTS, raw, rewrite, weights
+from folders import PARTS, assert_reads, raw, rewrite, weights
 from safetensors.torch import load_file, save_file
 
 from cogi2v_jax.weights.checkpoint import read_unit
@@ -61,22 +61,6 @@ def merged(expected, family, *parts) -> dict[str, np.ndarray]:
     """The base's leaves, with those of some parts replaced."""
     ours, theirs = expected["saved", family], expected["base", family]
     return {name: (ours if name.split("/")[0] in parts else theirs)[name] for name in theirs}
-
-
-def assert_reads(source, part: str, tensors: dict[str, torch.Tensor]) -> None:
-    """The source's tensors of a part are these, bit for bit."""
-    found = source.tensors(part)
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        value = source.read(part, name)
-        assert (value.shape, str(value.dtype)) == (
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
-        )
-        assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype)
-        assert (
-            value.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
 
 
 def convert(tmp_path: Path, *sources, options=()) -> Path:

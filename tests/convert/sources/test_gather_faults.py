@@ -131,9 +131,9 @@ REFUSED = {
     "a cut file": (is_cut, r"x\.pt must be a whole "),
     "no tensors": (
         holds_no_tensors,
-        r"must hold tensors by name, or under module, state_dict, model: found none",
+        r"must hold tensors by name, or under module, .* or the like: got module, iteration",
     ),
-    "GGUF": (is_gguf, r"must be safetensors or a torch file: got GGUF"),
+    "half of GGUF": (is_gguf, r"must be a whole GGUF file: "),
     "scales of blocks": (
         one_file(in_blocks),
         r"proj_out.weight must have one scale, or one an output row: got proj_out.weight_scale "

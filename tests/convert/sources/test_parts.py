@@ -11,19 +11,23 @@ import torch
 from cogi2v_convert.sources.gather import Source
 from cogi2v_convert.sources.lora_file import open_lora
 from cogi2v_convert.sources.matching import targets
-from cogi2v_convert.sources.parts import parts_of
+from cogi2v_convert.sources.parts import Weights, parts_of
 from cogi2v_convert.sources.tensor_files import open_file
 from safetensors.torch import save_file
 
 from cogi2v_jax.config import named
 
-MARK = "transformer_blocks.0.attn1.to_q.weight"
+MARK = "transformer_blocks.0.attn1.to_out.0.weight"
 NAME = "a\x1b[2J\nb"
 
 
 def save(path: Path, *names: str, note: dict[str, str] | None = None, **kind: torch.dtype) -> Path:
     save_file({name: torch.zeros(2, **kind) for name in names}, path, metadata=note)
     return path
+
+
+def in_file(path: Path) -> dict[str, list[Weights]]:
+    return parts_of([open_file(path)], path)
 
 
 NOTES = {
@@ -46,7 +50,7 @@ def test_a_note_of_quantisation_that_is_no_object_of_objects_is_refused(
 ) -> None:
     path = save(tmp_path / "a.safetensors", MARK, note={"_quantization_metadata": text})
     with pytest.raises(ValueError, match="must note its quantisation in JSON: "):
-        parts_of(path)
+        in_file(path)
 
 
 @pytest.mark.parametrize("text", ["3", "[1]", '"float8"', "null", "[" * 9999])
@@ -55,7 +59,7 @@ def test_a_layer_s_note_that_is_no_object_is_refused(text: str, tmp_path: Path) 
     path = tmp_path / "a.safetensors"
     save_file({MARK: torch.zeros(2), "proj_out.comfy_quant": note}, path)
     with pytest.raises(ValueError, match="must note its quantisation in JSON: "):
-        parts_of(path)
+        in_file(path)
 
 
 def test_a_header_without_metadata_has_an_empty_note(tmp_path: Path) -> None:
@@ -64,7 +68,7 @@ def test_a_header_without_metadata_has_an_empty_note(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
     assert open_file(path).note == {}
-    assert parts_of(path).keys() == {"transformer"}
+    assert in_file(path).keys() == {"transformer"}
 
 
 def twice(path: Path) -> None:
@@ -72,7 +76,7 @@ def twice(path: Path) -> None:
     source = Source.__new__(Source)
     source._owners = {}
     files = [save(path.with_name(f"{each}.safetensors"), MARK, NAME) for each in "ab"]
-    source._weights = {"transformer": [parts_of(file)["transformer"] for file in files]}
+    source._weights = {"transformer": [in_file(file)["transformer"][0] for file in files]}
     source.tensors("transformer")
 
 
@@ -82,13 +86,13 @@ def pickled(path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no network": (lambda path: parts_of(save(path, NAME)), "1 tensors, the first a"),
+    "no network": (lambda path: in_file(save(path, NAME)), "1 tensors, the first a"),
     "another tensor": (
-        lambda path: parts_of(save(path, f"model.{MARK}", NAME)),
+        lambda path: in_file(save(path, f"model.{MARK}", NAME)),
         "must hold nothing but transformer: got a",
     ),
     "integers": (
-        lambda path: parts_of(save(path, MARK, NAME, dtype=torch.int32))["transformer"].tensors(),
+        lambda path: in_file(save(path, MARK, NAME, dtype=torch.int32))["transformer"][0].tensors(),
         "must be one of ",
     ),
     "integers in a LoRA": (
@@ -96,7 +100,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "must hold tensors of ",
     ),
     "a quantised layer": (
-        lambda path: parts_of(
+        lambda path: in_file(
             save(
                 path,
                 MARK,
