@@ -9,10 +9,16 @@ from pathlib import Path
 
 import hubs
 import huggingface_hub
+import loras
 import pytest
+import torch
 import twins
+from cogi2v_convert.sources.lora_file import open_lora
 from folders import left
 
+from cogi2v_jax.config import named
+from cogi2v_jax.loading import load
+from cogi2v_jax.sample import main
 from cogi2v_jax.weights.hub import ask, fetch, locate
 from cogi2v_jax.weights.needed_files import choose_files
 
@@ -252,6 +258,55 @@ def test_a_repository_of_single_files_says_what_to_do(hub, tmp_path):
         "must be a diffusers folder: got a_fp8.safetensors; "
         "download a single file and give its path to cogi2v-convert"
     )
+
+
+# LoRAs
+
+
+@pytest.fixture
+def orbit(hub, tmp_path):
+    """A repository of a LoRA, with what its trainer left there."""
+    folder = tmp_path / "orbit"
+    (folder / "checkpoint-500").mkdir(parents=True)
+    width = named("cogi2v-tiny").transformer.width
+    pairs = {"transformer_blocks.0.attn1.to_q": (torch.ones(4, width), torch.ones(width, 4))}
+    file = loras.save(folder / "pytorch_lora_weights.safetensors", loras.peft(pairs))
+    shutil.copy(file, folder / "checkpoint-500")
+    shutil.copy(file, folder / "other.safetensors")
+    (folder / "README.md").write_text("---\nbase_model: THUDM/CogVideoX-5b-I2V\n---\n")
+    (folder / "sample.mp4").touch()
+    hub.repositories["someone/orbit"] = folder
+    return folder
+
+
+def test_of_a_lora_s_repository_its_file_and_its_card_are_fetched(hub, orbit, monkeypatch):
+    said: list[str] = []
+    file = open_lora("someone/orbit", said.append)
+    assert hub.fetched() == {"pytorch_lora_weights.safetensors", "README.md"}
+    assert (file.name, file.bases) == ("someone/orbit", ("THUDM/CogVideoX-5b-I2V",))
+    assert said == ["fetching someone/orbit from the hub, 0.0 GB (its licence: it names none)"]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert open_lora("someone/orbit", said.append).sha256 == file.sha256
+
+
+def test_a_lora_may_be_given_as_a_hub_id_with_a_weight(hub, orbit):
+    models = load("cogi2v-tiny", loras=["someone/orbit:0.5"])
+    assert [(lora.name, lora.weight) for lora in models.loras] == [("someone/orbit", 0.5)]
+
+
+def test_a_repository_with_several_loras_says_what_to_do(hub, orbit):
+    (orbit / "pytorch_lora_weights.safetensors").rename(orbit / "another.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"lora someone/orbit must hold one safetensors fi"):
+        open_lora("someone/orbit", lambda line: None)
+
+
+def test_offline_an_unknown_lora_is_said_to_be_sought_on_the_hub(capsys):
+    assert main(["--lora_path", "someone/orbit", "--output", "x.png"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lora someone/orbit must be on the hub, in its cache or a folder here: HF_HUB_OF" in line
+
+
+# errors
 
 
 @pytest.mark.parametrize(
