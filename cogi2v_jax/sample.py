@@ -210,10 +210,16 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
     request = Request(**dict(zip(Video._fields, columns, strict=True)), **_settings(options))
     request.check()
     from .pipeline import generate, prepare, videos_at_once
+    from .weights.hub import known_config
 
-    models = _load(options, options.model or EMBEDDED, options.dtype, options.lora_path)
+    name = options.model or EMBEDDED
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
+        if known := known_config(name):  # before a model is fetched and converted
+            request.resolve(known)
+    models = _load(options, name, options.dtype, options.lora_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         batches = request.batches(videos_at_once(models, request))
         for batch in batches:  # every one is checked before the first is sampled
             job = prepare(models, batch)
@@ -229,7 +235,6 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
             """Writes the latents of a batch and their recipes."""
             if not hosts.leads():
                 return
-            name = options.model or EMBEDDED
             recipes += [recipe_of(models, name, resolved, video) for video in resolved.videos]
             for number, (path, recipe) in enumerate(zip(paths, recipes, strict=True)):
                 file = path.with_name(path.stem + LATENTS)

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.disk import one_line
@@ -95,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
 @printing
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    if options.run is not _verify:  # the only one that samples: the others take no device
+        jax.config.update("jax_platforms", "cpu")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")

@@ -1,19 +1,17 @@
 """Describes weights for a person, in lines."""
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from cogi2v_jax.arguments import parse_loras
-from cogi2v_jax.config import CheckpointConfig, named, names
+from cogi2v_jax.config import CheckpointConfig, names
 from cogi2v_jax.disk import one_line
 from cogi2v_jax.lookalikes import by_tensors
-from cogi2v_jax.names import find_name
-from cogi2v_jax.weights.checkpoint import MANIFEST, check_loras, int8_errors, read_config
-from cogi2v_jax.weights.hub import locate
+from cogi2v_jax.weights.checkpoint import MANIFEST, check_loras, int8_errors
+from cogi2v_jax.weights.hub import known_config, locate
 from cogi2v_jax.weights.hub import report as say
 from cogi2v_jax.weights.pieces import NETWORKS, abstract, leaf_names
 
@@ -121,13 +119,10 @@ def describe_lora(lora: str, model: str, keys: bool) -> tuple[list[str], bool]:
 
 
 def _config_of(model: str) -> CheckpointConfig:
-    if name := find_name(model):
-        return named(name)
-    folder = Path(os.path.expanduser(model))
-    if not folder.is_dir():
-        known = ", ".join(names())
-        raise FileNotFoundError(f"model must be a folder or one of {known}: found no {model}")
-    return read_config(folder)
+    if found := known_config(model):
+        return found
+    known = ", ".join(names())
+    raise FileNotFoundError(f"model must be a folder or one of {known}: found no {model}")
 
 
 def _headline(folder: Path, kind: str, config: CheckpointConfig) -> list[str]:

@@ -135,7 +135,10 @@ IMPOSSIBLE = [
         r"latents must be a \*.latents.safetensors file .*: got notes.txt \(",
     ),
     ("--manifest gone.csv", "manifest must exist: found no gone.csv"),
-    ("--lora_path x --lora_rank 128", "lora must be an existing file or folder: found no x$"),
+    (
+        "--lora_path x --lora_rank 128",
+        "lora must be an existing .*, or a hub id: found no x$",
+    ),
     ("--lora_path x.safetensors:0.8", "lora must be an existing .*: found no x.safetensors$"),
     (
         "--lora_path notes.txt:strong",

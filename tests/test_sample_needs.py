@@ -2,6 +2,7 @@
 says when the end of a run fails."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -53,6 +54,14 @@ def test_an_image_may_be_an_address(address: str, capsys) -> None:
     expected = read_recipe("here.mp4")
     assert recipe == expected
     assert recipe["image"] == "photo.png"
+
+
+def test_a_request_is_refused_before_its_model_is_converted(folder: Path, capsys) -> None:
+    shutil.copytree(twins.TINY, "model")
+    arguments = ["--model", "model", "--image", "photo.png", *PROMPT, "--num_frames", "5"]
+    assert main([*QUICK, *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cogi2v: num_frames must be 8k+1 ")
 
 
 def test_a_row_of_a_batch_file_may_have_an_address(address: str, capsys) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import config
+from ..config import CheckpointConfig
 from ..disk import check_space, first_line, one_line
 from ..names import HUB_ID, find_name
 from . import bucket
-from .checkpoint import MANIFEST
+from .checkpoint import MANIFEST, read_config
 from .needed_files import BESIDE_LORA, LORA_FILE, choose_files, choose_lora
 
 EMBEDDED = Path(__file__).parent.parent / "assets"
@@ -58,6 +59,14 @@ def locate(
         return fetch(text, say)
     known = ", ".join(config.names())
     raise FileNotFoundError(f"{must}, a hub id or one of {known}: found no {text}")
+
+
+def known_config(name: str | os.PathLike[str]) -> CheckpointConfig | None:
+    """The configuration of what `locate` would return; None where only a download tells it."""
+    if known := find_name(os.fspath(name)):
+        return config.named(known)
+    folder = Path(os.path.expanduser(os.fspath(name)))
+    return read_config(folder) if (folder / "transformer").is_dir() else None
 
 
 def locate_lora(lora: Path | str, say: Callable[[str], None] = report) -> Path:

@@ -1,7 +1,10 @@
 """Converts whole folders to ours and back, bit for bit, or makes nothing."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -297,6 +300,14 @@ def test_the_command_converts_both_ways_and_prints_the_folder(saved, tmp_path, c
     assert main(["to-torch", str(tmp_path / "flax"), str(tmp_path / "back")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'back'}\n"
     assert raw(tmp_path / "back", "transformer") == raw(saved["1.5"], "transformer")
+
+
+def test_converting_takes_no_device(saved, tmp_path):
+    command = [sys.executable, "-m", "cogi2v_convert", "to-flax", saved["1.0"], tmp_path / "flax"]
+    done = subprocess.run(
+        command, env=os.environ | {"JAX_PLATFORMS": "tpu"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_command_casts_if_asked(saved, tmp_path):
