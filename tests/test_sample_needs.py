@@ -2,6 +2,7 @@
 says when the end of a run fails."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,14 @@ def test_a_request_is_refused_before_its_model_is_converted(folder: Path, capsys
     assert main([*QUICK, *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cogi2v: num_frames must be 8k+1 ")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_standard_streams_may_be_closed(closed: str) -> None:
+    command = shlex.join([sys.executable, "-m", "cogi2v_jax.sample", *QUICK])
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+    assert {"out.mp4", "out.latents.safetensors"} <= files()
 
 
 def test_a_row_of_a_batch_file_may_have_an_address(address: str, capsys) -> None:
