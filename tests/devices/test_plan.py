@@ -107,7 +107,9 @@ def columns(line: str) -> list[str]:
 
 
 def test_a_compiled_request_has_its_mesh_its_phases_their_sum_and_a_verdict(whole):
-    mesh, request, _, _, *stages, blank, verdict, static, ratio, compiler = plan.lines(MODEL, "v5e-8")
+    mesh, request, _, _, *stages, blank, verdict, static, ratio, compiler = plan.lines(
+        MODEL, "v5e-8"
+    )
     assert mesh == "v5e-8: 8 chips of TPU v5 lite (2x4), split over data 1, pair 2, context 4"
     assert (
         request == f"{MODEL}: one video of 49 frames of 480x720, 50 steps with guidance, bfloat16"
