@@ -2,8 +2,9 @@
 posterior. vae_chunks.py runs the encoder and the decoder chunk by chunk over time.
 
 The input of every convolution is an elementwise function of a stored tensor. A layer can therefore
-run over strips of rows (vae_strips.py): only its input, its output and the convolution cache exist
-as a whole. `strips` says how many strips each resolution has."""
+run over strips of rows (vae_strips.py): only stored tensors and the convolution cache exist as a
+whole, and a layer overwrites those that nothing reads after it. `strips` says how many strips each
+resolution has."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +25,6 @@ from .vae_strips import Strip, in_strips, strip_counts
 
 EPSILON = 1e-6  # of the norms for which the reference ignores the config's norm_eps
 
-AtStrip = Callable[[Strip], Float[Array, "b f h w c"]]  # a strip's rows, computed when called
 StripCounts = Callable[[int], int]  # the number of strips of a picture with so many rows
 NewNorm = Callable[[int], nnx.Module]  # a norm of so many channels
 
@@ -38,23 +38,21 @@ class CausalConv(nnx.Module):
         self.bias = param((outputs,), ("channels",), scale=0.02, **init)
 
     def __call__(
-        self, x_at: AtStrip, cache: ConvCache, strips: int = 1, residual_at: AtStrip | None = None
-    ) -> Float[Array, "b f h w c2"]:
-        """The convolution of x, plus the residual. `x_at` returns a strip with its halo,
-        `residual_at` one without."""
-        cached = cache.pop()
-
-        def layer(strip: Strip) -> tuple[Float[Array, "b f h2 w c2"], Float[Array, "b 2 h2 w c"]]:
-            x = strip.zero_outside(x_at(strip))
-            past = None if cached is None else strip.zero_outside(strip.with_halo(cached))
-            x = cache.prepend(x, past)
-            y = convolve(x, self.kernel[...], self.bias[...], strip.padding, (1, 1))
-            y = y if residual_at is None else residual_at(strip) + y
-            return y, strip.without_halo(x[:, -2:])
-
-        y, last_frames = in_strips(layer, strips)
-        cache.new.append(last_frames)
-        return y
+        self,
+        strip: Strip,
+        cached: Float[Array, "b 2 h w c"] | None,
+        x: Float[Array, "b f h w c"],
+        cache: ConvCache,
+    ) -> tuple[Float[Array, "b 2 h2 w c"], Float[Array, "b f h2 w c2"]]:
+        """(the frames to cache, the convolution), both without halo, of a strip with its halo."""
+        x = strip.zero_outside(x)
+        if strip.count > 1 and cached is not None:
+            # All of the cache that a strip reads is read before the strip overwrites its own part.
+            # Without this order the compiler copies the whole cache for every strip.
+            x, cached = lax.optimization_barrier((x, strip.zero_outside(cached)))
+        x = cache.prepend(x, cached)
+        y = convolve(x, self.kernel[...], self.bias[...], strip.padding, (1, 1))
+        return strip.without_halo(x[:, -2:]), y
 
 
 class SpatialNorm(nnx.Module):
@@ -79,22 +77,24 @@ class SpatialNorm(nnx.Module):
         return NormCoefficients(plain.mean, plain.scale * scale, plain.shift * scale + shift)
 
 
-def norm_silu(
+def norm_silu_conv(
     norm: Any,
+    conv: CausalConv,
     x: Float[Array, "b f h w c"],
     latents: Float[Array, "b t h2 w2 z"] | None,
     cache: ConvCache,
-) -> AtStrip:
-    """silu(norm(x)), applied strip by strip. A decoder's norm takes the latents."""
+) -> Callable[..., tuple[Array, Array]]:
+    """conv(silu(norm(x))) as a layer that is given strips of x. A decoder's norm takes the
+    latents."""
     weights = cache.frame_weights(x.shape[1])
     mean, *affine = norm(x, weights) if latents is None else norm(x, weights, latents)
 
-    def at(strip: Strip) -> Float[Array, "b f h w c"]:
-        rows = strip.with_halo(x)
+    def layer(strip: Strip, cached: Any, rows: Array) -> tuple[Array, Array]:
         scale, shift = (resize_at(strip, part, rows.shape[1:4]) for part in affine)
-        return silu((rows.astype(jnp.float32) - mean) * scale + shift).astype(x.dtype)
+        normed = (rows.astype(jnp.float32) - mean) * scale + shift
+        return conv(strip, cached, silu(normed).astype(rows.dtype), cache)
 
-    return at
+    return layer
 
 
 def resize_at(
@@ -122,7 +122,8 @@ def resize(x: Float[Array, "b t h w c"], size: tuple[int, ...]) -> Float[Array, 
 
 
 class Resnet(nnx.Module):
-    """norm, silu, conv, twice, around a shortcut."""
+    """norm, silu, conv, twice, around a shortcut. x comes in parts of its channels. Where these
+    have as many channels as the result, the residual and the first convolution overwrite them."""
 
     def __init__(self, inputs: int, outputs: int, norm: NewNorm, **init: Any):
         self.norm_1 = norm(inputs)
@@ -134,16 +135,29 @@ class Resnet(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b f h w c"],
+        x: Sequence[Float[Array, "b f h w c"]],
         latents: Float[Array, "b t h2 w2 z"] | None,
         cache: ConvCache,
         strips: int,
     ) -> Float[Array, "b f h w c2"]:
-        def residual_at(strip: Strip) -> Float[Array, "b f h3 w c2"]:
-            return strip.own(x) if self.shortcut is None else self.shortcut(strip.own(x))
+        conv_1 = norm_silu_conv(
+            self.norm_1, self.conv_1, jnp.concatenate(x, axis=-1), latents, cache
+        )
 
-        y = self.conv_1(norm_silu(self.norm_1, x, latents, cache), cache, strips)
-        return self.conv_2(norm_silu(self.norm_2, y, latents, cache), cache, strips, residual_at)
+        def first(strip: Strip, cached: Any, *x: Array) -> Sequence[Any]:
+            rows = jnp.concatenate(x, axis=-1)
+            cached, y = conv_1(strip, cached, rows)
+            shortcut = self.shortcut and self.shortcut(strip.without_halo(rows))
+            return cached, shortcut, y
+
+        residual, y = cache.in_strips(first, strips, *x)
+        conv_2 = norm_silu_conv(self.norm_2, self.conv_2, y, latents, cache)
+
+        def second(strip: Strip, cached: Any, residual: Array, y: Array) -> Sequence[Array]:
+            cached, y = conv_2(strip, cached, y)
+            return cached, strip.without_halo(residual) + y
+
+        return cache.in_strips(second, strips, residual, y)[0]
 
 
 class Stage(nnx.Module):
@@ -157,39 +171,43 @@ class Stage(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b f h w c"],
+        x: Sequence[Float[Array, "b f h w c"]],
         latents: Float[Array, "b t h2 w2 z"] | None,
         cache: ConvCache,
         strips: StripCounts,
-    ) -> Float[Array, "b f2 h3 w3 c2"]:
+    ) -> Sequence[Float[Array, "b f2 h3 w3 c2"]]:
         for _, equal in groupby(self.resnets, lambda resnet: resnet.conv_1.kernel.shape):
-            x = run_equal(list(equal), x, latents, cache, strips(x.shape[2]))
-        return x if self.resample is None else self.resample(x, strips)
+            x = [run_equal(list(equal), x, latents, cache, strips(x[0].shape[2]))]
+        return x if self.resample is None else self.resample(*x, strips)
 
 
 def run_equal(
     resnets: Sequence[Resnet],
-    x: Float[Array, "b f h w c"],
+    x: Sequence[Float[Array, "b f h w c"]],
     latents: Float[Array, "b t h2 w2 z"] | None,
     cache: ConvCache,
     strips: int,
 ) -> Float[Array, "b f h w c2"]:
     """Resnets of equal shapes in turn, as one scan, which compiles in a fraction of the time."""
+    if len(resnets) == 1:
+        return resnets[0](x, latents, cache, strips)
     graphs, params = zip(*(nnx.split(resnet) for resnet in resnets), strict=True)
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
 
-    def run(
-        x: Float[Array, "b f h w c"], given: tuple[Any, Cached]
-    ) -> tuple[Float[Array, "b f h w c2"], Cached]:
-        own_cache = ConvCache(given[1], cache.is_first)
-        x = nnx.merge(graphs[0], given[0])(x, latents, own_cache, strips)
-        return x, own_cache.new
+    def run(carry: tuple[Array, Cached], given: tuple[Any, Array]) -> tuple[Any, Cached]:
+        (x, cached), (params, index) = carry, given
+        own_cache = ConvCache(jax.tree.map(lambda frames: frames[index], cached), cache.is_first)
+        x = nnx.merge(graphs[0], params)([x], latents, own_cache, strips)
+        if cached is None:
+            return (x, None), own_cache.new
+        # What a scan carries is overwritten in place; what it returns would be a second cache.
+        cached = jax.tree.map(lambda old, new: old.at[index].set(new), cached, own_cache.new)
+        return (x, cached), None
 
-    if len(resnets) == 1:
-        return resnets[0](x, latents, cache, strips)
-    x, cached = lax.scan(run, x, (params, cache.pop()))
-    cache.new.append(cached)
-    return x
+    indices = jnp.arange(len(resnets))
+    (y, cached), new = lax.scan(run, (x[0], cache.pop()), (params, indices))
+    cache.new.append(new if cached is None else cached)
+    return y
 
 
 class Downsample(nnx.Module):
@@ -202,36 +220,38 @@ class Downsample(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b f h w c"], strips: StripCounts
-    ) -> Float[Array, "b f2 h2 w2 c"]:
+    ) -> Sequence[Float[Array, "b f2 h2 w2 c2"]]:
         if self.time and x.shape[1] > 1:
             odd = x.shape[1] % 2
             later = x[:, odd:].astype(jnp.float32)
             means = rearrange(later, "b (f two) h w c -> b f two h w c", two=2).mean(axis=2)
             x = jnp.concatenate([x[:, :odd], means.astype(x.dtype)], axis=1)
-        return self.conv(x, rows=(0, 1), columns=(0, 1))
+        return [self.conv(x, rows=(0, 1), columns=(0, 1))]
 
 
 class Upsample(nnx.Module):
     """Doubles rows and columns by repeating, then convolves. With `time`, doubles frames too, of an
-    odd number all but the first."""
+    odd number all but the first. Returns the channels in `parts`, which the next layer overwrites
+    one by one."""
 
-    def __init__(self, channels: int, time: bool, **init: Any):
+    def __init__(self, channels: int, time: bool, parts: int, **init: Any):
         self.conv = Conv(channels, channels, 3, **init)
-        self.time = time
+        self.time, self.parts = time, parts
 
     def __call__(
         self, x: Float[Array, "b f h w c"], strips: StripCounts
-    ) -> Float[Array, "b f2 h2 w2 c"]:
+    ) -> Sequence[Float[Array, "b f2 h2 w2 c2"]]:
         frames = x.shape[1]
         if self.time and frames > 1:
             frames = 2 * frames - frames % 2
 
-        def layer(strip: Strip) -> Float[Array, "b f2 h3 w2 c"]:
-            rows = strip.zero_outside(strip.with_halo(x))
+        def layer(strip: Strip, rows: Float[Array, "b f h w c"]) -> Sequence[Array]:
+            rows = strip.zero_outside(rows)
             rows = resize(rows, (frames, 2 * rows.shape[2], 2 * rows.shape[3]))
-            return self.conv(strip.without_halo(rows), rows=strip.padding, columns=(1, 1))
+            y = self.conv(strip.without_halo(rows), rows=strip.padding, columns=(1, 1))
+            return jnp.split(y, self.parts, axis=-1)
 
-        return in_strips(layer, strips(2 * x.shape[2]))
+        return in_strips(layer, strips(2 * x.shape[2]), x)
 
 
 class Encoder(nnx.Module):
@@ -254,10 +274,12 @@ class Encoder(nnx.Module):
     def __call__(
         self, pixels: Float[Array, "b f h w c"], cache: ConvCache, strips: StripCounts
     ) -> Float[Array, "b t h2 w2 c2"]:
-        x = self.conv_in(lambda strip: strip.with_halo(pixels), cache, strips(pixels.shape[2]))
+        conv_in = partial(self.conv_in, cache=cache)
+        x = cache.in_strips(conv_in, strips(pixels.shape[2]), pixels)
         for stage in (*self.stages, self.middle):
             x = stage(x, None, cache, strips)
-        return self.conv_out(norm_silu(self.norm_out, x, None, cache), cache)
+        conv_out = norm_silu_conv(self.norm_out, self.conv_out, x[0], None, cache)
+        return cache.in_strips(conv_out, 1, x[0])[0]
 
 
 class Decoder(nnx.Module):
@@ -269,8 +291,10 @@ class Decoder(nnx.Module):
         self.conv_in = CausalConv(config.latent_channels, widths[0], **init)
         self.middle = Stage([widths[0]] * 3, norm, None, **init)
         stages = []
-        for level, (inputs, outputs) in enumerate(pairwise((widths[0], *widths))):
-            up = Upsample(outputs, level < 2, **init) if level < len(widths) - 1 else None
+        neighbours = zip((widths[0], *widths), widths, (*widths[1:], 0), strict=False)
+        for level, (inputs, outputs, finer) in enumerate(neighbours):
+            parts = 2 if outputs == 2 * finer else 1
+            up = Upsample(outputs, level < 2, parts, **init) if finer else None
             stages.append(Stage([inputs, *[outputs] * depth], norm, up, **init))
         self.stages = nnx.List(stages)
         self.norm_out = norm(widths[-1])
@@ -279,11 +303,11 @@ class Decoder(nnx.Module):
     def __call__(
         self, latents: Float[Array, "b t h w z"], cache: ConvCache, strips: StripCounts
     ) -> Float[Array, "b f h2 w2 c"]:
-        x = self.conv_in(lambda strip: strip.with_halo(latents), cache)
+        x = cache.in_strips(partial(self.conv_in, cache=cache), 1, latents)
         for stage in (self.middle, *self.stages):
             x = stage(x, latents, cache, strips)
-        x_at = norm_silu(self.norm_out, x, latents, cache)
-        return self.conv_out(x_at, cache, strips(x.shape[2]))
+        conv_out = norm_silu_conv(self.norm_out, self.conv_out, x[0], latents, cache)
+        return cache.in_strips(conv_out, strips(x[0].shape[2]), x[0])[0]
 
 
 class VAE(nnx.Module):
@@ -319,18 +343,23 @@ def strips_within(
     budget: int, config: VAEConfig, rows: int, columns: int, itemsize: int = 2
 ) -> int:
     """The fewest strips with which one device decodes latents of `rows` and `columns` within
-    `budget` bytes. An estimate: for 480x720 in bfloat16 and six strips it gives 9.7 GiB, the TPU
-    compiler 9.6. Raises ValueError if no number of strips is enough."""
+    `budget` bytes, beside the weights and the video. An estimate: for 768x1360 in bfloat16 and 32
+    strips it gives 14.5 GiB, the TPU compiler 14.4. Raises ValueError if no number of strips is
+    enough."""
     widths, finest = config.block_out_channels[::-1], config.spatial_ratio**2
     frames = config.temporal_compression_ratio * DECODE_CHUNK + 1
     # Channels of all convolutions' inputs, multiplied by their points per latent point.
     channels = 4 * widths[0] + finest * widths[-1]
     for level, (inputs, outputs) in enumerate(pairwise((widths[0], *widths))):
         channels += 4**level * (inputs + (2 * config.layers_per_block + 1) * outputs)
-    # The caches, old and new, of two frames each; a layer's input, output and shortcut.
-    whole = 2 * 2 * channels + frames * finest * (widths[-2] + 2 * widths[-1])
-    # A convolution's input: normalised, with its past frames, and shifted for each of 3 columns.
-    strip = (frames + 2) * finest * 5 * widths[-2]
+    # The last upsampling has a quarter as much as its result for input. Where the next layer cannot
+    # overwrite the result, its own two come beside it.
+    resampled, narrow = widths[-2], 2 * widths[-1]
+    wide = resampled + (resampled // 4 if resampled == narrow else narrow)
+    whole = 2 * channels + frames * finest * wide
+    # A convolution's input: normalised, with its past frames, shifted for each of 3 columns, and
+    # the float32 scale of its norm.
+    strip = (frames + 2) * finest * 6 * resampled
     sizes = {
         count: itemsize * rows * columns * (whole + strip // count)
         for count in range(1, rows + 1)

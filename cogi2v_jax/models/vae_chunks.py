@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float
+
+from .vae_strips import in_strips
 
 ENCODE_CHUNK = 8  # pixel frames
 DECODE_CHUNK = 2  # latent frames
@@ -36,6 +37,15 @@ class ConvCache:
 
     def pop(self) -> Cached:
         return None if self._cached is None else next(self._cached)
+
+    def in_strips(
+        self, layer: Callable[..., Sequence[Any]], strips: int, *tensors: Array
+    ) -> list[Array]:
+        """Runs a layer with a convolution, as `in_strips`. The first tensor that it is given, and
+        the first result, are the convolution's cached frames."""
+        cached, *results = in_strips(layer, strips, self.pop(), *tensors)
+        self.new.append(cached)
+        return results
 
     def prepend(self, x: Float[Array, "b f h w c"], cached: Cached) -> Float[Array, "b f+2 h w c"]:
         """x after the two frames before it."""
@@ -75,16 +85,21 @@ def in_chunks(
     parts = jnp.stack([x[:, start : start + chunk + remainder] for start in starts])
     graph, params = nnx.split(network)
 
-    def run(
-        cached: list[Cached] | None, part: Float[Array, "b f h w c"], is_first: Any
-    ) -> tuple[list[Cached], Array]:
+    def run(cached: list[Cached] | None, part: Array, is_first: Any) -> tuple[list[Cached], Array]:
         cache = ConvCache(cached, is_first)
         y = nnx.merge(graph, params)(part, cache, strips)
         return cache.new, y
 
-    shapes = jax.eval_shape(lambda part: run(None, part, True)[0], parts[0])
-    empty = jax.tree.map(lambda frames: jnp.zeros(frames.shape, frames.dtype), shapes)
-    is_first = jnp.arange(len(starts)) == 0
-    _, y = lax.scan(lambda cached, given: run(cached, *given), empty, (parts, is_first))
-    later = rearrange(y[1:, :, remainder:], "chunks b f h w c -> b (chunks f) h w c")
-    return jnp.concatenate([y[0], later], axis=1)
+    def write(carry: tuple[list[Cached], Array], given: tuple[Array, Array]) -> tuple[Any, None]:
+        (cached, video), (part, index) = carry, given
+        cached, y = run(cached, part, index == 0)
+        first = lax.dynamic_slice_in_dim(video, index * new, remainder, axis=1)
+        first = jnp.where(index == 0, y[:, :remainder], first)  # a padding frame overwrites nothing
+        y = jnp.concatenate([first, y[:, remainder:]], axis=1)
+        return (cached, lax.dynamic_update_slice_in_dim(video, y, index * new, axis=1)), None
+
+    cached, y = jax.eval_shape(lambda part: run(None, part, True), parts[0])
+    cached = jax.tree.map(lambda frames: jnp.zeros(frames.shape, frames.dtype), cached)
+    new = y.shape[1] - remainder  # frames of a chunk
+    video = jnp.zeros((len(y), remainder + len(starts) * new, *y.shape[2:]), y.dtype)
+    return lax.scan(write, (cached, video), (parts, jnp.arange(len(starts))))[0][1]

@@ -2,7 +2,7 @@
 time. The result is exact, because every strip includes the halo rows of its neighbours that a 3x3
 convolution reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +36,18 @@ class Strip(NamedTuple):
         size = x.shape[2] // self.count
         return lax.dynamic_slice_in_dim(x, self.index * size, size, axis=2)
 
-    def with_halo(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h2 w c"]:
-        """The strip's rows of x and its halo; halo rows outside of the picture hold any row."""
+    def with_halo(
+        self, x: Float[Array, "b f h w c"], above: Float[Array, "b f 1 w c"] | None = None
+    ) -> Float[Array, "b f h2 w c"]:
+        """The strip's rows of x and its halo, of which `above` replaces the first row; halo rows
+        outside of the picture hold any row."""
         if self.count == 1:
             return x
         size = x.shape[2] // self.count
-        first, last = self.index * size, (self.index + 1) * size
-        above, below = (
-            lax.dynamic_slice_in_dim(x, row, 1, axis=2) for row in (jnp.maximum(first - 1, 0), last)
-        )
+        if above is None:
+            first = jnp.maximum(self.index * size - 1, 0)
+            above = lax.dynamic_slice_in_dim(x, first, 1, axis=2)
+        below = lax.dynamic_slice_in_dim(x, (self.index + 1) * size, 1, axis=2)
         return jnp.concatenate([above, self.own(x), below], axis=2)
 
     def zero_outside(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
@@ -63,23 +66,41 @@ class Strip(NamedTuple):
         return x if self.count == 1 else x[:, :, halo : x.shape[2] - halo]
 
 
-def in_strips(layer: Callable[[Strip], Any], count: int) -> Any:
-    """Runs `layer`, which returns a pytree of one strip's rows, over `count` strips in turn, and
-    returns the whole tensors."""
-    if count == 1:
-        return layer(Strip(0, 1))
+def in_strips(layer: Callable[..., Sequence[Any]], count: int, *tensors: Array | None) -> list[Any]:
+    """Runs `layer` over `count` strips in turn. Given a strip and its rows of all tensors, with
+    halo, it returns the rows of all results, without. Returns whole results. A result overwrites
+    the tensor in its place if their shapes are equal. Where it is None, that tensor is returned."""
 
-    def write(results: Any, index: Any) -> tuple[Any, None]:
+    def compute(index: Any, inputs: Sequence[Any], above: Sequence[Any]) -> list[Any]:
+        strip = Strip(index, count)
+        return list(layer(strip, *jax.tree.map(strip.with_halo, inputs, above)))
+
+    def write(carry: Any, index: Any) -> tuple[Any, None]:
+        results, above = carry
+        inputs = [results[i] if i in reused else tensor for i, tensor in enumerate(tensors)]
+        # This strip overwrites its last rows, which are the next one's halo.
+        last = jax.tree.map(lambda x: Strip(index, count).own(x)[:, :, -1:], inputs)
+
         def put(whole: Array, rows: Array) -> Array:
             return lax.dynamic_update_slice_in_dim(whole, rows, index * rows.shape[2], axis=2)
 
-        return jax.tree.map(put, results, layer(Strip(index, count))), None
+        return (jax.tree.map(put, results, compute(index, inputs, above)), last), None
 
-    def empty(rows: Any) -> Array:
+    def allocate(rows: Any) -> Array:
         return jnp.zeros((*rows.shape[:2], count * rows.shape[2], *rows.shape[3:]), rows.dtype)
 
-    shapes = jax.eval_shape(lambda: layer(Strip(jnp.int32(0), count)))
-    return lax.scan(write, jax.tree.map(empty, shapes), jnp.arange(count))[0]
+    def fits(tensor: Array | None, result: Array | None) -> bool:
+        return tensor is not None and result is not None and tensor.shape == result.shape
+
+    if count == 1:
+        results = layer(Strip(0, 1), *tensors)
+    else:
+        above = jax.tree.map(lambda x: x[:, :, :1], list(tensors))
+        empty = jax.tree.map(allocate, jax.eval_shape(compute, jnp.int32(0), list(tensors), above))
+        reused = {i for i, fit in enumerate(map(fits, tensors, empty)) if fit}
+        results = [tensors[i] if i in reused else result for i, result in enumerate(empty)]
+        (results, _), _ = lax.scan(write, (results, above), jnp.arange(count))
+    return [tensors[i] if result is None else result for i, result in enumerate(results)]
 
 
 def strip_counts(strips: int, rows: int) -> Callable[[int], int]:
