@@ -2,13 +2,12 @@
 results."""
 
 import argparse
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-
-import jax
 
 from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
@@ -97,8 +96,8 @@ def parser() -> argparse.ArgumentParser:
 @printing
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if options.run is not _verify:  # the only one that samples: the others take no device
-        jax.config.update("jax_platforms", "cpu")
+    if options.run is not _verify and "jax" not in sys.modules:  # only verifying takes a device
+        os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
