@@ -210,20 +210,12 @@ def parts_of(files: Sequence[WeightFile], path: Path) -> dict[str, list[Weights]
     if other := next((name for name in others if not NO_WEIGHTS.search(name)), None):
         parts = ", ".join(part for part, _ in found.values())
         raise ValueError(f"{path} must hold nothing but {parts}: got {one_line(other)}")
-    return {
-        part: [
-            _of_part(
-                file,
-                part,
-                naming,
-                prefix,
-                [name for name in file.entries if owner(name) == prefix],
-                names,
-            )
-            for file in files
-        ]
-        for prefix, (part, naming) in found.items()
-    }
+
+    def weights(file: WeightFile, prefix: str) -> Weights:
+        own = [name for name in file.entries if owner(name) == prefix]
+        return _of_part(file, *found[prefix], prefix, own, names)
+
+    return {part: [weights(file, prefix) for file in files] for prefix, (part, _) in found.items()}
 
 
 def _check_quantisation(file: WeightFile) -> None:

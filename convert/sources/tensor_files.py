@@ -47,8 +47,7 @@ INSIDE = (
 )
 # What wrappers of torch (compile, DDP, FSDP, checkpointing) put before a module's name.
 WRAPPER = re.compile(
-    r"(?:^|(?<=\.))"
-    r"(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 
 
