@@ -39,7 +39,8 @@ class Given:
     @staticmethod
     def of(folder: Path) -> "Given":
         files, promised = find_weights(folder)
-        return Given(files, frozenset(promised), config=folder / "config.json")
+        config = folder / "config.json"
+        return Given(files, frozenset(promised), config=config if config.is_file() else None)
 
     @property
     def where(self) -> Path:
@@ -169,17 +170,18 @@ def gather(
 
 
 def _stated(path: Path) -> list[str]:
-    """The parts of a diffusers folder, complete or not. Empty for the folder of one part, for a SAT
-    folder and for files."""
+    """The parts of a diffusers folder, complete or not, with configurations or (as some trainers
+    save them) without. Empty for the folder of one part, for a SAT folder and for files."""
     if (path / MANIFEST).is_file():
         raise ValueError(
             f"SRC must be weights of PyTorch: got {path}, a converted folder; "
             "cogi2v-convert to-torch makes some of it"
         )
-    stated = [part for part in NETWORKS if (path / part / CONFIG_FILES[part]).is_file()]
-    has_index = (path / "model_index.json").is_file()
-    is_whole = has_index or ((path / "transformer").is_dir() and not sat_files(path))
-    return stated or (list(NETWORKS) if is_whole else [])
+    if stated := [part for part in NETWORKS if (path / part / CONFIG_FILES[part]).is_file()]:
+        return stated
+    if (path / "model_index.json").is_file():
+        return list(NETWORKS)
+    return [] if sat_files(path) else [part for part in NETWORKS if (path / part).is_dir()]
 
 
 def parts_at(path: Path) -> dict[str, Given]:

@@ -159,6 +159,16 @@ def test_a_trainer_s_checkpoint_has_no_configuration(saved, base, tmp_path):
         assert_reads(gather([base["1.0"], folder]), "transformer", tensors)
 
 
+def test_the_parts_of_a_trainer_s_folder_have_no_configurations(saved, base, tmp_path):
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        shutil.copy(weights(saved["1.0"], part), tmp_path / part)
+    source = gather([base["1.0"], tmp_path])
+    for part in PARTS:
+        folder = (base if part == "text_encoder" else saved)["1.0"]
+        assert_reads(source, part, load_file(weights(folder, part)))
+
+
 def test_a_checkpoint_of_deepspeed_holds_the_module(saved, base, tmp_path):
     tensors = load_file(weights(saved["1.0"], "transformer"))
     folder = tmp_path / "checkpoint-5" / "pytorch_model"
