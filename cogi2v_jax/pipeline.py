@@ -169,7 +169,11 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
     else:
         target.strips(shape.height, shape.width)
     size = resolved.height, resolved.width, resolved.fit
-    pixels = np.stack([fit_image(read_image(video.image), *size) for video in videos])
+    images = {
+        id(video.image): video.image for video in videos
+    }  # one of several videos is read once
+    fitted = {key: fit_image(read_image(image), *size) for key, image in images.items()}
+    pixels = np.stack([fitted[id(video.image)] for video in videos])
     negative = [video.negative_prompt for video in videos] if resolved.guided else []
     prompts = negative + [video.prompt for video in videos]
     ids = tokenize_prompts(config, models.folder, prompts)

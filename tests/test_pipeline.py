@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import io
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -401,3 +402,13 @@ def test_an_id_beyond_the_text_encoders_table_is_refused(
     monkeypatch.setattr(pipeline, "tokenize", lambda *given: (ids, [10]))
     with pytest.raises(ValueError, match="token ids must be below 39, the size of T5's table: got"):
         pipeline.prepare(tiny, Request(image, GROWS, guidance_scale=1.0))
+
+
+def test_an_image_of_several_videos_is_read_once(tiny: Models, image: Image.Image) -> None:
+    class Once(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    image.save(png := Once(), "PNG")
+    job = pipeline.prepare(tiny, Request(Once(png.getvalue()), [GROWS, GROWS], seed=[1, 2]))
+    np.testing.assert_array_equal(job.pixels[0], job.pixels[1])
