@@ -10,10 +10,11 @@ The first writes one row. The second compiles those combinations of what is not 
 configs/plans.toml lacks, with `--again` all of them, and writes them there. The third prints
 configs/plans.toml as a table.
 
-Nothing here is a measured time. `peak_gib` is the compiler's sum of arguments, outputs and
-temporaries of a device; a program that it refuses for its memory does not fit. Static seconds are
-the scheduled cycles over the chip's clock, plus the sent bytes at 100 GB/s. docs/performance.md
-says how far measured times were from such figures. Every row names the jax and libtpu that made it.
+Nothing here is a measured time. `peak_gib` is the memory that the compiler gives a program on a
+device, arguments and outputs included; a program that it refuses for its memory does not fit.
+Static seconds are the scheduled cycles over the chip's clock, plus the sent bytes at 100 GB/s.
+docs/performance.md says how far measured times were from such figures. Every row names the jax and
+libtpu that made it.
 
 Every row is compiled in its own process, because libtpu reads its flags once.
 """

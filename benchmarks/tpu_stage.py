@@ -75,9 +75,8 @@ def compile_stage(
         return row | {"fits": False}, ""  # known without compiling
     compiled = time.perf_counter() - begin
     for executable in executables:
-        sizes = executable.memory_analysis()
-        both = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
-        peak = max(peak, (both + sizes.temp_size_in_bytes - sizes.alias_size_in_bytes) / GIB)
+        # Not the sum of its parts: where a loop overwrites a buffer, temporaries count it twice.
+        peak = max(peak, executable.memory_analysis().peak_memory_in_bytes / GIB)
         texts.append(executable.as_text())
         cost = tpu_hlo.read(texts[-1])
         total.add(cost, 1)
