@@ -297,6 +297,7 @@ def test_the_table_has_a_dash_for_figures_that_the_compiler_did_not_reach() -> N
         ("cogvideox-5b-i2v", "v5e-1", "decode", 15.75, 0, 15),
         ("cogvideox-5b-i2v", "v5e-8", "decode", 12.5, math.inf, 3),
         ("cogvideox1.5-5b-i2v", "v5e-1", "denoise", 15.75, 0, 1700),
+        ("cogvideox1.5-5b-i2v", "v5e-1", "decode", 15.75, 0, 60),
     ],
 )
 def test_a_released_checkpoint_keeps_within_its_bounds(
