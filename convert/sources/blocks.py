@@ -2,7 +2,9 @@
 `gguf` describes them. An extra of this package installs it."""
 
 import re
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,19 @@ def library() -> ModuleType:
         way = "pip install 'cogi2v-jax[gguf]', or take the bf16, fp16 or fp8 file of the same model"
         raise ValueError(f"must be weights that are not quantised by GGUF; {way}") from None
     return gguf
+
+
+def read_header(path: Path) -> Any:
+    """The library's reader of a .gguf file. It raises anything for a broken one."""
+
+    class Reader(library().GGUFReader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, **given: Any) -> np.ndarray:
+            # The library reads nothing behind the file's end, as many times as the header says.
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends before what its header says")
+            return super()._get(offset, dtype, count, **given)
+
+    return Reader(path)
 
 
 def shape_of(kind: str, bytes_shape: tuple[int, ...]) -> tuple[int, ...]:

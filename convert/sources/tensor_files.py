@@ -175,11 +175,11 @@ class Gguf:
     def __init__(self, path: Path):
         self.path, self.note, self.entries = path, dict[str, str](), dict[str, Entry]()
         try:
-            gguf = blocks.library()
+            blocks.library()
         except ValueError as error:
             raise ValueError(f"{path} {error}") from None
         try:
-            reader = gguf.GGUFReader(path)
+            reader = blocks.read_header(path)
             tensors = {tensor.name: tensor for tensor in reader.tensors}
             shapes = {name: self._shape(reader, tensor) for name, tensor in tensors.items()}
         except Exception as error:  # a broken file raises anything
