@@ -90,9 +90,13 @@ def norm_silu_conv(
     mean, *affine = norm(x, weights) if latents is None else norm(x, weights, latents)
 
     def layer(strip: Strip, cached: Any, rows: Array) -> tuple[Array, Array]:
-        scale, shift = (resize_at(strip, part, rows.shape[1:4]) for part in affine)
-        normed = (rows.astype(jnp.float32) - mean) * scale + shift
-        return conv(strip, cached, silu(normed).astype(rows.dtype), cache)
+        # Columns are not repeated but broadcast: whole, the compiler stores scale and shift, which
+        # are each twice as large as rows in bfloat16.
+        size = (*rows.shape[1:3], affine[0].shape[3])
+        scale, shift = (resize_at(strip, part, size)[..., None, :] for part in affine)
+        x = rearrange(rows.astype(jnp.float32), "b f h (w k) c -> b f h w k c", w=size[2])
+        x = silu((x - mean[..., None, :]) * scale + shift).astype(rows.dtype)
+        return conv(strip, cached, rearrange(x, "b f h w k c -> b f h (w k) c"), cache)
 
     return layer
 
