@@ -37,7 +37,7 @@ from ..weights.pieces import (
 from . import stages
 from .schedule import Tableau, tableau
 
-SPARE = 0.95  # of a device's memory that an estimate may fill
+SPARE = 0.94  # of a device's memory that an estimate may fill
 LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
 OFS = 2.0  # the constant conditioning value of the 1.5 network
 
