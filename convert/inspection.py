@@ -1,6 +1,7 @@
 """Describes weights for a person, in lines."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cogi2v_jax.weights.pieces import NETWORKS, abstract, leaf_names
 from . import lora_match
 from .conversion import Converted
 from .sources import lookalikes
-from .sources.gather import MUST, Given, Source, gather, parts_at
+from .sources.gather import MUST, NO_FOLDER, Given, Source, gather, parts_at
 from .sources.lora_file import open_lora
 from .sources.matching import match
 from .sources.parts import DIFFUSERS
@@ -73,8 +74,8 @@ def _describe_source(source: Source, keys: bool) -> tuple[list[str], bool]:
         count = _parameters(source.config, part)
         lines.append(f"{part}: {count:,} parameters, {matched}, {', '.join(dtypes)}{origin}")
         lines += [f"  ! {one_line(fault)}" for fault in faults]
-        if copies:
-            what = f"{len(copies)} fused copies left out, the first {copies[0]}"
+        if copies and not faults:
+            what = f"fused copies left out: {len(copies)}, the first {copies[0]}"
             lines.append(one_line(f"  {what}"))
         if keys:
             lines += _list_keys(tensors, targets)
@@ -121,6 +122,8 @@ def describe_lora(lora: str, model: str, keys: bool) -> tuple[list[str], bool]:
 def _config_of(model: str) -> CheckpointConfig:
     if found := known_config(model):
         return found
+    if Path(os.path.expanduser(model)).exists():
+        raise FileNotFoundError(f"{model} {NO_FOLDER}")
     known = ", ".join(names())
     raise FileNotFoundError(f"model must be a folder or one of {known}: found no {model}")
 

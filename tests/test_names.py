@@ -1,9 +1,12 @@
 """Names of checkpoints, however they are spelled."""
 
+import shutil
+
 import pytest
 
 from cogi2v_jax import config
 from cogi2v_jax.names import find_name
+from cogi2v_jax.weights import hub
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,11 @@ def test_a_name_and_every_spelling_of_a_hub_id_find_their_checkpoint(
 
 def test_every_checkpoint_is_found_by_its_own_name() -> None:
     assert [find_name(name) for name in config.names()] == config.names()
+
+
+def test_a_folder_here_is_known_before_a_published_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(hub.EMBEDDED / "cogi2v-tiny", "zai-org/CogVideoX-5b-I2V")
+    assert hub.known_config("zai-org/CogVideoX-5b-I2V") == config.named("cogi2v-tiny")
+    assert hub.known_config("THUDM/CogVideoX-5b-I2V") == config.named("cogvideox-5b-i2v")
+    assert hub.known_config("someone/finetune") is None

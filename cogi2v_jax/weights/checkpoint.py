@@ -119,13 +119,18 @@ def unit_name(layer: int | None) -> str:
     return "rest" if layer is None else f"{layer:03d}"
 
 
-@functools.cache
 def plain_path(folder: Path) -> Path:
-    """The absolute path of a folder, or of a link to it where orbax can't take its name."""
+    """The absolute path of a folder, or of a link to it where orbax can't take its name. Raises
+    OSError where the folder for temporary files has no plain name either."""
     folder = folder.absolute()
-    if PLAIN.fullmatch(str(folder)):
-        return folder
+    return folder if PLAIN.fullmatch(str(folder)) else _link(folder)
+
+
+@functools.cache
+def _link(folder: Path) -> Path:
     link = Path(tempfile.mkdtemp(dir=process_folder()), "folder")
+    if not PLAIN.fullmatch(str(link)):
+        raise OSError(f"TMPDIR must be a folder of a plain name: got {link.parents[2]}")
     link.symlink_to(folder, target_is_directory=True)
     return link
 

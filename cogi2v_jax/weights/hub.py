@@ -62,11 +62,14 @@ def locate(
 
 
 def known_config(name: str | os.PathLike[str]) -> CheckpointConfig | None:
-    """The configuration of what `locate` would return; None where only a download tells it."""
-    if known := find_name(os.fspath(name)):
-        return config.named(known)
-    folder = Path(os.path.expanduser(os.fspath(name)))
-    return read_config(folder) if (folder / "transformer").is_dir() else None
+    """The configuration of what `locate` would return; None where only a download tells it, and for
+    a folder that is no checkpoint's."""
+    text = os.fspath(name)
+    folder = Path(os.path.expanduser(text))
+    if text not in config.names() and folder.exists():
+        return read_config(folder) if (folder / "transformer").is_dir() else None
+    known = find_name(text)
+    return config.named(known) if known else None
 
 
 def locate_lora(lora: Path | str, say: Callable[[str], None] = report) -> Path:

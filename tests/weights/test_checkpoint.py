@@ -383,3 +383,15 @@ def test_a_unit_of_another_network_is_refused_with_the_leaves_that_differ(
     write_unit(folder, "text_encoder", None, leaves)
     line = refused(models.piece, "text_encoder")
     assert f"{unit} must hold the network's leaves: got {expected}" in line
+
+
+def test_a_relative_path_is_of_the_current_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name / "[x]").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        write_unit(Path("[x]"), "vae", None, {"leaf": np.full(3, number)})
+        write_unit(Path("x"), "vae", None, {"leaf": np.full(3, number)})
+    for number, name in enumerate(("one", "two")):
+        monkeypatch.chdir(tmp_path / name)
+        for folder in (Path("[x]"), Path("x")):
+            np.testing.assert_array_equal(read_unit(folder, "vae", None)["leaf"], number)
