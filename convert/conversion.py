@@ -71,8 +71,7 @@ def to_torch(source: Path, destination: Path | str, progress: Progress | None = 
     meter = Meter(size, progress)
     with make_folder(destination) as folder:
         settings = {part: source / part / name for part, name in CONFIG_FILES.items()}
-        files = [path for path in (source / "tokenizer").iterdir() if path.is_file()]
-        _copy_settings(settings, source, files, folder)
+        _copy_settings(settings, source, tokenizer.list_files(source / "tokenizer"), folder)
         for part, tensors in parts.items():
             files = sorted({tensor.file for tensor in tensors.values()})
             for file in files:

@@ -14,10 +14,11 @@ from tokenizers.normalizers import Precompiled
 from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Steps
 
-from ..disk import first_line, read_json, refuse_pointer
+from ..disk import first_line, parse_json, read_json, refuse_pointer
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 EXTRA_IDS = 100  # marks like <extra_id_0> behind the vocabulary, where no file says how many
+NEITHER = "must hold spiece.model or tokenizer.json: found neither"
 MOST = 4096  # ids behind the vocabulary
 
 
@@ -30,20 +31,27 @@ def encoder(folder: Path) -> Callable[[str], list[int]]:
         if (folder / name).is_file():
             tokenizer = read(folder / name)
             return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    raise FileNotFoundError(f"{folder} must hold spiece.model or tokenizer.json: found neither")
+    raise FileNotFoundError(f"{folder} {NEITHER}")
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer's folder. (Those whose names begin with a dot are of a system's.)"""
+    return sorted(path for path in folder.glob("[!.]*") if path.is_file())
 
 
 def check_files(folder: Path) -> None:
     """Reads every file of a tokenizer's folder, also what `encoder` leaves out. Raises as
     `encoder`, and ValueError for a file that is no JSON or has not been fetched."""
-    for path in sorted(path for path in folder.glob("*") if path.is_file()):
+    for path in list_files(folder):
         refuse_pointer(path)
         if path.suffix == ".json":
-            read_json(path)
-    for name, read in _readers():
-        if (folder / name).is_file():
-            read(folder / name)
-    encoder(folder)
+            try:
+                parse_json(path.read_bytes())
+            except ValueError as error:
+                raise ValueError(f"{path} must be a JSON file: {error}") from None
+    found = [read(folder / name) for name, read in _readers() if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} {NEITHER}")
 
 
 def _readers() -> Iterable[tuple[str, Callable[[Path], Tokenizer]]]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import twins
 from sentencepiece import SentencePieceTrainer
 from transformers import T5Tokenizer
 
-from cogi2v_jax.models.tokenizer import encoder, tokenize
+from cogi2v_jax.models.tokenizer import check_files, encoder, list_files, tokenize
 
 PROMPTS = [
     "",
@@ -136,3 +137,12 @@ def test_a_folder_with_neither_file_is_refused_naming_both(tmp_path: Path) -> No
         match=f"{tmp_path} must hold spiece.model or tokenizer.json: found neither",
     ):
         tokenize(tmp_path, ["a"], 10)
+
+
+def test_what_a_system_left_beside_the_tokenizer_is_no_file_of_it(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(twins.TINY / "tokenizer", tmp_path / "tokenizer"))
+    files = list_files(folder)
+    (folder / "._tokenizer_config.json").write_bytes(b"\0\5\x16\7\xff")
+    (folder / "merges.json").write_text("[1]")
+    check_files(folder)
+    assert list_files(folder) == sorted([*files, folder / "merges.json"])
