@@ -69,7 +69,7 @@ class _Part:
             what = "image-to-video from a prompt and a first image alone"
             raise ValueError(f"{where} must be of {what}: got {relative}")
         if quantised := values.get("quantization_config"):
-            raise ValueError(one_line(f"{where} must be the bf16 folder's: got {quantised}"))
+            raise ValueError(one_line(f"{where} must not be quantised: got {quantised}"))
         faults = [
             f"{key} must be stated: the reference takes another value for its absence"
             for key in sorted(cls.STATED - values.keys())

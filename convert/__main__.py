@@ -96,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
 @printing
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if options.run is not _verify and "jax" not in sys.modules:  # only verifying takes a device
+    if arguments is None and options.run is not _verify:  # a program, and no device is needed
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         with warnings.catch_warnings():

@@ -19,7 +19,7 @@ def library() -> ModuleType:
         import gguf
     except ImportError:
         way = "pip install 'cogi2v-jax[gguf]', or take the bf16, fp16 or fp8 file of the same model"
-        raise ValueError(f"must be weights that are not quantised by GGUF; {way}") from None
+        raise ValueError(f"must be read by the library gguf: {way}") from None
     return gguf
 
 
@@ -28,12 +28,16 @@ def read_header(path: Path) -> Any:
 
     class Reader(library().GGUFReader):
         def _get(self, offset: Any, dtype: Any, count: Any = 1, **given: Any) -> np.ndarray:
-            # The library reads nothing behind the file's end, as many times as the header says.
+            # Behind the file's end the library returns empty arrays, for each of the entries that
+            # the header promises: a count of 2**60 would never end.
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("it ends before what its header says")
             return super()._get(offset, dtype, count, **given)
 
-    return Reader(path)
+    reader = Reader(path)
+    if reader.byte_order == "S":  # swapped
+        raise ValueError("its numbers must be little-endian: got big-endian ones")
+    return reader
 
 
 def shape_of(kind: str, bytes_shape: tuple[int, ...]) -> tuple[int, ...]:

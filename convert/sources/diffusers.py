@@ -2,6 +2,7 @@
 at a time."""
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,8 +18,12 @@ from .tensor_files import DTYPES, NARROW
 
 # Safetensors' names of the dtypes that are written.
 CODES = {dtype: code for code, dtype in DTYPES.items() if code not in NARROW}
-# Torch files that a trainer writes beside the weights.
-BESIDE = ("optimizer", "scheduler", "scaler", "training_args", "random_states")
+# Stems of what a trainer writes beside the weights.
+BESIDE = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|dl_state_dict|training_args|random_states|rng_state)"
+    r"(_\d+)*"
+)
+SUFFIXES = (".safetensors", ".bin")  # the preferred one first
 STEMS = {  # of the names of weight files and indexes
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -26,16 +31,22 @@ STEMS = {  # of the names of weight files and indexes
 }
 
 
+def list_weights(folder: Path) -> list[Path]:
+    """Every safetensors and torch file that may hold weights."""
+    files = (file for suffix in SUFFIXES for file in sorted(folder.glob(f"*{suffix}")))
+    return [file for file in files if not BESIDE.fullmatch(file.stem)]
+
+
 def find_weights(folder: Path) -> tuple[list[Path], set[str]]:
     """The files of an index with the names of its tensors, or a single file with no names:
     safetensors before torch files. Raises FileNotFoundError or ValueError, in one line."""
-    for suffix in (".safetensors", ".bin"):
+    for suffix in SUFFIXES:
         # Weights of another precision, with one more suffix, may be in the same folder:
         # diffusion_pytorch_model.fp16.safetensors
         indexes = sorted(folder.glob(f"*{suffix}.index*.json"))
         if plain := [path for path in indexes if path.name.count(".") == 3] or indexes:
             return _indexed(plain[0])
-        files = sorted(path for path in folder.glob(f"*{suffix}") if path.stem not in BESIDE)
+        files = [file for file in list_weights(folder) if file.suffix == suffix]
         if plain := [path for path in files if path.name.count(".") == 1] or files:
             break
     if len(plain) != 1:

@@ -18,11 +18,12 @@ from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST
 from cogi2v_jax.weights.hub import locate, report
 from cogi2v_jax.weights.pieces import NETWORKS
 
-from .diffusers import STEMS, find_weights
+from .diffusers import BESIDE, STEMS, find_weights, list_weights
 from .parts import WIDE, Tensor, Weights, of_files, parts_of
 from .tensor_files import open_file, plain_names
 
 MUST = "SRC must be a folder, a file"
+ZERO_3 = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
 NO_FOLDER = "must be a diffusers or converted folder: found no transformer/ in it"
 
 
@@ -76,8 +77,7 @@ class Source:
         self._weights: dict[str, list[Weights]] = {}
         self._owners: dict[str, dict[str, Weights]] = {}  # by part and tensor
         tokenizer.check_files(folder / "tokenizer")
-        files = sorted((folder / "tokenizer").iterdir())
-        self.tokenizer_files = [path for path in files if path.is_file()]
+        self.tokenizer_files = tokenizer.list_files(folder / "tokenizer")
 
     def place(self, part: str) -> Path:
         """Where a part is from, for messages."""
@@ -181,7 +181,7 @@ def _stated(path: Path) -> list[str]:
         return stated
     if (path / "model_index.json").is_file():
         return list(NETWORKS)
-    return [] if sat_files(path) else [part for part in NETWORKS if (path / part).is_dir()]
+    return [] if sat_files(path) else [part for part in NETWORKS if list_weights(path / part)]
 
 
 def parts_at(path: Path) -> dict[str, Given]:
@@ -203,10 +203,9 @@ def parts_at(path: Path) -> dict[str, Given]:
             found[part] = given
     if found:
         return found
-    try:
-        files, promised = find_weights(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} {NO_FOLDER}") from None
+    if not list_weights(path):
+        raise FileNotFoundError(f"{path} {NO_FOLDER}")
+    files, promised = find_weights(path)
     return _recognise(Given(files, frozenset(promised)), path)
 
 
@@ -220,13 +219,14 @@ def sat_files(folder: Path) -> list[Path]:
     """SAT's or DeepSpeed's checkpoints at most two folders deep, without optimizer states; where a
     file `latest` names one of several steps, only that step. Raises ValueError for what several
     processes saved, each its own part."""
-    levels = ("*.pt", "*/*.pt", "*/*/*.pt")
-    files = [file for level in levels for file in sorted(folder.glob(level))]
-    if split := [*folder.glob("**/zero_pp_rank_*_model_states.pt")]:
+    levels = ("", "*/", "*/*/")
+    found = [file for level in levels for file in sorted(folder.glob(f"{level}*.pt"))]
+    files = [file for file in found if not BESIDE.fullmatch(file.stem)]
+    if split := [file for file in files if ZERO_3.fullmatch(file.name)]:
         way = "merge them with its zero_to_fp32.py and give the file that it makes"
         got = f"DeepSpeed's ZeRO stage 3, as {split[0]}"
         raise ValueError(f"{folder} must hold whole tensors: got {got}; {way}")
-    if split := [*folder.glob("**/*.distcp")]:
+    if split := [file for level in levels for file in folder.glob(f"{level}*.distcp")]:
         way = "merge them with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         got = f"torch's distributed checkpoint, as {split[0]}"
         raise ValueError(f"{folder} must hold whole tensors: got {got}; {way}")

@@ -80,7 +80,7 @@ def match(source: Source, part: str) -> Match:
     ]
     for name in stale:
         whole = " and ".join(fused.parts_of(name))
-        faults.append(f"{name} must be a copy of {whole}: got other values")
+        faults.append(f"{name} must be a copy of {whole}: it is not")
     absent = sorted(source.absent(part) - found.keys())
     faults += [f"{name} is in the index and in no shard" for name in absent]
     return Match(part, found, tensors, faults, copies)
@@ -88,12 +88,16 @@ def match(source: Source, part: str) -> Match:
 
 def _is_fused(source: Source, part: str, tensors: dict[str, Tensor], name: str) -> bool:
     """Whether a tensor is the three beside it, one behind the other, bit for bit."""
-    whole = source.read(part, name)
-    parts = [source.read(part, each) for each in fused.parts_of(name) if each in tensors]
-    if len(parts) < 3 or sum(len(each) for each in parts) != len(whole):
+    parts = [each for each in fused.parts_of(name) if each in tensors]
+    shapes = [tensors[each].shape for each in parts]
+    if len(parts) < 3 or not all(shapes):
         return False
-    rows = np.split(whole, np.cumsum([len(each) for each in parts])[:-1])
-    return all(_same_bits(*pair) for pair in zip(rows, parts, strict=True))
+    lengths = [shape[0] for shape in shapes]
+    if tensors[name].shape != (sum(lengths), *shapes[0][1:]):
+        return False
+    rows = np.split(source.read(part, name), np.cumsum(lengths)[:-1])
+    pairs = zip(rows, parts, strict=True)
+    return all(_same_bits(ours, source.read(part, each)) for ours, each in pairs)
 
 
 def _is_same(source: Source, tensors: dict[str, Tensor], one: str, other: str) -> bool:

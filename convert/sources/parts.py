@@ -3,7 +3,7 @@ names: plain files, files from ComfyUI (prefixes, float8 with scales, GGUF) and 
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,7 +99,7 @@ class Weights:
         shape, code = self.file.entries[stored.name]
         where = one_line(f"{self.file.path}: {stored.name}")
         if code not in READ:
-            kinds = f"{', '.join(DTYPES)} or blocks of GGUF"
+            kinds = f"{', '.join(DTYPES)} or GGUF's Q4_0 to Q8_0 and Q2_K to Q6_K"
             raise ValueError(f"{where} must be one of {kinds}: got {one_line(code)}")
         if stored.scale:
             scale = self.file.entries[stored.scale]
@@ -139,13 +139,22 @@ class Weights:
 
 
 def of_files(files: Sequence[WeightFile], part: str) -> list[Weights]:
-    """The tensors of the one part that these files hold, under diffusers' names and whatever is
-    before them all. Raises ValueError, in one line, for a quantisation that can't be read."""
+    """The tensors of the one part that the files of a folder hold, under diffusers' names and
+    whatever is before them all. Raises as `parts_of`; but where the part is not recognised, its
+    names are taken as they are, to be compared with its network."""
     mark = next(mark for its, naming, mark in MARKS if (its, naming) == (part, DIFFUSERS))
-    names = [name for file in files for name in file.entries]
-    marks = (name for name in names if name == mark or name.endswith(f".{mark}"))
-    prefix = next(marks, mark).removesuffix(mark)
-    return [_of_part(file, part, DIFFUSERS, prefix, file.entries, {*names}) for file in files]
+    names = {name for file in files for name in file.entries}
+    if not any(map(_ends_with(mark), names)):
+        return [_of_part(file, part, DIFFUSERS, "", file.entries, names) for file in files]
+    found = parts_of(files, files[0].path.parent)
+    if len(found) > 1:
+        must = f"must be the folder of one part: got {', '.join(found)}"
+        raise ValueError(f"{files[0].path.parent} {must}")
+    return found[part]
+
+
+def _ends_with(mark: str) -> Callable[[str], bool]:
+    return lambda name: name == mark or name.endswith(f".{mark}")
 
 
 def _of_part(
@@ -190,13 +199,12 @@ def parts_of(files: Sequence[WeightFile], path: Path) -> dict[str, list[Weights]
     names = {name for file in files for name in file.entries}
     found: dict[str, tuple[str, str]] = {}  # part and naming, by prefix
     for part, naming, mark in MARKS:
-        for name in sorted(names):
-            if name == mark or name.endswith(f".{mark}"):
-                prefix = name.removesuffix(mark)
-                if part in (other for other, _ in found.values()):
-                    prefixes = " and ".join(sorted(map(repr, (*found, prefix))))
-                    raise ValueError(f"{path} must hold one {part}: got more, under {prefixes}")
-                found[prefix] = part, naming
+        for name in sorted(filter(_ends_with(mark), names)):
+            prefix = name.removesuffix(mark)
+            if part in (other for other, _ in found.values()):
+                prefixes = " and ".join(sorted(map(repr, (*found, prefix))))
+                raise ValueError(f"{path} must hold one {part}: got more, under {prefixes}")
+            found[prefix] = part, naming
     if not found:
         for file in files:
             _check_quantisation(file)

@@ -125,7 +125,7 @@ class Conversion:
         sync_all(unit)
         back = sums(read_unit(self.folder, part, layer))
         if fault := next(differences(found, back, f"{part}/weights/{unit.name}"), None):
-            raise OSError(f"{self.folder} must hold what was written there: {fault}")
+            raise OSError(f"the disk must hold what was written there: {fault}")
         for file in sorted(path for path in unit.rglob("*") if path.is_file()):
             self.crc32[file.relative_to(self.folder).as_posix()] = crc32_of(file)
         self.sums[part, layer] = found

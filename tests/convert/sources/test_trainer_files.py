@@ -12,7 +12,7 @@ import pytest
 import torch
 import twins
 from cogi2v_convert.__main__ import main
-from cogi2v_convert.conversion import to_flax
+from cogi2v_convert.conversion import to_flax, to_torch
 from cogi2v_convert.lora_match import match
 from cogi2v_convert.sources.gather import gather
 from cogi2v_convert.sources.lora_file import open_lora
@@ -114,9 +114,9 @@ def test_fused_copies_are_left_out(saved, base, tmp_path, capsys):
     network.fuse_qkv_projections()
     network.save_pretrained(tmp_path / "fused")
     assert main(["inspect", str(base["1.0"]), str(tmp_path / "fused")]) == 0
-    assert "6 fused copies left out, the first transformer_blocks.0" in capsys.readouterr().out
-    to_flax([base["1.0"], tmp_path / "fused"], tmp_path / "flax")
-    assert main(["check", str(tmp_path / "flax")]) == 0
+    assert "fused copies left out: 6, the first transformer_blocks.0" in capsys.readouterr().out
+    back = to_torch(to_flax([base["1.0"], tmp_path / "fused"], tmp_path / "flax"), tmp_path / "b")
+    assert raw(back, "transformer") == raw(saved["1.0"], "transformer")
 
 
 def test_fused_projections_alone_are_split(saved, base, tmp_path):
@@ -154,7 +154,9 @@ def test_a_trainer_s_checkpoint_has_no_configuration(saved, base, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         save(tensors, folder / name)
-        for beside in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        for beside in ("optimizer.bin", "optimizer_1.bin", "sampler.bin", "random_states_0.pkl"):
+            torch.save({"state": {}}, folder / beside)
+        for beside in ("optimizer.pt", "scheduler.pt", "scaler.pt"):
             torch.save({"state": {}}, folder / beside)
         assert_reads(gather([base["1.0"], folder]), "transformer", tensors)
 
@@ -177,6 +179,42 @@ def test_a_checkpoint_of_deepspeed_holds_the_module(saved, base, tmp_path):
     torch.save(saved_state, folder / "mp_rank_00_model_states.pt")
     torch.save({}, folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert_reads(gather([base["1.0"], folder.parent]), "transformer", tensors)
+
+
+def test_a_missing_shard_of_a_folder_without_configuration_is_named(saved, tmp_path, capsys):
+    twins.vae().save_pretrained(tmp_path / "part", max_shard_size="50KB")
+    (tmp_path / "part" / "config.json").unlink()
+    lost = sorted((tmp_path / "part").glob("*.safetensors"))[1]
+    lost.unlink()
+    line = one_line(capsys, ["inspect", saved["1.0"], tmp_path / "part"])
+    assert line.endswith(f"must hold every shard its index names: missing {lost.name}")
+
+
+def test_counters_beside_the_tensors_are_no_tensors(saved, base, tmp_path):
+    tensors = load_file(weights(saved["1.0"], "vae"))
+    values = {"step": torch.tensor(3), "state_dict": tensors, "ema": {"decay": torch.tensor(0.9)}}
+    torch.save(values, tmp_path / "x.pt")
+    assert_reads(gather([base["1.0"], tmp_path / "x.pt"]), "vae", tensors)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_two_sets_in_a_part_s_folder_are_refused(step, saved, tmp_path, capsys):
+    source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
+    whole = load_file(weights(source, "transformer"))
+    both = {name: whole[name] for name in sorted(whole)[::step]}
+    both |= {f"ema.{name}": tensor + 1 for name, tensor in whole.items()}
+    save_file(both, weights(source, "transformer"))
+    assert "must hold " in one_line(capsys, ["inspect", source])
+
+
+@pytest.mark.parametrize("name", ["to_qkv", "to_q"])
+def test_a_number_in_place_of_a_projection_is_refused(name, saved, tmp_path, capsys):
+    source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
+    rewrite(source, "transformer", lambda tensors: tensors.update(fuse(tensors)))
+    number = {f"{BLOCK}attn1.{name}.weight": torch.zeros(())}
+    rewrite(source, "transformer", lambda tensors: tensors.update(number))
+    line = one_line(capsys, ["to-flax", source, tmp_path / "flax"])
+    assert f"{BLOCK}attn1.to_qkv.weight must be a copy of " in line
 
 
 @pytest.mark.parametrize("key", ["ema", "model_ema", "params", "model_state_dict"])
@@ -251,7 +289,7 @@ REFUSED = {
     "another kind of GGUF": (beside(IQ4_NL_qweight=BYTES), r"got those of GGUF of another kind"),
     "a quantised folder": (
         quantised,
-        r"/x: transformer must be the bf16 folder's: got .*'bitsandbytes'",
+        r"/x: transformer must not be quantised: got .*'bitsandbytes'",
     ),
 }
 
