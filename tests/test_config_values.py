@@ -108,7 +108,6 @@ def test_what_diffusers_writes_about_an_average_is_ignored(kind: type) -> None:
     [
         ("scalable_attention", True),
         ("is_decoder", True),
-        ("quantization_config", {"load_in_8bit": True}),
         ("encoder_layer_norm", "pre"),
         ("add_cross_attention", True),
     ],

@@ -60,7 +60,7 @@ def test_what_is_no_picture_at_all_is_told_what_may_be_given(source: Any) -> Non
 def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (tmp_path / "x.png").write_bytes(pointer)
-    with pytest.raises(ValueError, match=r"got a git-lfs pointer in .*x.png; fetch the file"):
+    with pytest.raises(ValueError, match=r"got .*x.png, a git-lfs pointer; fetch the file"):
         read_image(tmp_path / "x.png")
 
 

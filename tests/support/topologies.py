@@ -9,12 +9,13 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 AXES = ("data", "pair", "context")
+ONE_CHIP = {"chips_per_host_bounds": (1, 1, 1)}  # older libtpus assume a larger host
 # In this configuration a v4 chip is one device; by default it is listed as two cores.
 NAMES: dict[str, dict[str, Any]] = {
     "v4": {"topology_name": "v4:2x2x1", "chip_config_name": "megacore"},
-    "v5e": {"topology_name": "v5e:1x1"},
+    "v5e": {"topology_name": "v5e:1x1", **ONE_CHIP},
     "v5p": {"topology_name": "v5p:2x2x1"},
-    "v6e": {"topology_name": "v6e:1x1"},
+    "v6e": {"topology_name": "v6e:1x1", **ONE_CHIP},
 }
 
 
