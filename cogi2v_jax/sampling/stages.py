@@ -39,8 +39,9 @@ def encode_image(
 ) -> Float[Array, "b 1 h2 w2 c2"]:
     """The moments (mean and log-variance) of the latents of pixels in [-1, 1]."""
     grid = spatial(mesh, *(side // vae.spatial_ratio for side in pixels.shape[2:4]))
-    pixels = pin(pixels.astype(vae.dtype), grid, "video", None, "rows", "columns")
-    return pin(vae.encode(pixels), grid, "video")
+    pixels = pin(pixels, mesh, "video").astype(vae.dtype)
+    moments = vae.encode(pin(pixels, grid, "video", None, "rows", "columns"))
+    return pin(moments, grid, "video")
 
 
 def draw_image(
@@ -137,7 +138,7 @@ def decode(
 ) -> Float[Array, "b f h2 w2 3"]:
     """Scaled latents without padding to frames in [-1, 1], or a little beyond."""
     grid = spatial(mesh, *latents.shape[2:4])
-    latents = (latents / scaling_factor).astype(vae.dtype)
+    latents = (pin(latents, mesh, "video") / scaling_factor).astype(vae.dtype)
     return vae.decode(pin(latents, grid, "video", None, "rows", "columns"), strips)
 
 
