@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from .checkpoint import CONFIG_FILES, MANIFEST
 from .pieces import NETWORKS
 
-SUFFIXES = (".safetensors", ".bin")
+SUFFIXES = (".safetensors", ".bin")  # the preferred one first
 # A stem, a variant ("fp16") and the number of a shard; an index has the variant at the end.
 FILE = re.compile(r"[^.]+?(?:\.(?P<variant>\w+))?(?P<shard>-\d{5}-of-\d{5})?(\.safetensors|\.bin)")
 INDEX = re.compile(r"[^.]+(\.safetensors|\.bin)\.index(?:\.(?P<variant>\w+))?\.json")

@@ -12,6 +12,7 @@ import numpy as np
 
 from cogi2v_jax.disk import one_line, read_json
 from cogi2v_jax.weights.checkpoint import MANIFEST
+from cogi2v_jax.weights.needed_files import SUFFIXES
 
 from .parts import Tensor
 from .tensor_files import DTYPES, NARROW
@@ -23,7 +24,6 @@ BESIDE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|dl_state_dict|training_args|random_states|rng_state)"
     r"(_\d+)*"
 )
-SUFFIXES = (".safetensors", ".bin")  # the preferred one first
 STEMS = {  # of the names of weight files and indexes
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",

@@ -127,7 +127,7 @@ class Source:
         """Tensors that an index names and no file holds."""
         weights, promised = self.weights(part), self._given[part].promised
         held = {name for each in weights for name in each.file.entries}
-        return {plain for plain in plain_names(promised, self._given[part].where)} - held
+        return plain_names(promised, self._given[part].where).keys() - held
 
     def shard(self, part: str, tensor: Tensor) -> str:
         """The name of the safetensors file for a tensor in a diffusers folder."""

@@ -162,5 +162,5 @@ def test_every_kind_is_one_that_the_library_reads(kind):
     numbers, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     rows = np.zeros((2, 3 * size), np.uint8)
     assert blocks.shape_of(kind, rows.shape) == (2, 3 * numbers)
-    # As the library has no arithmetic of ours, only its result's shape is compared.
+    # The values are the library's own: only their shape is compared.
     assert blocks.dequantise(kind, rows).shape == (2, 3 * numbers)
