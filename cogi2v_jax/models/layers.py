@@ -22,6 +22,17 @@ def precision(dtype: jnp.dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
+def wide(x: Array) -> Array:
+    """In the dtype of sums, moments and gates: float32, or float64 where a check computes in it."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def exact(x: Array) -> dict[str, Any]:
+    """Arguments of a product of arrays of this dtype: full precision, and sums as in `wide`."""
+    sums = jnp.promote_types(x.dtype, jnp.float32)
+    return {"precision": precision(x.dtype), "preferred_element_type": sums}
+
+
 def param(
     shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, scale: float | None = None
 ) -> nnx.Param:
@@ -32,9 +43,48 @@ def param(
     return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
 
+@jax.custom_vjp
+def product(x: Float[Array, "*rows i"], kernel: Float[Array, "i o"]) -> Float[Array, "*rows o"]:
+    """x @ kernel in the dtype of x, summed in float32. The gradient of a float32 kernel is float32
+    too: by the chain rule of the cast it would be rounded to the dtype of x, and summed over
+    devices in it."""
+    return jnp.dot(x, kernel.astype(x.dtype), **exact(x))
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    grad = grad.astype(x.dtype)
+    of_x = jnp.einsum("...o,io->...i", grad, kernel.astype(x.dtype), **exact(x))
+    of_kernel = jnp.einsum("...i,...o->io", x, grad, **exact(x))
+    return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+class LowRank(nnx.Module):
+    """The trained change of a frozen kernel, scale * down @ up (LoRA, arXiv 2106.09685): float32
+    parameters that begin as PEFT's do, so that the change begins at zero."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, *, rngs: nnx.Rngs):
+        bound = inputs**-0.5
+        down = jax.random.uniform(rngs.params(), (inputs, rank), minval=-bound, maxval=bound)
+        self.down = nnx.Param(down, axes=(None, None))
+        self.up = nnx.Param(jnp.zeros((rank, outputs)), axes=(None, None))
+        self.scale = scale  # alpha / rank
+
+    def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
+        """The change of the linear layer's result, not rounded."""
+        return self.scale * product(product(x, self.down[...]).astype(x.dtype), self.up[...])
+
+
 class Linear(nnx.Module):
     """x @ kernel + bias, rounded once. An `int8` kernel is multiplied by a float32 `scale` for each
-    output."""
+    output. In training `lora` may be a LowRank, which is added."""
 
     def __init__(
         self,
@@ -53,23 +103,24 @@ class Linear(nnx.Module):
             self.kernel = param((inputs, outputs), axes, dtype, rngs, inputs**-0.5)
         self.scale = param((outputs,), axes[1:], jnp.dtype(jnp.float32), rngs) if int8 else None
         self.bias = param((outputs,), axes[1:], dtype, rngs, 0.02) if bias else None
+        self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         parameters = (self.kernel, self.scale, self.bias)
         kernel, scale, bias = (None if leaf is None else leaf[...] for leaf in parameters)
-        return lax.platform_dependent(
+        y = lax.platform_dependent(
             x, kernel, scale, bias, cuda=_linear_cublas, default=_linear_float32_sums
         )
+        return y if self.lora is None else (wide(y) + self.lora(x)).astype(x.dtype)
 
 
 def _linear_float32_sums(
     x: Float[Array, "*rows i"], kernel: Array, scale: Array | None, bias: Array | None
 ) -> Float[Array, "*rows o"]:
     # bfloat16 represents all of int8, so that widening a kernel rounds nothing.
-    exact: Any = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
-    y = jnp.dot(x, kernel.astype(x.dtype), **exact)
+    y = product(x, kernel if scale is None else kernel.astype(x.dtype))
     y = y if scale is None else y * scale
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+    return (y if bias is None else y + wide(bias)).astype(x.dtype)
 
 
 def _linear_cublas(
@@ -81,7 +132,7 @@ def _linear_cublas(
     if scale is not None:
         kernel = kernel.astype(jnp.float32) * scale
     y = jnp.dot(x, kernel.astype(x.dtype), precision=precision(x.dtype))
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -96,10 +147,10 @@ class LayerNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
-        x = x.astype(jnp.float32)
+        x = wide(x)
         x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return x * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return x * wide(self.scale[...]) + wide(self.bias[...])
 
 
 class RMSNorm(nnx.Module):
@@ -183,6 +234,11 @@ class Conv(nnx.Module):
         return convolve(x, self.kernel[...][None], self.bias[...], rows, columns, self.stride)
 
 
+# Any: the decorator hides the result's type from static checkers.
+with_gradient: Any = partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+
+
+@with_gradient
 def convolve(
     x: Float[Array, "b f h w c"],
     kernel: Float[Array, "p q r c c2"],
@@ -194,8 +250,61 @@ def convolve(
     """A convolution over frames (without padding), rows and columns (both with `stride`), summed in
     float32 and rounded once."""
     settings: Any = {"rows": rows, "columns": columns, "stride": stride}
-    nvidia, others = partial(_convolve_frames, **settings), partial(_convolve_columns, **settings)
-    return lax.platform_dependent(x, kernel, bias, cuda=nvidia, default=others)
+    # On a CPU, frames as the batch take half of the time of columns, and a quarter for one frame.
+    nvidia = partial(_convolve_frames, **settings, sums=x.dtype)
+    cpu = partial(_convolve_frames, **settings, sums=jnp.dtype(jnp.float32))
+    others = partial(_convolve_columns, **settings)
+    return lax.platform_dependent(x, kernel, bias, cuda=nvidia, cpu=cpu, default=others)
+
+
+def _convolve_forward(
+    x: Array, kernel: Array, bias: Array, *settings: Any
+) -> tuple[Array, tuple[Array, Array]]:
+    return convolve(x, kernel, bias, *settings), (x, kernel)
+
+
+def _convolve_backward(
+    rows: Pads, columns: Pads, stride: int, saved: tuple[Array, Array], grad: Array
+) -> tuple[Array, Array, Array]:
+    """The gradient of x is a convolution too, that of the kernel a matrix product for each tap over
+    frames. By XLA's own rule the kernel's is a convolution with a window as large as the picture,
+    which takes a CPU many times as long inside a loop."""
+    x, kernel = saved
+    taps, height, width = kernel.shape[:3]
+    of_bias = jnp.sum(wide(grad), axis=(0, 1, 2, 3)).astype(kernel.dtype)
+    # As if the stride were one: zeros where it left results out.
+    sides = zip(x.shape[2:4], (rows, columns), (height, width), grad.shape[2:4], strict=True)
+    left_out = [
+        (0, side + sum(pads) - tap - stride * (size - 1), stride - 1)
+        for side, pads, tap, size in sides
+    ]
+    every = [(0, 0, 0)]
+    grad = lax.pad(grad, jnp.zeros((), grad.dtype), [*every * 2, *left_out, *every])
+
+    flipped = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
+    around = jnp.pad(grad, [(0, 0), (taps - 1, taps - 1), (0, 0), (0, 0), (0, 0)])
+    ends = [
+        (tap - 1 - before, tap - 1 - after)
+        for tap, (before, after) in ((height, rows), (width, columns))
+    ]
+    of_x = convolve(around, flipped, jnp.zeros(x.shape[-1], kernel.dtype), *ends)
+
+    # Column taps lie side by side on the channels of x, row taps on those of the gradient.
+    frames, last = grad.shape[1], grad.shape[3]
+    x = jnp.pad(x, [(0, 0), (0, 0), rows, columns, (0, 0)])
+    x = jnp.concatenate([x[:, :, :, tap : tap + last] for tap in range(width)], axis=-1)
+    shifts = [((0, 0), (0, 0), (tap, height - 1 - tap), (0, 0), (0, 0)) for tap in range(height)]
+    grad = jnp.concatenate([jnp.pad(grad, shift) for shift in shifts], axis=-1)
+    grad = rearrange(grad, "b f h w o -> (b f h w) o")
+    products = [
+        jnp.einsum("nc,no->co", rearrange(each, "b f h w c -> (b f h w) c"), grad, **exact(x))
+        for each in (x[:, tap : tap + frames] for tap in range(taps))
+    ]
+    of_kernel = rearrange(products, "p (r c) (q o) -> p q r c o", r=width, q=height)
+    return of_x, of_kernel.astype(kernel.dtype), of_bias
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _convolve_frames(
@@ -206,11 +315,12 @@ def _convolve_frames(
     rows: Pads,
     columns: Pads,
     stride: int,
+    sums: jnp.dtype,
 ) -> Float[Array, "b f2 h2 w2 c2"]:
     """Frames are the batch of a 2-D convolution over rows and columns, and frame taps lie side by
     side on the channels: channels last and in bfloat16, which cuDNN's matrix units take, with the
-    bias inside. XLA transposes a 3-D convolution to channels first, and computes all of it in
-    float32 if float32 sums are asked for."""
+    bias inside. For NVIDIA's devices XLA transposes a 3-D convolution to channels first, and
+    computes all of it in float32 if float32 `sums` are asked for; cuDNN's are float32 anyway."""
     taps, frames = kernel.shape[0], x.shape[1] - kernel.shape[0] + 1
     x = jnp.concatenate([x[:, tap : tap + frames] for tap in range(taps)], axis=-1)
     y = lax.conv_general_dilated(
@@ -220,8 +330,10 @@ def _convolve_frames(
         (rows, columns),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision(x.dtype),
+        preferred_element_type=sums,
     )
-    return rearrange(y + bias, "(b f) h w c -> b f h w c", b=len(x))
+    y = (y + bias.astype(sums)).astype(x.dtype)
+    return rearrange(y, "(b f) h w c -> b f h w c", b=len(x))
 
 
 def _convolve_columns(
@@ -272,9 +384,9 @@ def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape
 
 
 def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return jax.nn.silu(x.astype(jnp.float32))
+    return jax.nn.silu(wide(x))
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The tanh approximation, as both the transformer and T5 use it."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True)
+    return jax.nn.gelu(wide(x), approximate=True)
