@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from . import lookalikes
 from .disk import one_line, read_toml
+from .published import Published
 
 PARTS = ("transformer", "vae", "text_encoder", "scheduler")
 BLOCKS = ("transformer", "text_encoder")  # parts that are stacks of equal blocks
@@ -217,8 +218,9 @@ class VAEConfig(_Part):
         ratio, blocks = self.temporal_compression_ratio, self.block_out_channels
         if ratio != 4:
             yield f"temporal_compression_ratio must be 4: got {ratio}"
-        if len(blocks) != 4:
-            yield f"block_out_channels must have four entries (8x over space): got {blocks}"
+        if len(blocks) not in (3, 4):
+            rule = "must have three or four entries (4x or 8x over space)"
+            yield f"block_out_channels {rule}: got {blocks}"
         if any(channels % self.norm_num_groups for channels in blocks):
             rule = f"must be divisible by norm_num_groups {self.norm_num_groups}"
             yield f"block_out_channels {rule}: got {blocks}"
@@ -281,17 +283,6 @@ class SchedulerConfig(_Part):
     }
     STATED = frozenset({"prediction_type", "timestep_spacing"})
     INERT = frozenset(_INERT["scheduler"])
-
-
-@dataclass(frozen=True)
-class Published:
-    """The range a checkpoint was published for. A request outside of it is computed, with one
-    warning."""
-
-    short_side: tuple[int, int] | None = None  # lowest and highest, pixels
-    long_side: tuple[int, int] | None = None
-    frames: tuple[int, ...] = ()
-    portrait: bool = True
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from .devices.sharding import put, split, to_host
 from .media.images import fit_image, read_image
 from .models.tokenizer import tokenize
 from .models.vae_tiles import decode_tiled, encode_tiled, sides
+from .published import PLAIN
 from .request import Noise, Request, Resolved
 from .sampling import stages
 from .sampling.noise import draw_as_torch, seed_keys
@@ -173,6 +174,8 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
         id(video.image): video.image for video in videos
     }  # one of several videos is read once
     fitted = {key: fit_image(read_image(image), *size) for key, image in images.items()}
+    if any(map(config.published.is_strange, fitted.values())):
+        warnings.warn(f"{config.title} knows {PLAIN} alone: expect nothing of sense", stacklevel=3)
     pixels = np.stack([fitted[id(video.image)] for video in videos])
     negative = [video.negative_prompt for video in videos] if resolved.guided else []
     prompts = negative + [video.prompt for video in videos]

@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     names: tuple[str, ...] = ()  # all values, where they can be listed
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
@@ -40,7 +40,7 @@ def _is_real(value: Any) -> bool:
         return False
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -48,22 +48,22 @@ def _is_name(value: Any, names: tuple[str, ...]) -> bool:
     return isinstance(value, str) and value in names  # an array has no single truth value
 
 
-def _one_of(*names: str) -> Kind:
+def one_of(*names: str) -> Kind:
     rule = f"{', '.join(names[:-1])} or {names[-1]}"
     return Kind(rule, lambda value: _is_name(value, names), str, names)
 
 
 # The shapes of arrays are 32 or 64 bits wide.
 COUNT = Kind(
-    "a positive integer below 2**31", lambda value: _is_whole(value) and 0 < value < 2**31, int
+    "a positive integer below 2**31", lambda value: is_whole(value) and 0 < value < 2**31, int
 )
 # A GIF can hold a frame for at most 655 seconds, and no screen shows more than 240 a second.
-RATE = Kind("a number from 0.01 to 240", lambda v: _is_real(v) and 0.01 <= v <= 240, float)
-SCALE = Kind("a finite number and not negative", lambda v: _is_real(v) and v >= 0, float)
+RATE = Kind("a number from 0.01 to 240", lambda v: is_real(v) and 0.01 <= v <= 240, float)
+SCALE = Kind("a finite number and not negative", lambda v: is_real(v) and v >= 0, float)
 SWITCH = Kind("true or false", lambda value: isinstance(value, (bool, np.bool_)), bool)
 LATENT_SCALE = Kind(
     f"{', '.join(IMAGE_LATENT_SCALES)} or a positive number",
-    lambda value: _is_name(value, IMAGE_LATENT_SCALES) or (_is_real(value) and value > 0),
+    lambda value: _is_name(value, IMAGE_LATENT_SCALES) or (is_real(value) and value > 0),
     lambda value: value if value in IMAGE_LATENT_SCALES else float(value),
 )
 
@@ -89,9 +89,9 @@ class Settings:
         SCALE, metavar="X", help="1 or less samples without guidance, in half the time"
     )
     use_dynamic_cfg: bool = _setting(SWITCH, help="guidance that varies over the steps")
-    scheduler: str = _setting(_one_of("dpm", "ddim"))
+    scheduler: str = _setting(one_of("dpm", "ddim"))
     fit: str = _setting(
-        _one_of(*FITS),
+        one_of(*FITS),
         official=False,
         help="how the image is fitted to the size; stretch is the reference's way",
     )
@@ -102,7 +102,7 @@ class Settings:
         help="reference, sat, trainer or a number; sat helps 1.5 videos that start too bright",
     )
     noise: str = _setting(
-        _one_of("jax", "torch"),
+        one_of("jax", "torch"),
         official=False,
         help="whose random numbers a seed means; torch draws those of the official script",
     )
@@ -240,13 +240,14 @@ class Request:
             raise ValueError(f"the defaults of {config.title}: {'; '.join(faults)}")
         values |= {name: kind.convert(values[name]) for name, kind in KINDS.items()}
         seed: Any = self.seed
-        values["seed"] = int(seed) if _is_whole(seed) else [int(one) for one in seed]
+        values["seed"] = int(seed) if is_whole(seed) else [int(one) for one in seed]
         resolved = Resolved(**values)
         faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
         if faults:
             raise ValueError("; ".join(faults))
-        outside = resolved._outside(config)
-        if outside:
+        sizes = resolved.height, resolved.width, resolved.num_frames
+        prompts = [video.prompt for video in resolved.videos]
+        if outside := [*config.published.outside(*sizes, prompts)]:
             published = f"{config.title} was published for {'; '.join(outside)}"
             warnings.warn(f"{published}: expect worse results", stacklevel=2)
         return resolved
@@ -259,7 +260,7 @@ class Request:
                 if not isinstance(video.prompt, str) or not isinstance(video.negative_prompt, str):
                     got = f"{video.prompt!r} and {video.negative_prompt!r}"
                     faults.append(f"prompt and negative_prompt must be text: got {got}")
-                if not _is_whole(video.seed) or not 0 <= video.seed < 2**64:
+                if not is_whole(video.seed) or not 0 <= video.seed < 2**64:
                     rule = "an integer from 0 to 2**64 - 1"
                     faults.append(f"seed must be {rule}: got {video.seed!r}")
                 if video.image is None:
@@ -349,25 +350,3 @@ class Resolved(Settings, Request):
         limit = f" and at most {most}" if learned else ""
         rule = f"{period}k+1{limit} for {config.title} ({period}k computes too)"
         return [f"num_frames must be {rule}: got {self.num_frames}; nearest is {nearest}"]
-
-    def _outside(self, config: CheckpointConfig) -> list[str]:
-        published = config.published
-        short, long = sorted((self.height, self.width))
-        outside = []
-        if published.short_side and not published.short_side[0] <= short <= published.short_side[1]:
-            outside.append(
-                f"a short side of {_span(published.short_side)} pixels (this is {short})"
-            )
-        if published.long_side and not published.long_side[0] <= long <= published.long_side[1]:
-            outside.append(f"a long side of {_span(published.long_side)} pixels (this is {long})")
-        if not published.portrait and self.height > self.width:
-            outside.append("landscape (this is portrait)")
-        if published.frames and self.num_frames not in published.frames:
-            outside.append(
-                f"{', '.join(map(str, published.frames))} frames (this is {self.num_frames})"
-            )
-        return outside
-
-
-def _span(bounds: tuple[int, int]) -> str:
-    return str(bounds[0]) if bounds[0] == bounds[1] else f"{bounds[0]} to {bounds[1]}"

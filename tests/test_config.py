@@ -6,17 +6,24 @@ import pytest
 from released import RELEASED, changed
 
 from cogi2v_jax import config
-from cogi2v_jax.config import CheckpointConfig, Published, named, names, toml
+from cogi2v_jax.config import CheckpointConfig, named, names, toml
 from cogi2v_jax.disk import read_toml
+from cogi2v_jax.published import Published
 from cogi2v_jax.request import SETTINGS
+from cogi2v_jax.training import shapes
 
 pytestmark = pytest.mark.usefixtures("without_type_hooks")
+
+
+PHRASES = [phrase for phrases in shapes.MOTIONS.values() for phrase in phrases]
 
 
 def defaults(*values: Any) -> dict[str, Any]:
     return dict(zip(SETTINGS, values, strict=True))
 
 
+# Of the prompts that the generator of clips writes, and of the motions that are left for LoRAs.
+WORDS = tuple(sorted({"a", "the", *shapes.COLOURS, *shapes.FORMS, *" ".join(PHRASES).split()}))
 FACTS = {
     "cogvideox-5b-i2v": (
         "cogvideox-i2v",
@@ -31,7 +38,7 @@ FACTS = {
     "cogi2v-tiny": (
         "cogvideox-i2v",
         defaults(64, 64, 9, 8, 50, 3.0, False, "ddim", "crop", "reference", "jax"),
-        Published((64, 64), (64, 64), (9,), portrait=True),
+        Published((64, 64), (64, 64), (9,), words=WORDS, background=0.45),
     ),
 }
 

@@ -189,7 +189,7 @@ def test_a_size_must_be_a_positive_integer(value: Any) -> None:
             {"block_out_channels": 32},
             "block_out_channels must be a list of positive integers below 2**31: got 32",
         ),
-        ("vae", {"block_out_channels": [32, 32, 32]}, "four entries"),
+        ("vae", {"block_out_channels": [32, 32]}, "three or four entries"),
         ("vae", {"temporal_compression_ratio": 8}, "temporal_compression_ratio must be 4"),
         (
             "vae",

@@ -9,7 +9,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from cogi2v_jax.config import CheckpointConfig, Published, named
+from cogi2v_jax.config import CheckpointConfig, named
+from cogi2v_jax.published import Published
 from cogi2v_jax.request import SETTINGS, LatentShape, Noise, Request, Resolved, Video
 
 FIRST, SECOND, TINY = (
@@ -33,7 +34,7 @@ def as_users_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def request(**given: Any) -> Request:
-    return Request(**{"image": "photo.jpg", "prompt": "a panda", **given})
+    return Request(**{"image": "photo.jpg", "prompt": "a circle moves", **given})
 
 
 def refusal(config: CheckpointConfig = SECOND, **given: Any) -> str:
@@ -60,7 +61,7 @@ def test_defaults_are_the_checkpoints_then_its_familys_then_its_folders_and_warn
     assert tuple(getattr(resolved, name) for name in config.defaults) == answers
     assert (resolved.image, resolved.prompt, resolved.negative_prompt, resolved.seed) == (
         "photo.jpg",
-        "a panda",
+        "a circle moves",
         "",
         42,
     )
@@ -106,7 +107,7 @@ def test_given_values_are_kept() -> None:
     given |= {"noise": "torch"}
     published = dataclasses.replace(SECOND, published=Published())
     assert request(**given).resolve(published) == Resolved(
-        image="photo.jpg", prompt="a panda", **given
+        image="photo.jpg", prompt="a circle moves", **given
     )
 
 

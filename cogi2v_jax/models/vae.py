@@ -331,15 +331,16 @@ class VAE(nnx.Module):
         self, video: Float[Array, "b f h w c"], strips: int = 1
     ) -> Float[Array, "b t h2 w2 z2"]:
         """Pixels in [-1, 1] to moments, which `posterior` splits: (f - 1) // 4 + 1 latent frames,
-        an eighth of the rows and columns."""
-        return in_chunks(self.encoder, video, ENCODE_CHUNK, strip_counts(strips, video.shape[2]))
+        a `spatial_ratio`-th of the rows and columns."""
+        counts = strip_counts(strips, video.shape[2], self.spatial_ratio)
+        return in_chunks(self.encoder, video, ENCODE_CHUNK, counts)
 
     def decode(
         self, latents: Float[Array, "b t h w z"], strips: int = 1
     ) -> Float[Array, "b f h2 w2 c"]:
         """Unscaled latents to pixels, not clipped: 4 (t - 1) + 1 frames if t is odd, 4 t if it is
         even."""
-        counts = strip_counts(strips, 8 * latents.shape[2])
+        counts = strip_counts(strips, self.spatial_ratio * latents.shape[2], self.spatial_ratio)
         return in_chunks(self.decoder, latents, DECODE_CHUNK, counts)
 
 

@@ -103,11 +103,12 @@ def in_strips(layer: Callable[..., Sequence[Any]], count: int, *tensors: Array |
     return [tensors[i] if result is None else result for i, result in enumerate(results)]
 
 
-def strip_counts(strips: int, rows: int) -> Callable[[int], int]:
-    """The number of strips at every resolution, given as its rows, where the finest one has `rows`
-    and `strips`. Coarser ones have fewer strips, of about as many values each; a strip is a whole
-    number of latent rows. Raises ValueError where `strips` doesn't divide the latent rows."""
-    latent_rows = rows // 8
+def strip_counts(strips: int, rows: int, ratio: int) -> Callable[[int], int]:
+    """The number of strips at every resolution, given as its rows, where the finest one has `rows`,
+    `ratio` times those of the latents, and `strips`. Coarser ones have fewer strips, of about as
+    many values each; a strip is a whole number of latent rows. Raises ValueError where `strips`
+    doesn't divide the latent rows."""
+    latent_rows = rows // ratio
     if latent_rows % strips:
         raise ValueError(f"strips must divide the {latent_rows} latent rows: got {strips}")
 

@@ -15,11 +15,15 @@ from cogi2v_jax.models.vae_chunks import DECODE_CHUNK, ENCODE_CHUNK, ConvCache, 
 
 # A large norm_eps, so that a norm with the wrong epsilon fails.
 SMALL = {"block_out_channels": (8, 8, 16, 24), "layers_per_block": 1, "norm_eps": 1e-3}
+VAES = {
+    "four levels": SMALL | {"layers_per_block": 2},
+    "three levels": SMALL | {"block_out_channels": (8, 16, 24)},  # 4x over space
+}
 
 
-@pytest.fixture(scope="module")
-def module() -> torch.nn.Module:
-    return twins.vae(**SMALL)
+@pytest.fixture(scope="module", params=VAES)
+def module(request: pytest.FixtureRequest) -> torch.nn.Module:
+    return twins.vae(**VAES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,15 @@ decode = jax.jit(lambda network, latents: network.decode(latents))
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width"),
-    [(1, 40, 24), (9, 40, 24), (17, 24, 56), (12, 16, 16), (4, 16, 24)],
+    ("module", "frames", "height", "width"),
+    [
+        *(
+            ("four levels", *case)
+            for case in [(1, 40, 24), (17, 24, 56), (12, 16, 16), (4, 16, 24)]
+        ),
+        ("three levels", 9, 40, 24),
+    ],
+    indirect=["module"],
 )
 def test_encoding_is_the_references(
     module: torch.nn.Module, network: VAE, frames: int, height: int, width: int
@@ -48,8 +59,12 @@ def test_encoding_is_the_references(
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width"),
-    [(1, 5, 3), (2, 5, 3), (5, 3, 7), (13, 2, 3), (4, 2, 2), (3, 1, 3)],
+    ("module", "frames", "height", "width"),
+    [
+        *(("four levels", *case) for case in [(1, 5, 3), (2, 5, 3), (13, 2, 3), (4, 2, 2)]),
+        *(("three levels", *case) for case in [(5, 3, 7), (3, 1, 3)]),
+    ],
+    indirect=["module"],
 )
 def test_decoding_is_the_references(
     module: torch.nn.Module, network: VAE, frames: int, height: int, width: int

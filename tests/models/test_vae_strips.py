@@ -14,8 +14,9 @@ from cogi2v_jax.config import VAEConfig, named
 from cogi2v_jax.models.vae import VAE, posterior, strips_within
 from cogi2v_jax.models.vae_strips import Strip, in_strips, strip_counts
 
-CONFIG = VAEConfig(
-    block_out_channels=(4, 4, 8, 8), layers_per_block=2, norm_num_groups=2, latent_channels=4
+SIZES = {"layers_per_block": 2, "norm_num_groups": 2, "latent_channels": 4}
+FOUR, THREE = (
+    VAEConfig(block_out_channels=channels, **SIZES) for channels in ((4, 4, 8, 8), (4, 8, 8))
 )
 
 encode = jax.jit(
@@ -24,9 +25,9 @@ encode = jax.jit(
 decode = jax.jit(lambda network, latents, strips: network.decode(latents, strips), static_argnums=2)
 
 
-@pytest.fixture(scope="module")
-def network() -> VAE:
-    return VAE(CONFIG, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+@pytest.fixture(scope="module", params=[FOUR], ids=["four levels"])
+def network(request: pytest.FixtureRequest) -> VAE:
+    return VAE(request.param, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
 
 
 def normal(*shape: int) -> Any:
@@ -36,7 +37,12 @@ def normal(*shape: int) -> Any:
 LATENTS = normal(2, 5, 8, 8, 4)
 
 
-@pytest.mark.parametrize("strips", [4, 8])
+@pytest.mark.parametrize(
+    ("network", "strips"),
+    [(FOUR, 4), (THREE, 4), pytest.param(FOUR, 8, marks=pytest.mark.slow)],
+    ids=["four levels", "three levels", "8"],
+    indirect=["network"],
+)
 def test_decoding_in_strips_is_decoding(network: VAE, strips: int) -> None:
     assert_close(decode(network, LATENTS, strips), decode(network, LATENTS, 1), TOLERANCE["module"])
 
@@ -48,15 +54,17 @@ def test_encoding_in_strips_is_encoding(network: VAE) -> None:
 
 
 def test_coarser_resolutions_have_fewer_strips_of_as_many_values() -> None:
-    assert [strip_counts(12, 480)(rows) for rows in (480, 240, 120, 60)] == [12, 3, 1, 1]
-    assert [strip_counts(10, 480)(rows) for rows in (480, 240, 120, 60)] == [10, 2, 1, 1]
-    assert [strip_counts(32, 768)(rows) for rows in (768, 384, 192, 96)] == [32, 8, 2, 1]
-    assert [strip_counts(1, 480)(rows) for rows in (480, 60)] == [1, 1]
+    assert [strip_counts(12, 480, 8)(rows) for rows in (480, 240, 120, 60)] == [12, 3, 1, 1]
+    assert [strip_counts(10, 480, 8)(rows) for rows in (480, 240, 120, 60)] == [10, 2, 1, 1]
+    assert [strip_counts(32, 768, 8)(rows) for rows in (768, 384, 192, 96)] == [32, 8, 2, 1]
+    assert [strip_counts(1, 480, 8)(rows) for rows in (480, 60)] == [1, 1]
+    assert [strip_counts(8, 96, 4)(rows) for rows in (96, 48, 24)] == [8, 2, 1]
 
 
-def test_strips_that_split_a_latent_row_are_refused(network: VAE) -> None:
-    with pytest.raises(ValueError, match="strips must divide the 60 latent rows: got 7"):
-        strip_counts(7, 480)
+@pytest.mark.parametrize(("ratio", "rows"), [(8, 60), (4, 120)])
+def test_strips_that_split_a_latent_row_are_refused(ratio: int, rows: int) -> None:
+    with pytest.raises(ValueError, match=f"strips must divide the {rows} latent rows: got 7"):
+        strip_counts(7, 480, ratio)
 
 
 def test_the_fewest_strips_that_fit_are_chosen_and_none_is_an_error() -> None:
@@ -93,10 +101,16 @@ def test_a_layer_can_leave_a_tensor_as_it_is(count: int) -> None:
         np.testing.assert_array_equal(result, LATENTS)
 
 
+OTHER_MESHES = [
+    pytest.param(FOUR, mesh, marks=pytest.mark.slow) for mesh in ((1, 8), (2, 4), (8, 1))
+]
+
+
 @pytest.mark.parametrize(
-    "mesh",
-    [(4, 2), (1, 8), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((2, 4), (8, 1)))],
-    ids=str,
+    ("network", "mesh"),
+    [(FOUR, (4, 2)), (THREE, (4, 2)), *OTHER_MESHES],
+    ids=["four levels", "three levels", "(1, 8)", "(2, 4)", "(8, 1)"],
+    indirect=["network"],
 )
 @pytest.mark.parametrize("part", ["encode", "decode"])
 def test_a_sharded_picture_gives_the_same_result(

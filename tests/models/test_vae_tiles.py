@@ -27,9 +27,13 @@ moments = jax.jit(lambda network, video: network.encode(video))
 decode = jax.jit(lambda network, latents: network.decode(latents))
 
 
+# Three levels: tiles of the same pixels, which have 12x10 latents.
+FINER = SMALL | {"block_out_channels": (8, 16, 24)}
+
+
 @pytest.fixture(scope="module")
-def module() -> Any:
-    module: Any = twins.vae(**SMALL)
+def module(request: pytest.FixtureRequest) -> Any:
+    module: Any = twins.vae(**request.param)
     module.enable_tiling()
     return module
 
@@ -40,13 +44,15 @@ def twin(module: torch.nn.Module) -> tuple[Any, VAEConfig]:
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width"),
+    ("module", "frames", "height", "width"),
     [
-        pytest.param(5, 6, 5, id="one tile"),
-        pytest.param(5, 14, 11, id="ragged 3x3"),
-        pytest.param(1, 7, 5, id="a border of one row"),
-        pytest.param(2, 3, 9, id="a row of tiles", marks=pytest.mark.slow),
+        pytest.param(SMALL, 5, 6, 5, id="one tile"),
+        pytest.param(SMALL, 5, 14, 11, id="ragged 3x3"),
+        pytest.param(SMALL, 1, 7, 5, id="a border of one row"),
+        pytest.param(SMALL, 2, 3, 9, id="a row of tiles", marks=pytest.mark.slow),
+        pytest.param(FINER, 1, 14, 10, id="three levels"),
     ],
+    indirect=["module"],
 )
 def test_decoding_in_tiles_is_the_references(
     module: Any, twin: Any, frames: int, height: int, width: int
@@ -60,7 +66,12 @@ def test_decoding_in_tiles_is_the_references(
     assert_close(found, truth, TOLERANCE["module"])
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(1, 48, 40), (1, 112, 88), (9, 56, 72)])
+@pytest.mark.parametrize(
+    ("module", "frames", "height", "width"),
+    [(SMALL, 1, 48, 40), (SMALL, 1, 112, 88), (SMALL, 9, 56, 72), (FINER, 9, 56, 72)],
+    ids=["one tile", "ragged 3x3", "nine frames", "three levels"],
+    indirect=["module"],
+)
 def test_encoding_in_tiles_is_the_references(
     module: Any, twin: Any, frames: int, height: int, width: int
 ) -> None:

@@ -33,12 +33,12 @@ def checkpoint() -> config.CheckpointConfig:
     """The embedded model with the smallest possible VAE: a TPU's compiler takes long for each
     convolution."""
     tiny = config.named("cogi2v-tiny")
-    small = {"block_out_channels": (4, 4, 4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+    small = {"block_out_channels": (4, 4, 8), "layers_per_block": 1, "norm_num_groups": 2}
     return dataclasses.replace(tiny, vae=dataclasses.replace(tiny.vae, **small))
 
 
 def target(devices: list[Any], dtype: str, **settings: Any) -> RequestTarget:
-    request = Request("photo.jpg", "a prompt", **settings).resolve(checkpoint())
+    request = Request("photo.jpg", "a circle moves", **settings).resolve(checkpoint())
     mesh = make_mesh(Sizes(), devices)
     return RequestTarget(checkpoint(), jnp.dtype(dtype), mesh, 2**40, request, "xla")
 

@@ -27,7 +27,7 @@ def without_sampling(monkeypatch: pytest.MonkeyPatch) -> list:
         resolved = request.resolve(models.config)
         asked.append(resolved)
         latents, video = (
-            np.zeros((1, 3, 8, 8, 16), np.float32),
+            np.zeros((1, 3, 16, 16, 16), np.float32),
             np.zeros((1, 9, 64, 64, 3), np.uint8),
         )
         on_latents(latents, resolved)

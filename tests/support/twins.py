@@ -2,6 +2,7 @@
 diffusers folders of these networks."""
 
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,6 @@ FILES = sorted(  # of its folder, that a conversion needs
     for path in TINY.rglob("*")
     if path.is_file() and path.name != "README.md"
 )
-VAE_BLOCKS = {
-    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-}
 SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
@@ -81,18 +78,33 @@ def transformer(seed: int = 0, **settings: Any) -> CogVideoXTransformer3DModel:
 
 
 def vae(seed: int = 0, **settings: Any) -> AutoencoderKLCogVideoX:
-    sizes = {"block_out_channels": (8, 8, 16, 24), "latent_channels": 4, "layers_per_block": 2}
+    sizes = {"block_out_channels": (8, 8, 16, 24), "latent_channels": 4, "layers_per_block": 1}
     sizes |= {"norm_num_groups": 4, "scaling_factor": 0.7}
-    return randomise(AutoencoderKLCogVideoX(**{**sizes, **VAE_BLOCKS, **settings}), seed)
+    return randomise(new_vae(**(sizes | settings)), seed)
+
+
+def new_vae(**settings: Any) -> AutoencoderKLCogVideoX:
+    """The reference's VAE, which must be told a type for each of its levels."""
+    levels = len(settings["block_out_channels"])
+    kinds: Any = {
+        f"{way.lower()}_block_types": (f"CogVideoX{way}Block3D",) * levels for way in ("Down", "Up")
+    }
+    return AutoencoderKLCogVideoX(**kinds, **settings)
 
 
 def t5(seed: int = 0, **settings: Any) -> T5EncoderModel:
-    sizes = {"vocab_size": 39, "d_model": 20, "d_kv": 8, "d_ff": 36, "num_layers": 3}
+    sizes = {"vocab_size": 48, "d_model": 20, "d_kv": 8, "d_ff": 36, "num_layers": 3}
     sizes |= {"num_heads": 4, "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0}
     return randomise(T5EncoderModel(T5Config(**{**sizes, **settings})), seed)
 
 
 CONFIGS = {"transformer": TransformerConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig}
+
+
+@cache  # tracing a VAE takes most of a second
+def abstract(part: str, config: Any, dtype: jnp.dtype) -> nnx.Module:
+    """Our network with shapes for parameters."""
+    return nnx.eval_shape(lambda: NETWORKS[part](config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[nnx.Module, Any]:
@@ -101,8 +113,8 @@ def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[
     config = CONFIGS[part].from_json(dict(settings), part)
     tensors = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
     tensors.pop("encoder.embed_tokens.weight", None)
-    kind, dtype = NETWORKS[part], jnp.dtype(dtype)
-    network = nnx.eval_shape(lambda: kind(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    dtype = jnp.dtype(dtype)
+    network = abstract(part, config, dtype)
     homes = expand(TABLES[part](config), getattr(config, "num_layers", 0))
     shapes = {name: leaf.shape for name, leaf in leaf_names(network).items()}
     assert not misfits(homes, shapes, {name: tensor.shape for name, tensor in tensors.items()})
@@ -124,8 +136,13 @@ def channels_last(video: torch.Tensor) -> np.ndarray:
 
 
 def frames_last(latents: torch.Tensor) -> np.ndarray:
-    """[b t c h w], the reference's latents, as our [b t h w c]."""
-    return np.ascontiguousarray(latents.detach().float().permute(0, 1, 3, 4, 2).numpy())
+    """[b t c h w], the reference's latents, as our [b t h w c] in float32."""
+    return frames_last_exactly(latents.float())
+
+
+def frames_last_exactly(latents: torch.Tensor) -> np.ndarray:
+    """The same in their own dtype."""
+    return np.ascontiguousarray(latents.detach().permute(0, 1, 3, 4, 2).numpy())
 
 
 def pipeline(family: str, seed: int = 0) -> CogVideoXImageToVideoPipeline:
