@@ -39,17 +39,18 @@ class Program:
     static values, so that compiling can be timed, done in another thread, and done from shapes
     alone. Keyword-only arguments of the function are static. The denoising `loop` has compiler
     options of its own. `out_shardings(*args, **static)` places the results; None leaves that to the
-    compiler."""
+    compiler. Results may overwrite the positional arguments `donated`."""
 
     def __init__(
         self,
         function: Callable[..., Any],
         loop: bool = False,
         out_shardings: Callable[..., Any] | None = None,
+        donated: tuple[int, ...] = (),
     ):
         parameters = inspect.signature(function).parameters.values()
         self.static = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        self.loop = loop
+        self.loop, self.donated = loop, donated
         self.function, self._out_shardings = function, out_shardings
         self._executables: dict[Any, Future[jax.stages.Compiled]] = {}
         self._lock = threading.Lock()
@@ -84,8 +85,10 @@ class Program:
             return self._jitted(*args, **static).lower(*args, **static)
 
     def _jitted(self, *args: Any, **static: Any) -> Any:
-        placed = self._out_shardings and {"out_shardings": self._out_shardings(*args, **static)}
-        return jax.jit(self.function, static_argnames=self.static, **placed or {})
+        settings: dict[str, Any] = {"static_argnames": self.static, "donate_argnums": self.donated}
+        if self._out_shardings is not None:
+            settings["out_shardings"] = self._out_shardings(*args, **static)
+        return jax.jit(self.function, **settings)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
-from ..disk import first_line
+from ..disk import at_end, first_line
 
 VARIABLES = COORDINATOR, PROCESSES, PROCESS = (
     "COGI2V_COORDINATOR",
@@ -143,10 +143,11 @@ def _metadata(key: str) -> str:
         return ""
 
 
-def join(heartbeat: int = HEARTBEAT) -> None:
+def join(heartbeat: int = HEARTBEAT, preemption: bool = False) -> None:
     """Joins the other processes if the environment announces any. Call it before jax is first used,
     in a program under `distributed`. Without a heartbeat for `heartbeat` seconds a process is lost.
-    Raises ValueError or OSError in one line."""
+    With `preemption`, SIGTERM is for jax's service, by which the processes agree on the step that
+    they stop at. Raises ValueError or OSError in one line."""
     global _joined, _process
     arguments = announced()
     if arguments is None or _joined:
@@ -154,8 +155,8 @@ def join(heartbeat: int = HEARTBEAT) -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # The preemption service would catch SIGTERM, and the process would go on.
-    jax.config.update("jax_enable_preemption_service", False)
+    # The preemption service catches SIGTERM: a program that does not ask it would go on.
+    jax.config.update("jax_enable_preemption_service", preemption)
     # gRPC must not reach the other hosts through a proxy; an empty variable means none.
     os.environ["grpc_proxy"] = ""  # noqa: SIM112 (gRPC reads no other spelling)
     jax.config.update("jax_check_proxy_envs", False)
@@ -180,18 +181,21 @@ def leads() -> bool:
 def distributed(main: Callable[..., int]) -> Callable[..., int]:
     """Wraps a program that may `join`. After success all processes end together. After a failure
     this process exits at once, without jax's own shutdown, which would wait for processes that wait
-    for this one; the missing heartbeats end them. A program that runs alone is not changed."""
+    for this one; the missing heartbeats end them. Neither leaves the interpreter to end by itself:
+    there, after some runs of a hundred, jax's CPU client waits for ever for one of its own threads.
+    A program that runs alone is not changed."""
 
     @functools.wraps(main)
     def run(*args: Any, **kwargs: Any) -> int:
         code = _exit_code(main, *args, **kwargs)
         if _joined and not code:
             code = _exit_code(_end_together)
-        if _joined and code:
+        if _joined:
             sys.stdout.flush()
             sys.stderr.flush()
             # Without process 0 jax aborts the others, which may be about to print the same error.
-            time.sleep(LINGER * leads())
+            time.sleep(LINGER * (leads() and bool(code)))
+            at_end.close()
             os._exit(code)
         return code
 

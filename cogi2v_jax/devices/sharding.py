@@ -97,6 +97,8 @@ class Layout:
     tokens: int  # of the joint sequence, without padding
     replicated: bool = True  # whether every device holds all weights
     sequential: bool = False  # whether a device computes one video of a batch after another
+    # In training: the policy of `jax.checkpoint` for what a layer keeps for its backward pass.
+    kept: Callable[..., Any] | None = None
 
     @property
     def padded(self) -> int:
@@ -134,6 +136,12 @@ class Layout:
         """The whole joint sequence without padding, on every device of its group. For the output
         alone, where a token is narrow: cutting a sharded sequence moves it."""
         return pin(x, self.mesh, "batch")[:, : self.tokens]
+
+    def rematerialise(self, layer: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer whose backward pass computes anew what the policy does not keep."""
+        if self.kept is None:
+            return layer
+        return jax.checkpoint(layer, policy=self.kept, prevent_cse=False)
 
     def gather(self, layer: Any) -> Any:
         """A layer's weights on every device, for as long as the layer needs them."""

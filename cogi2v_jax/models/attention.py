@@ -13,19 +13,21 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float
 
 from .. import config
 from ..kernels.heads import LANES, merge_heads, split_heads, split_rotated_heads
-from .layers import LayerNorm, precision
+from .layers import LayerNorm, exact, precision, wide
 from .positions import Positions
 
 Flat = Float[Array, "b s d"]
 Heads = Float[Array, "b s n k"]
 Keys = Float[Array, "b s2 n k"]  # or values, without padding
 Norms = tuple[LayerNorm, LayerNorm]  # over the channels of a head, of queries and of keys
+Given = tuple[Flat, Flat, Flat, Norms]  # q, k and v with their norms
 
 # Plain attention takes queries in slices whose float32 logits about fit a CPU's cache (16 MiB), but
 # of no fewer rows than fill a matrix unit.
@@ -35,6 +37,7 @@ ROWS = 128
 # after the product.
 NVIDIA_ROWS = 8
 FAR = -1e30  # a logit whose weight is zero
+ATTENTION = "attention"  # the name of its result, for policies of `jax.checkpoint`
 
 
 def multiple(count: int, unit: int) -> int:
@@ -66,6 +69,51 @@ def rotated_heads(
     return q, k, v
 
 
+@jax.custom_vjp
+def attend(
+    q: Float[Array, "b n q k"], k: Float[Array, "b n s k"], v: Float[Array, "b n s k"]
+) -> Float[Array, "b n q k"]:
+    """softmax(q k^T / sqrt(width)) v of every head. Softmax and sums are float32. The backward pass
+    computes the softmax again, which is as large as the logits."""
+    logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, **exact(q)) * q.shape[-1] ** -0.5
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    y = jnp.einsum("bnqs,bnsk->bnqk", weights.astype(v.dtype), v, **exact(q))
+    return (y / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+
+
+def _plain_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    return attend(q, k, v), (q, k, v)
+
+
+def _plain_backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, ...]:
+    # A CPU takes bfloat16 products of these shapes two or three times as long as float32 ones.
+    cpu, others = (partial(_plain_gradients, rounds=rounds) for rounds in (False, True))
+    return lax.platform_dependent(*saved, grad, cpu=cpu, default=others)
+
+
+def _plain_gradients(
+    q: Array, k: Array, v: Array, grad: Array, *, rounds: bool
+) -> tuple[Array, ...]:
+    """Of q, k and v. Products over queries are written with the keys last, in which form a CPU
+    takes half of the time."""
+
+    def operand(x: Array) -> Array:
+        return x.astype(q.dtype) if rounds else wide(x)
+
+    logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, **exact(q)) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits, axis=-1)
+    of_v = jnp.einsum("bnqs,bnqk->bnks", operand(weights), operand(grad), **exact(operand(q)))
+    of_weights = jnp.einsum("bnqk,bnsk->bnqs", grad.astype(q.dtype), v, **exact(q))
+    mean = jnp.sum(weights * of_weights, axis=-1, keepdims=True)
+    of_logits = operand(weights * (of_weights - mean) * q.shape[-1] ** -0.5)
+    of_q = jnp.einsum("bnqs,bnsk->bnqk", of_logits, operand(k), **exact(of_logits))
+    of_k = jnp.einsum("bnqs,bnqk->bnks", of_logits, operand(q), **exact(of_logits))
+    return tuple(x.astype(q.dtype) for x in (of_q, of_k.swapaxes(2, 3), of_v.swapaxes(2, 3)))
+
+
+attend.defvjp(_plain_forward, _plain_backward)
+
+
 @dataclass(frozen=True)
 class Backend:
     """Every part of a split sequence has a multiple of `unit` rows."""
@@ -90,17 +138,10 @@ class Xla(Backend):
         rows = min(s, max(ROWS, LOGITS // (b * n * s)))
         slices = -(-s // rows)
         rows = -(-s // slices)  # of equal slices, so that padding is less than a row each
-        exact: Any = {"precision": precision(q.dtype), "preferred_element_type": jnp.float32}
-
-        def attend(q: Float[Array, "b n rows k"]) -> Float[Array, "b n rows k"]:
-            logits = jnp.einsum("bnqk,bnsk->bnqs", q, k, **exact) * width**-0.5
-            weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-            y = jnp.einsum("bnqs,bnsk->bnqk", weights.astype(v.dtype), v, **exact)
-            return (y / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
-
         q = pad_end(q, 2, slices * rows - s).reshape(b, n, slices, rows, width)
-        y = lax.map(attend, jnp.moveaxis(q, 2, 0))
-        return rearrange(y, "slices b n rows k -> b (slices rows) (n k)")[:, :s]
+        y = lax.map(partial(attend, k=k, v=v), jnp.moveaxis(q, 2, 0))
+        y = rearrange(y, "slices b n rows k -> b (slices rows) (n k)")[:, :s]
+        return checkpoint_name(y, ATTENTION)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +156,7 @@ class Fused(Backend):
     ) -> Flat:
         q, k, v = rotated_heads(q, k, v, norms, positions)
         y = self.kernel(q, k[:, :tokens], v[:, :tokens])
-        return rearrange(y, "b s n k -> b s (n k)")
+        return checkpoint_name(rearrange(y, "b s n k -> b s (n k)"), ATTENTION)
 
 
 def cudnn(q: Heads, k: Keys, v: Keys) -> Heads:
@@ -180,6 +221,24 @@ def fit_tile(largest: Tile, tokens: int) -> tuple[Tile, int]:
     return tile, padded(tile)
 
 
+# In training: the backward kernel needs more memory, and the forward kernel writes sums for it, for
+# which v4 lacks the memory with 1280 queries. Fewer queries cost the forward kernel 2 to 4 %. The
+# backward kernel takes 2.1 ms a head at 17,920 tokens on v5e by the compiler's schedule, 97 % of it
+# with a busy matrix unit.
+TRAINING_QUERIES, TRAINING_KEYS_AT_ONCE = 640, 896
+
+
+def fit_training_tile(largest: Tile, queries: int, keys: int) -> Tile:
+    """The largest tile of the backward kernel that divides padded queries and keys. `largest` is
+    the forward kernel's."""
+
+    def divisor(length: int, most: int, unit: int = LANES) -> int:
+        return max(size for size in range(unit, most + 1, unit) if length % size == 0)
+
+    at_once = divisor(keys, min(TRAINING_KEYS_AT_ONCE, largest.keys))
+    return Tile(divisor(queries, TRAINING_QUERIES), divisor(keys, largest.keys, at_once), at_once)
+
+
 @dataclass(frozen=True)
 class Splash:
     """jax's TPU kernel, one tile of logits at a time, behind our own kernel for QK norm and rotary
@@ -195,25 +254,88 @@ class Splash:
     def __call__(
         self, q: Flat, k: Flat, v: Flat, norms: Norms, positions: Positions, tokens: int
     ) -> Flat:
-        given, width = q.shape[1], norms[0].scale.shape[0]
-        tile, keys = fit_tile(self.tile, tokens)
-        queries = multiple(given, tile.queries)  # more than `keys` where the mesh pads further
-        q, k, v = (pad_end(x, 1, queries - given) for x in (q, k, v))
-        cos, sin = (pad_end(x, 0, queries - given) for x in (positions.cos, positions.sin))
-        call: Any = {"rows": tile.queries, "interpret": self.interpret}
-        rotated = partial(split_rotated_heads, cos=cos, sin=sin, precision=precision, **call)
-        mask = jnp.where(jnp.arange(queries) < tokens, 0.0, FAR)
-        q = rotated(q, *_parameters(norms[0]), last=jnp.ones(queries), factor=width**-0.5)
+        given, tile = q.shape[1], fit_tile(self.tile, tokens)[0]
+        added = multiple(given, tile.queries) - given
+        q, k, v = (pad_end(x, 1, added) for x in (q, k, v))
+        cos, sin = (pad_end(x, 0, added) for x in (positions.cos, positions.sin))
+        positions = positions._replace(cos=cos, sin=sin)
+        y: Any = _attend(self, tokens, (q, k, v, norms), positions)
+        return y[:, :given]
+
+    def blocks(self, tokens: int) -> dict[str, Any]:
+        """Arguments of our own kernels."""
+        return {"rows": fit_tile(self.tile, tokens)[0].queries, "interpret": self.interpret}
+
+    def heads(self, tokens: int, given: Given, positions: Positions) -> tuple[Array, Array, Array]:
+        """What the library's kernel takes: [b n s k+1], [b n s2 k+1] and [b n s2 k]."""
+        (q, k, v, norms), keys = given, fit_tile(self.tile, tokens)[1]
+        rows, width = q.shape[1], norms[0].scale.shape[0]  # more rows than keys: the mesh's padding
+        call: Any = {"precision": precision, **self.blocks(tokens)}
+        rotated: Any = partial(split_rotated_heads, cos=positions.cos, sin=positions.sin, **call)
+        mask = jnp.where(jnp.arange(rows) < tokens, 0.0, FAR)
+        q = rotated(q, *_parameters(norms[0]), last=jnp.ones(rows), factor=width**-0.5)
         k = rotated(k, *_parameters(norms[1]), last=mask, factor=1.0)[:, :, :keys]
-        v = split_heads(v, width, **call)[:, :, :keys]
-        kernel: Any = splash.make_splash_mha_single_device(
-            splash_mask.MultiHeadMask([splash_mask.FullMask((queries, keys))] * v.shape[1]),
-            block_sizes=splash.BlockSizes(
-                block_q=tile.queries, block_kv=tile.keys, block_kv_compute=tile.keys_at_once
-            ),
+        v: Any = split_heads(v, width, **self.blocks(tokens))
+        return q, k, v[:, :, :keys]
+
+    def kernel(self, tokens: int, q: Array, training: bool = False) -> Any:
+        """The library's kernel for such heads q [b n s k+1], of one video. In training it returns
+        (its result, (logarithms of the sums of weights,))."""
+        (tile, keys), (heads, queries) = fit_tile(self.tile, tokens), q.shape[1:3]
+        sizes: Any = {"block_q": tile.queries, "block_kv": tile.keys}
+        sizes["block_kv_compute"] = tile.keys_at_once
+        if training:
+            tile = fit_training_tile(self.tile, queries, keys)
+            sizes |= {"block_q": tile.queries, "block_q_dkv": tile.queries}
+            sizes |= {"block_kv_dkv": tile.keys, "block_kv_dkv_compute": tile.keys_at_once}
+            sizes["use_fused_bwd_kernel"] = True
+        return splash.make_splash_mha_single_device(
+            splash_mask.MultiHeadMask([splash_mask.FullMask((queries, keys))] * heads),
+            block_sizes=splash.BlockSizes(**sizes),
+            save_residuals=training,
             interpret=self.interpret,
         )
-        return merge_heads(jax.vmap(kernel)(q, k, v), **call)[:, :given]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(how: Splash, tokens: int, given: Given, positions: Positions) -> Flat:
+    """The attention of a Splash backend, where its tile divides the sequence."""
+    heads = how.heads(tokens, given, positions)
+    return merge_heads(jax.vmap(how.kernel(tokens, heads[0]))(*heads), **how.blocks(tokens))
+
+
+def _attend_forward(
+    how: Splash, tokens: int, given: Given, positions: Positions
+) -> tuple[Flat, tuple[Any, ...]]:
+    """Keeps flat arrays for the backward pass: heads take twice the memory, since the 64 channels
+    of a head fill half of the lanes."""
+    heads = how.heads(tokens, given, positions)
+    y, (sums,) = jax.vmap(how.kernel(tokens, heads[0], training=True))(*heads)
+    y = merge_heads(y, **how.blocks(tokens))
+    y, sums = checkpoint_name((y, sums), ATTENTION)
+    return y, (given, positions, y, sums)
+
+
+def _attend_backward(
+    how: Splash, tokens: int, kept: tuple[Any, ...], grad: Any
+) -> tuple[Given, None]:
+    given, positions, y, sums = kept
+    heads, pull = jax.vjp(partial(how.heads, tokens, positions=positions), given)
+    width = heads[2].shape[-1]
+    y, grad = (split_heads(x, width, **how.blocks(tokens)) for x in (y, grad))
+    kernel = how.kernel(tokens, heads[0], training=True)
+
+    def backward(q: Any, k: Any, v: Any, y: Any, sums: Any, grad: Any) -> tuple[Array, ...]:
+        # `jax.vjp` of the kernel would run the forward kernel again.
+        masks = kernel.dq_mask_info, kernel.dkv_mask_info
+        kept = q, k, v, None, None, y, sums, *masks
+        return splash._splash_attention_bwd(**kernel.kwargs, res=kept, do=grad)[3:6]
+
+    grads = jax.vmap(backward)(*heads, y, sums, grad)
+    return *pull(grads), None  # positions are constants
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _parameters(norm: LayerNorm) -> tuple[Array, Array, float]:

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ..config import TextEncoderConfig
-from .layers import Linear, RMSNorm, gelu, param, precision, stacked
+from .layers import Linear, RMSNorm, exact, gelu, param, stacked
 
 # The first distance of each bucket from 8 on: logarithmic steps up to 128, computed exactly. A
 # floating-point log would move the integers.
@@ -47,10 +47,9 @@ class Attention(nnx.Module):
             rearrange(part(x), "b p (n k) -> b p n k", n=bias.shape[0])
             for part in (self.q, self.k, self.v)
         )
-        exact: Any = {"precision": precision(x.dtype), "preferred_element_type": jnp.float32}
-        logits = jnp.einsum("bqnk,bpnk->bnqp", q, k, **exact)
+        logits = jnp.einsum("bqnk,bpnk->bnqp", q, k, **exact(x))
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bnqp,bpnk->bqnk", weights, v, **exact)
+        out = jnp.einsum("bnqp,bpnk->bqnk", weights, v, **exact(x))
         return self.out(rearrange(out.astype(x.dtype), "b p n k -> b p (n k)"))
 
 

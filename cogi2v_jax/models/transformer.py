@@ -8,22 +8,25 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from ..config import TransformerConfig
 from ..devices.sharding import Layout
-from .layers import LayerNorm, Linear, gelu, rounded, silu, stacked
+from .layers import LayerNorm, Linear, gelu, rounded, silu, stacked, wide
 from .positions import Positions
 
+LAYER = "layer"  # the name of a layer's input, for policies of `jax.checkpoint`
 QK_EPSILON = 1e-6  # of the norms on q and k; fixed in the reference, unlike the blocks' own
 
 
 class Modulation(NamedTuple):
     """All that depends on the timestep: shift, scale and gate for attention, then for the mlp, of
-    every block; shift and scale of the output."""
+    every block; shift and scale of the output. Of several steps, or in training of several videos,
+    each of which has a timestep of its own."""
 
-    blocks: Float[Array, "*steps l 6 stream d"]  # stream: video, text
-    out: Float[Array, "*steps 2 d"]
+    blocks: Float[Array, "*times l 6 stream d"]  # stream: video, text
+    out: Float[Array, "*times 2 d"]
 
 
 class TimeEmbedding(nnx.Module):
@@ -121,12 +124,12 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b s d"],
-        modulation: Float[Array, "6 2 d"],
+        modulation: Float[Array, "*b 6 2 d"],
         positions: Positions,
         layout: Layout,
     ) -> Float[Array, "b s d"]:
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = (
-            by_token(streams, positions.is_text) for streams in modulation
+            by_token(streams, positions.is_text) for streams in jnp.moveaxis(modulation, -3, 0)
         )
         y = (self.attn_norm(x) * (1 + attn_scale) + attn_shift).astype(x.dtype)
         x = (x + attn_gate * self.attn(y, positions, layout)).astype(x.dtype)
@@ -134,9 +137,9 @@ class Block(nnx.Module):
         return (x + mlp_gate * self.mlp(y)).astype(x.dtype)
 
 
-def by_token(streams: Float[Array, "2 d"], is_text: Bool[Array, " s"]) -> Float[Array, "s d"]:
+def by_token(streams: Float[Array, "*b 2 d"], is_text: Bool[Array, " s"]) -> Float[Array, "*b s d"]:
     """A row of modulation for every token, in float32."""
-    video, text = streams.astype(jnp.float32)
+    video, text = jnp.split(wide(streams), 2, axis=-2)
     return jnp.where(is_text[:, None], text, video)
 
 
@@ -172,7 +175,7 @@ class Transformer(nnx.Module):
         self,
         latents: Float[Array, "b t h w c"],  # noisy latents, then the image's, on channels
         text: Float[Array, "b p d"],  # from `text_in`: the same in every step
-        modulation: Modulation,  # of one step
+        modulation: Modulation,  # of one step, or of every video
         positions: Positions,  # of the padded joint sequence
         layout: Layout,
     ) -> Float[Array, "b t h w c2"]:
@@ -188,11 +191,13 @@ class Transformer(nnx.Module):
             x: Float[Array, "b s d"], layer: tuple[Block, Array]
         ) -> tuple[Float[Array, "b s d"], None]:
             block, row = layer
+            x = checkpoint_name(x, LAYER)
             return layout.shard(layout.gather(block)(x, row, positions, layout)), None
 
-        x, _ = lax.scan(block, layout.pad(x), (self.blocks, modulation.blocks))
+        layers = self.blocks, jnp.moveaxis(modulation.blocks, -4, 0)
+        x, _ = lax.scan(layout.rematerialise(block), layout.pad(x), layers)
         y = self.out_norm(self.norm(x).astype(x.dtype))
-        shift, scale = modulation.out.astype(jnp.float32)
+        shift, scale = jnp.split(wide(modulation.out), 2, axis=-2)
         v = self.out((y * (1 + scale) + shift).astype(x.dtype))
         v = layout.unpad(v)[:, text.shape[1] :]
         grid = {"f": frames // t, "h": rows // r, "w": columns // c, "t": t, "r": r, "c": c}

@@ -37,7 +37,8 @@ def draw(
     def one(data: UInt32[Array, "2"]) -> Float[Array, "*shape"]:
         key = jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), stream)
         key = key if index is None else jax.random.fold_in(key, index)
-        return jax.random.normal(key, shape, jnp.float32)
+        # The same bits, flat: for more axes than one, compiling takes ten times as long on a CPU.
+        return jax.random.normal(key, (math.prod(shape),), jnp.float32).reshape(shape)
 
     return jax.vmap(one)(keys)
 

@@ -35,12 +35,13 @@ def encode_text(t5: T5, ids: Int[Array, "pairs p"], *, mesh: Mesh) -> Float[Arra
 
 
 def encode_image(
-    vae: VAE, pixels: Float[Array, "b 1 h w 3"], *, mesh: Mesh
-) -> Float[Array, "b 1 h2 w2 c2"]:
-    """The moments (mean and log-variance) of the latents of pixels in [-1, 1]."""
+    vae: VAE, pixels: Float[Array, "b f h w 3"], *, strips: int = 1, mesh: Mesh
+) -> Float[Array, "b t h2 w2 c2"]:
+    """The moments (mean and log-variance) of the latents of pixels in [-1, 1]: of an image, or in
+    training of the frames of a clip."""
     grid = spatial(mesh, *(side // vae.spatial_ratio for side in pixels.shape[2:4]))
     pixels = pin(pixels, mesh, "video").astype(vae.dtype)
-    moments = vae.encode(pin(pixels, grid, "video", None, "rows", "columns"))
+    moments = vae.encode(pin(pixels, grid, "video", None, "rows", "columns"), strips)
     return pin(moments, grid, "video")
 
 

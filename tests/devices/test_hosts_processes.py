@@ -69,13 +69,18 @@ def by_slurm(count: int) -> Announced:
     ("announce", "count"), [(announcements, 2), (announcements, 4), (by_slurm, 2)]
 )
 def test_a_run_of_several_ends_well_and_only_process_0_prints(
-    announce: Callable[[int], Announced], count: int
+    announce: Callable[[int], Announced],
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with started(announce(count), 3) as members:
         first, *others = [ended(member) for member in members]
     last = f"process 0 of {count} with {2 * count} devices\n"
     assert first == (0, f"step 0\nstep 1\nstep 2\n{last}", "")
     assert others == [(0, "", "")] * (count - 1)
+    assert not [*tmp_path.iterdir()]  # no temporary folder is left
 
 
 @pytest.mark.parametrize(

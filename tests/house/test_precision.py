@@ -61,4 +61,4 @@ def test_the_residual_stream_of_t5_is_float32_from_layer_to_layer_on_a_tpu() -> 
 def test_latents_are_float32_from_step_to_step_on_a_tpu() -> None:
     """x and x0 are. What the network gets of the image is not."""
     loops = carries(compiled("denoise", "bfloat16", "v5e"))
-    assert [loop.count("f32[1,3,8,8,16]") for loop in loops if f"f32[{STEPS}]" in loop] == [2]
+    assert [loop.count("f32[1,3,16,16,16]") for loop in loops if f"f32[{STEPS}]" in loop] == [2]

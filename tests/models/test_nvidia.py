@@ -1,5 +1,5 @@
-"""The forms of products and convolutions for NVIDIA devices: read in programs that are lowered for
-them, and run on this machine."""
+"""The forms of products and convolutions for NVIDIA devices, read in programs that are lowered for
+them; and theirs and the TPU's, run on this machine."""
 
 from typing import Any
 
@@ -49,10 +49,13 @@ def test_every_product_of_a_float32_network_states_full_precision(stage: str) ->
         assert line.count("HIGHEST") == 2, line
 
 
-@pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the form for NVIDIA devices on this machine."""
-    monkeypatch.setattr(layers.lax, "platform_dependent", lambda *args, cuda, default: cuda(*args))
+@pytest.fixture(params=["cuda", "default"])
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the form for NVIDIA devices, or the TPU's, on this machine."""
+    chosen = request.param
+    monkeypatch.setattr(
+        layers.lax, "platform_dependent", lambda *args, **forms: forms[chosen](*args)
+    )
 
 
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
