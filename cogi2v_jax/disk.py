@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 POINTER = b"version https://git-lfs"  # the beginning of one
 A_POINTER = "a git-lfs pointer; fetch the file with git lfs pull"
 PART = ".part-"  # in the names of files and folders that are being written
+
+at_end = ExitStack()  # what is removed when the process ends; close it before `os._exit`
+atexit.register(at_end.close)
 
 
 def cache_folder(*parts: str) -> Path:
@@ -39,7 +42,7 @@ def cache_folder(*parts: str) -> Path:
 def process_folder() -> Path:
     """A temporary folder that is removed when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="cogi2v-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    at_end.callback(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
@@ -99,6 +102,18 @@ def refuse_pointer(path: Path) -> None:
 def is_pointer(head: bytes) -> bool:
     """Whether a file that begins so is a pointer of git-lfs."""
     return head.startswith(POINTER)
+
+
+def parse_row(row: object) -> dict[str, Any]:
+    """A row of a list: a JSON object, or its text. Raises ValueError for anything else."""
+    if isinstance(row, str):
+        try:
+            row = parse_json(row)
+        except ValueError as error:
+            raise ValueError(f"it must be a JSON object: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it must be a JSON object: got {type(row).__name__}")
+    return row
 
 
 def parse_json(text: str | bytes) -> Any:

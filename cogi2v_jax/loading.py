@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .devices.compiling import keep_compilations
 from .devices.mesh import sizes_of
 from .disk import SHA256, cache_folder, process_folder, replace_when_done, sha256
 from .models.attention import choose
+from .terminal import Say
 from .weights.checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
 from .weights.hub import locate
 from .weights.lora import Lora
@@ -29,7 +30,6 @@ from .weights.lora import Lora
 DTYPES = ("bfloat16", "float32")
 LARGE = 2**26  # bytes from which a file's hash is remembered
 COARSEST_CLOCK = 2 * 10**9  # nanoseconds, of the file systems in common use
-Say = Callable[[str], None]
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Say = Callable[..., None]  # takes a line for the user, as `print` does
 PIPE_CLOSED = 141  # as of a program that the signal SIGPIPE ended
 
 

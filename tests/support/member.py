@@ -1,12 +1,14 @@
 """One of several processes, for the tests of hosts: `python member.py STEPS FAULT WHO`. A loop of
 collectives stands in for sampling."""
 
+import atexit
 import sys
 import time
 
 import numpy as np
 
 from cogi2v_jax.devices import hosts
+from cogi2v_jax.disk import process_folder
 
 HEARTBEAT = 10  # seconds
 EVERYONE = 99
@@ -49,6 +51,7 @@ def loop(steps: int, fault: str, who: int) -> None:
 
 @hosts.distributed
 def main(steps: str, fault: str = "", who: str = "-1") -> int:
+    process_folder()
     try:
         hosts.join(HEARTBEAT)
     except (ValueError, OSError) as error:
@@ -62,6 +65,5 @@ def main(steps: str, fault: str = "", who: str = "-1") -> int:
 
 
 if __name__ == "__main__":
-    code = main(*sys.argv[1:])
-    time.sleep(1.5 * hosts.leads())  # a slow end
-    sys.exit(code)
+    atexit.register(time.sleep, 10**6)  # as jax's client may wait where the interpreter ends
+    sys.exit(main(*sys.argv[1:]))
