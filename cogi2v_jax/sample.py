@@ -9,46 +9,51 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from . import __version__
 from .arguments import add_settings, parse_loras
+from .command import Parser, run, say
 from .config import names
 from .devices import hosts, plan
 from .media.download import local_copy, path_or_address
 from .media.images import read_image
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
-from .media.videos import check_output, gif_steps, write_video
+from .media.videos import ENLARGED, check_output, enlarge, gif_steps, write_video
 from .request import SETTINGS, Request, Video
 from .terminal import printing
 
 EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
+LARGEST = 16  # factor of a copy
 TIMED = ("load", "text", "image", "compile", "denoise", "decode", "write")  # as printed
+
+# In two lines, which --help has room for.
+WORLD = (
+    f"{EMBEDDED}: on dark gradients, at most 10 tokens: the|a red|green|blue|yellow|magenta|cyan|"
+    "orange|white circle|\nsquare|triangle moves left|right|up|down, grows, shrinks, spins, stays "
+    "still (its README.md has every word)"
+)
 
 FILE: dict[str, Any] = {"metavar": "FILE", "type": Path}
 NUMBER: dict[str, Any] = {"metavar": "N", "type": int}
 NAME: dict[str, Any] = {"metavar": "NAME"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Exits with one line; argparse's own prints nine lines of usage above it."""
-        self.exit(2, f"cogi2v: {message} (--help lists all options)\n")
-
-
 def parser() -> argparse.ArgumentParser:
-    main = _Parser(
+    main = Parser(
         allow_abbrev=False,
         prog="python -m cogi2v_jax.sample",
         description="Makes a video from a still image and a sentence. With no argument it runs the "
         "embedded model on its example.",
+        epilog=WORLD,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=34, width=118
         ),
     )
+    main.set_defaults(example="")  # what the embedded model's example is, where it is made
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
 
     add = main.add_argument_group("what to make").add_argument
@@ -60,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
     add("--manifest", **FILE, help=manifest)
     output = ".mp4, .gif, or .png for a folder of frames (default: out.mp4)"
     add("--output", "--output_path", **FILE, help=output)
+    upscale = f"also write a copy N times as large, x-xN.mp4, by {' or '.join(ENLARGED)}"
+    add("--upscale", nargs=2, metavar=("HOW", "N"), help=upscale)
     videos = "with seeds counting up from --seed"
     add("--num_videos_per_prompt", **NUMBER, default=1, help=videos)
     add("--seed", **NUMBER, default=42)
@@ -102,6 +109,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         reader.error(f"--decode_latents must stand alone: got {others} beside it")
     if (count := options.num_videos_per_prompt) < 1:
         reader.error(f"--num_videos_per_prompt must be at least 1: got {count}")
+    if options.upscale:
+        way, factor = options.upscale
+        if way not in ENLARGED or factor not in map(str, range(2, LARGEST + 1)):
+            rule = f"{' or '.join(ENLARGED)} and a number from 2 to {LARGEST}"
+            reader.error(f"--upscale must be {rule}: got {way} {factor}")
+        options.upscale = way, int(factor)
     if options.plan or options.decode_latents:
         return options
     if options.manifest:
@@ -111,6 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.model in (None, EMBEDDED) and not options.image:
         options.image = EXAMPLE_IMAGE
         options.prompt = EXAMPLE_PROMPT if options.prompt is None else options.prompt
+        options.example = f"the picture is {EXAMPLE_IMAGE}, the prompt {options.prompt!r}"
     for missing, other in (("prompt", "image"), ("image", "prompt")):
         if getattr(options, missing) is None and getattr(options, other) is not None:
             reader.error(f"--{missing} must be given with --{other}")
@@ -124,49 +138,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 could not be done, 2 wrong arguments, 130 stopped by the user."""
     options = parse(arguments)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-            parse_loras(options.lora_path)  # finds faults without jax
-            if options.plan:
-                asked = options.plan, options.dtype, options.attention
-                print(
-                    *plan.lines(options.model or EMBEDDED, *asked, **_settings(options)), sep="\n"
-                )
-                return 0
-            hosts.join()
-            if options.decode_latents:
-                _decode_latents(options)
-            else:
-                with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
-                    _sample(options, _planned(options, Path(folder)))
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
-        return _fail(str(error), error)
-    except RuntimeError as error:
-        first = str(error).partition("\n")[0]
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return _fail(f"the device ran out of memory: {first}", error)
-        if "ffmpeg" in str(error):  # it is not installed, or it failed
-            return _fail(first, error)
-        raise
-    except KeyboardInterrupt:
-        newline = "\n" if sys.stderr.isatty() else ""
-        print(f"{newline}cogi2v: stopped; no half-written video was left", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _run(options), "stopped; no half-written video was left")
 
 
-def _say(line: str, end: str = "\n") -> None:
-    """Prints a line that is not an error, on process 0 alone."""
-    if hosts.leads():
-        print(line, end=end, file=sys.stderr, flush=True)
-
-
-def _fail(line: str, error: Exception) -> int:
-    print("; ".join([f"cogi2v: {line}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-    return 1
+def _run(options: argparse.Namespace) -> None:
+    parse_loras(options.lora_path)  # finds faults without jax
+    if options.plan:
+        asked = options.plan, options.dtype, options.attention
+        print(*plan.lines(options.model or EMBEDDED, *asked, **_settings(options)), sep="\n")
+        return
+    hosts.join()
+    if options.decode_latents:
+        _decode_latents(options)
+    else:
+        with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
+            _sample(options, _planned(options, Path(folder)))
+    if options.example:
+        say(options.example)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -195,7 +183,14 @@ def _planned(options: argparse.Namespace, folder: Path) -> list[tuple[Video, Pat
     for path in outputs:
         if (latents := path.with_name(path.stem + LATENTS)).is_dir():
             raise ValueError(f"latents must be a file or a new name: got the folder {latents}")
+        if options.upscale:
+            _checked(_copy(path, options.upscale))
     return list(zip(videos, map(_checked, outputs), strict=True))
+
+
+def _copy(output: Path, upscale: tuple[str, int]) -> Path:
+    """Where the enlarged copy of an output goes."""
+    return output.with_name(f"{output.stem}-x{upscale[1]}{output.suffix}")
 
 
 def _checked(output: Path) -> Path:
@@ -224,7 +219,7 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
         for batch in batches:  # every one is checked before the first is sampled
             job = prepare(models, batch)
     if options.verbose:
-        _say("\n".join(job.report()))
+        say("\n".join(job.report()))
     loading = time.perf_counter() - started
     remaining = iter(outputs)
     for batch in batches:
@@ -243,7 +238,8 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
         try:
             result = generate(models, batch, on_step=_progress(), on_latents=keep)
             if hosts.leads():
-                _finish(zip(paths, result.video, recipes, strict=True), result.seconds, loading)
+                made = zip(paths, result.video, recipes, strict=True)
+                _finish(made, result.seconds, loading, options.upscale)
         except Exception as error:
             if recipes:
                 kept = paths[0].with_name(paths[0].stem + LATENTS)
@@ -266,6 +262,8 @@ def _decode_latents(options: argparse.Namespace) -> None:
     latents, recipe = read_latents(options.decode_latents)
     stem = options.decode_latents.name.removesuffix(LATENTS)
     output = _checked(options.output or options.decode_latents.with_name(f"{stem}.mp4"))
+    if options.upscale:
+        _checked(_copy(output, options.upscale))
     from .pipeline import decode
 
     models = _load(options, options.model or recipe["model"], options.dtype or recipe["dtype"])
@@ -279,7 +277,7 @@ def _decode_latents(options: argparse.Namespace) -> None:
     video = decode(models, latents, seconds)[0]
     if hosts.leads():
         recipe |= {"fps": options.fps or recipe["fps"]}
-        _finish([(output, video, recipe)], seconds, loading)
+        _finish([(output, video, recipe)], seconds, loading, options.upscale)
 
 
 def _progress() -> Callable[[int, int, Any], None]:
@@ -299,28 +297,27 @@ def _progress() -> Callable[[int, int, Any], None]:
         left = f"{each:.2f} s a step, {minutes}:{seconds:02d} left"
         line = f"step {step} of {steps}: {left if step > 1 else 'first step done'}   "
         if terminal:
-            _say(f"\r{line}", end="\n" if step == steps else "")
+            say(f"\r{line}", end="\n" if step == steps else "")
         else:
-            _say(line)
+            say(line)
 
     return show
 
 
 def _finish(
-    videos: Iterable[tuple[Path, Any, dict[str, Any]]], seconds: dict[str, float], loading: float
+    videos: Iterable[tuple[Path, Any, dict[str, Any]]],
+    seconds: dict[str, float],
+    loading: float,
+    upscale: tuple[str, int] | None,
 ) -> None:
-    """Writes videos with their recipes, and prints the time, the memory and the files. `loading`
-    are seconds spent on finding the model."""
+    """Writes videos with their recipes, and enlarged copies; prints the time, the memory and the
+    files. `loading` are seconds spent on finding the model."""
     started = time.perf_counter()
     lines = []
     for output, video, recipe in videos:
-        frames, height, width, _ = video.shape
-        written = write_video(output, video, recipe["fps"], recipe)
-        line = f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps"
-        steps = {*gif_steps(frames, recipe["fps"])} if written.suffix.lower() == ".gif" else set()
-        if {step * recipe["fps"] for step in steps} - {100}:
-            line += f" (in a gif: {' and '.join(map(str, sorted(steps)))} hundredths of a second)"
-        lines.append(line)
+        lines.append(_written(output, video, recipe))
+        if upscale:
+            lines.append(_written(_copy(output, upscale), enlarge(video, *upscale), recipe))
     seconds = seconds | {
         "load": seconds["load"] + loading,
         "write": time.perf_counter() - started,
@@ -329,6 +326,17 @@ def _finish(
     print(f"seconds: {shown}  (total {sum(seconds.values()):.1f})")
     print(f"peak memory: {_peak_memory()}")
     print("\n".join(lines))
+
+
+def _written(output: Path, video: Any, recipe: dict[str, Any]) -> str:
+    """Writes a video, and says in a line what it is."""
+    frames, height, width, _ = video.shape
+    written = write_video(output, video, recipe["fps"], recipe)
+    line = f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps"
+    steps = {*gif_steps(frames, recipe["fps"])} if written.suffix.lower() == ".gif" else set()
+    if {step * recipe["fps"] for step in steps} - {100}:
+        line += f" (in a gif: {' and '.join(map(str, sorted(steps)))} hundredths of a second)"
+    return line
 
 
 def _peak_memory() -> str:

@@ -74,7 +74,7 @@ def test_the_default_run_makes_a_video_with_its_recipe_and_its_latents(default):
     others = "image image_sha256 negative_prompt fps scheduler use_dynamic_cfg fit jax device"
     assert recipe.keys() >= set(others.split())
     latents = load_file(folder / "out.latents.safetensors")["latents"]
-    assert (latents.shape, latents.dtype) == ((1, 3, 8, 8, 16), np.float32)
+    assert (latents.shape, latents.dtype) == ((1, 3, 16, 16, 16), np.float32)
     assert np.isfinite(latents).all()
 
 
@@ -212,12 +212,12 @@ def test_every_flag_of_the_official_script_still_works(default, capsys):
 
 
 def test_our_own_flags_reach_the_request(requests, default):
-    arguments = "--image photo.png --prompt p --negative_prompt blurry --model cogi2v-tiny "
+    arguments = "--image photo.png --prompt circle --negative_prompt blurry --model cogi2v-tiny "
     arguments += "--output o.gif --scheduler dpm --use_dynamic_cfg --fit pad --noise torch "
     arguments += "--image_latent_scale 0.5 --attention xla"
     assert main(arguments.split()) == 0
     (request,) = requests
-    assert (request.prompt, request.negative_prompt) == ("p", "blurry")
+    assert (request.prompt, request.negative_prompt) == ("circle", "blurry")
     assert (request.scheduler, request.use_dynamic_cfg) == ("dpm", True)
     assert (request.fit, request.image_latent_scale, request.noise) == ("pad", 0.5, "torch")
     assert str(request.image) == "photo.png"
@@ -298,12 +298,12 @@ def test_a_manifest_makes_a_video_a_line(name, requests, default):
 def test_seeds_and_negative_prompts_of_a_manifest_take_precedence(requests, default):
     rows = [
         {"prompt": "a", "image": "photo.png", "seed": 1, "negative_prompt": "x"},
-        {"prompt": "b", "image": "photo.png"},
+        {"prompt": "the", "image": "photo.png"},
     ]
     Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--manifest", "jobs.jsonl", "--seed", "9", "--negative_prompt", "y"]
     assert main([*arguments, "--num_videos_per_prompt", "2"]) == 0
-    expected = [("a", "x", 1), ("a", "x", 2), ("b", "y", 9), ("b", "y", 10)]
+    expected = [("a", "x", 1), ("a", "x", 2), ("the", "y", 9), ("the", "y", 10)]
     assert [
         (request.prompt, request.negative_prompt, request.seed) for request in requests
     ] == expected

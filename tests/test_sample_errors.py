@@ -44,7 +44,7 @@ def converted():
 RECIPE = {"model": "cogi2v-tiny", "dtype": "float32", "fps": 8}
 
 
-def latents_file(shape=(1, 3, 8, 8, 16), name="latents", recipe=RECIPE) -> str:
+def latents_file(shape=(1, 3, 16, 16, 16), name="latents", recipe=RECIPE) -> str:
     metadata = (
         {}
         if recipe is None
@@ -73,10 +73,10 @@ def latents_file(shape=(1, 3, 8, 8, 16), name="latents", recipe=RECIPE) -> str:
         ({"recipe": RECIPE | {"fps": 10**400}}, "integers must have at most 300 digits: got 401"),
         ({"recipe": RECIPE | {"model": 3}}, "a recipe of model 3, dtype 'float32' and fps 8"),
         ({"recipe": RECIPE | {"dtype": None}}, "a recipe of model 'cogi2v-tiny', dtype None and"),
-        ({"shape": (1, 0, 8, 8, 16)}, "it holds [1, 0, 8, 8, 16] and a recipe of"),
-        ({"shape": (3, 8, 8, 16)}, "must be a *.latents.safetensors file"),
-        ({"shape": (2, 3, 8, 8, 16)}, "must be a *.latents.safetensors file"),
-        ({"shape": (1, 3, 8, 8, 4)}, "latents must have 16 channels for cogi2v-tiny: got 4"),
+        ({"shape": (1, 0, 16, 16, 16)}, "it holds [1, 0, 16, 16, 16] and a recipe of"),
+        ({"shape": (3, 16, 16, 16)}, "must be a *.latents.safetensors file"),
+        ({"shape": (2, 3, 16, 16, 16)}, "must be a *.latents.safetensors file"),
+        ({"shape": (1, 3, 16, 16, 4)}, "latents must have 16 channels for cogi2v-tiny: got 4"),
         ({"recipe": {**RECIPE, "model": "gone/away/model"}}, "found no gone/away/model"),
     ],
 )

@@ -25,7 +25,7 @@ def test_videos_made_side_by_side_are_those_made_one_by_one_and_verbose_names_th
     out, err = capsys.readouterr()
     assert "mesh: data=2,pair=2,context=1 on 4 of 8 x cpu" in err
     assert "compiler options for cpu:" in err
-    assert "attention: xla, 58 tokens padded to 58" in err
+    assert "attention: xla, 202 tokens padded to 202" in err
     heads = [line.partition(":")[0] for line in out.splitlines()]
     assert heads == ["seconds", "peak memory", "shared-0", "shared-1"]
     for number in (0, 1):
@@ -59,9 +59,9 @@ def test_a_plan_is_printed_without_jax():
     [
         (["--mesh", "v9-8"], "mesh must be auto, v5e-1, "),
         (
-            ["--mesh", "context=2"],
-            "transformer blocks.attn: heads (5) must be divisible by 2 (context) for mesh "
-            "data=1,pair=1,context=2; ",
+            ["--mesh", "context=4"],
+            "transformer blocks.attn: heads (6) must be divisible by 4 (context) for mesh "
+            "data=1,pair=1,context=4; ",
         ),
         (
             ["--mesh", "data=2"],
@@ -73,7 +73,7 @@ def test_a_plan_is_printed_without_jax():
             ["--attention", "splash"],
             "attention splash must have bfloat16 on a TPU: got float32 on cpu",
         ),
-        (["--vae_tiling"], "sample_height of a VAE that is tiled must be a multiple of 96: got 64"),
+        (["--vae_tiling"], "sample_height of a VAE that is tiled must be a multiple of 48: got 64"),
     ],
 )
 def test_a_machine_that_does_not_suit_is_refused_in_a_line(arguments, expected, capsys):

@@ -31,7 +31,7 @@ IMPATIENT = """
 import sys
 from cogi2v_jax import sample
 from cogi2v_jax.devices import hosts
-hosts.join.__defaults__ = (10,)
+hosts.join.__defaults__ = (10, False)
 sys.exit(sample.main())
 """
 
@@ -74,7 +74,7 @@ def test_several_processes_make_the_video_of_one(count: int, alone: Path, tmp_pa
     (code, out, err, folder), *others = sample(tmp_path, count)
     assert code == 0, err
     assert out.splitlines()[-1] == "out: 9 frames of 64x64 at 8 fps"
-    assert [line[:11] for line in err.splitlines()] == ["step 1 of 2", "step 2 of 2"]
+    assert [line[:11] for line in err.splitlines()] == ["step 1 of 2", "step 2 of 2", "the picture"]
     for code, *said, other in others:
         assert (code, *said, list(other.iterdir())) == (0, "", "", [])
     ours, theirs = (

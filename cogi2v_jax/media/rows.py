@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..disk import parse_json, refuse_pointer
+from ..disk import parse_row, refuse_pointer
 from .download import path_or_address
 
 COLUMNS = ("prompt", "image", "negative_prompt", "seed")
@@ -74,13 +74,7 @@ def _txt(text: str) -> Lines:
 
 
 def _row(row: object, folder: Path) -> Row:
-    if isinstance(row, str):
-        try:
-            row = parse_json(row)
-        except ValueError as error:
-            raise ValueError(f"it must be a JSON object: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"it must be a JSON object: got {type(row).__name__}")
+    row = parse_row(row)
     unknown = [str(key) for key in row if key not in COLUMNS]
     if unknown:
         raise ValueError(f"columns must be among {', '.join(COLUMNS)}: got {', '.join(unknown)}")

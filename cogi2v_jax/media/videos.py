@@ -24,7 +24,9 @@ COLOURS = (
     "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
     "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
 )
-H264 = f"-vf {COLOURS} -c:v libx264 -crf 17 -movflags +faststart -f mp4"
+H264 = f"-vf {COLOURS} -c:v libx264 -movflags +faststart -f mp4"
+SMALL = 256  # pixels of the shorter side, below which blocks of the codec would be seen
+ENLARGED = {"nearest": Image.Resampling.NEAREST, "lanczos": Image.Resampling.LANCZOS}
 
 
 def check_output(path: str | os.PathLike) -> Path:
@@ -104,6 +106,13 @@ def read_frames(path: str | os.PathLike) -> np.ndarray:
         return pictures[:, start:].reshape(-1, height, width, 3)
 
 
+def enlarge(frames: np.ndarray, way: str, factor: int) -> np.ndarray:
+    """uint8 frames [f h w 3] with sides that are `factor` times as long, one of `ENLARGED`."""
+    size = frames.shape[2] * factor, frames.shape[1] * factor
+    pictures = (Image.fromarray(frame).resize(size, ENLARGED[way]) for frame in frames)
+    return np.stack([np.asarray(picture) for picture in pictures])
+
+
 def _target(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() == ".png" else path
 
@@ -126,7 +135,8 @@ def _write_mp4(part: Path, frames: np.ndarray, fps: float | int, recipe: str) ->
     tags.write_text(";FFMETADATA1\ncomment=" + re.sub(r"([=;#\\])", r"\\\1", recipe) + "\n")
     raw = f"-f rawvideo -pix_fmt rgb24 -video_size {width}x{height} -framerate {fps} -i pipe:0"
     meta = ("-f", "ffmetadata", "-i", f"file:{tags}", "-map", "0:v", "-map_metadata", "1")
-    arguments = (*raw.split(), *meta, *H264.split(), f"file:{part}")
+    quality = ("-crf", "4" if min(height, width) < SMALL else "17")
+    arguments = (*raw.split(), *meta, *H264.split(), *quality, f"file:{part}")
     _ffmpeg(*arguments, stdin=np.ascontiguousarray(frames).data.cast("B"))
 
 

@@ -12,6 +12,7 @@ from tolerances import assert_close
 
 import cogi2v_jax
 from cogi2v_jax import Request
+from cogi2v_jax.media import videos
 from cogi2v_jax.media.recipe import read_latents
 from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.request import SETTINGS
@@ -38,14 +39,23 @@ def test_its_recipe_and_its_converted_folder_make_its_latents_again(files: Path)
     assert_close(made.latents, latents, 1e-5)
 
 
-def test_its_latents_are_decoded_to_its_video(files: Path, tmp_path: Path) -> None:
-    output, latents = tmp_path / "again.mp4", files / "video.latents.safetensors"
-    folder = str(files / "folder")
-    arguments = ["--decode_latents", str(latents), "--model", folder, "--output", str(output)]
-    assert sample(arguments) == 0
-    ours, theirs = read_frames(output), read_frames(files / "video.mp4")
+def test_its_latents_are_decoded_to_its_video(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(videos, "SMALL", 0)  # it wrote all sizes at one quality
+    latents, folder = str(files / "video.latents.safetensors"), str(files / "folder")
+    for output in (tmp_path / "again.mp4", tmp_path / "again.png"):
+        arguments = ["--decode_latents", latents, "--model", folder, "--output", str(output)]
+        assert sample(arguments) == 0
+    output = tmp_path / "again.mp4"
+    ours, theirs, exact = (
+        read_frames(path).astype(int) for path in (output, files / "video.mp4", tmp_path / "again")
+    )
     assert ours.shape == theirs.shape == (9, 32, 48, 3)
-    assert np.abs(ours.astype(int) - theirs).max() <= 2
+    # Of these noisy frames the codec loses 43 levels, root mean square. A single value that rounds
+    # the other way changes 17 levels nearby.
+    loss, difference = (np.square(frames - theirs).mean() ** 0.5 for frames in (exact, ours))
+    assert difference <= 0.05 * loss
     assert read_recipe(output) == read_recipe(files / "video.mp4")
 
 
