@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -165,11 +166,8 @@ def test_without_a_cache_a_conversion_is_kept_as_long_as_the_process(
         )
     else:
         cache.parent.parent.write_text("in the way")
-    leave = []
     disk.process_folder.cache_clear()
-    monkeypatch.setattr(
-        disk.atexit, "register", lambda *arguments, **named: leave.append((arguments, named))
-    )
+    monkeypatch.setattr(disk, "at_end", ExitStack())
     said = []
     models = load(source, say=said.append)
     assert (
@@ -179,8 +177,7 @@ def test_without_a_cache_a_conversion_is_kept_as_long_as_the_process(
     assert said[1].startswith(f"converting {source} into ")
     assert cache not in models.folder.parents
     models.piece("text_encoder")
-    (((remove, folder), named),) = leave
-    remove(folder, **named)
+    disk.at_end.close()
     disk.process_folder.cache_clear()
     assert not models.folder.exists()
 

@@ -50,19 +50,31 @@ class Rule:
         """The low-rank factors of a linear weight: torch's [r, *inputs] and [outputs, r] become
         [inputs, r] and [r, outputs]. Their product equals `to_flax` of torch's product, because the
         pattern rearranges outputs and inputs independently."""
+        outputs, inputs, our_inputs, our_outputs = self._sides()
+        return (
+            self._rearrange_side(down, f"rank {inputs} -> {our_inputs} rank"),
+            self._rearrange_side(up, f"{outputs} rank -> rank {our_outputs}"),
+        )
+
+    def torch_factors(self, down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The inverse of `factors`."""
+        outputs, inputs, our_inputs, our_outputs = self._sides()
+        return (
+            self._rearrange_side(down, f"{our_inputs} rank -> rank {inputs}"),
+            self._rearrange_side(up, f"rank {our_outputs} -> {outputs} rank"),
+        )
+
+    def _sides(self) -> tuple[str, str, str, str]:
+        """Patterns of torch's outputs and inputs and of our inputs and outputs."""
         (outputs, *inputs), (our_inputs, our_outputs) = (
             re.findall(r"\(.*?\)|\S+", side) for side in self.axes.split(" -> ")
         )
+        return outputs, " ".join(inputs), our_inputs, our_outputs
 
-        def apply(array: np.ndarray, pattern: str) -> np.ndarray:
-            named = re.findall(r"\w+", pattern)
-            sizes = {axis: size for axis, size in self.sizes.items() if axis in named}
-            return rearrange(array, pattern, **sizes)
-
-        return (
-            apply(down, f"rank {' '.join(inputs)} -> {our_inputs} rank"),
-            apply(up, f"{outputs} rank -> rank {our_outputs}"),
-        )
+    def _rearrange_side(self, factor: np.ndarray, pattern: str) -> np.ndarray:
+        named = re.findall(r"\w+", pattern)
+        sizes = {axis: size for axis, size in self.sizes.items() if axis in named}
+        return rearrange(factor, pattern, **sizes)
 
     def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the torch tensor of one layer, from the shape of our leaf."""

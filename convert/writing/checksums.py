@@ -96,6 +96,17 @@ def check_finite(name: str, array: np.ndarray) -> None:
     raise ValueError(f"{name} must be finite: got {array[where]} at {list(where)}")
 
 
+def cast_finite(name: str, array: np.ndarray, dtype: np.dtype[Any] | None) -> np.ndarray:
+    """The array in a dtype (None: its own). Raises ValueError for what is not finite, before or
+    after."""
+    check_finite(name, array)
+    if dtype is not None and array.dtype != dtype:
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype)
+        check_finite(f"{name} in {dtype}", array)
+    return array
+
+
 def _is_finite(values: np.ndarray) -> bool:
     if values.dtype == ml_dtypes.bfloat16:  # its exponent's bits: many times faster than isfinite
         return int((values.view(np.uint16) & 0x7FFF).max()) < 0x7F80

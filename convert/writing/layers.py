@@ -2,7 +2,7 @@
 that are not stacked over layers."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cogi2v_jax.weights.checkpoint import read_unit, unit_path, write_unit
 from ..sources.gather import Source
 from ..sources.matching import Match
 from . import int8
-from .checksums import Sums, check_finite, crc32_of, differences, size_of, sums
+from .checksums import Sums, cast_finite, crc32_of, differences, size_of, sums
 
 MARGIN = 2**18  # bytes; an upper bound of what a unit takes on disk beside its leaves
 Progress = Callable[[str, int, int], None]  # (part, bytes done of all parts, bytes of all parts)
@@ -39,78 +39,28 @@ class Meter:
             self._progress(part, self.done, self.total)
 
 
-class Conversion:
-    """The state of one conversion of a source into a folder. `dtype` casts every weight; None keeps
-    each tensor's own; "int8" is for the kernels in blocks, with bfloat16 for the rest."""
+Unit = tuple[int | None, dict[str, np.ndarray], Sums]  # its layer, its leaves, their checksums
 
-    def __init__(
-        self,
-        source: Source,
-        matches: Mapping[str, Match],
-        folder: Path,
-        dtype: str | None = None,
-        progress: Progress | None = None,
-    ):
-        self.source, self.matches, self.folder, self.dtype = source, matches, folder, dtype
-        self.cast = cast_of(dtype)
-        self.kernels = {  # names of the leaves to be int8, by part
-            part: int8.kernels(source.config, part) if dtype == "int8" else set()
-            for part in matches
-        }
-        self.meter = Meter(sum(map(self._size, matches)), progress)
+
+class UnitWriter:
+    """Writes units into a folder, and keeps checksums for its manifest."""
+
+    def __init__(self, folder: Path, meter: Meter):
+        self.folder, self.meter = folder, meter
         self.sums: dict[tuple[str, int | None], Sums] = {}  # of each unit
         self.crc32: dict[str, str] = {}  # of each weight file
-        self.errors: dict[str, dict[str, float]] = {}  # of int8 kernels, by part and torch name
 
-    def _size(self, part: str) -> int:
-        """Bytes of a part's leaves."""
-        _, targets, tensors, *_ = self.matches[part]
-        # By leaf: a T5 embedding may be stored under both of its names.
-        leaves = {(targets[name].rule.flax, targets[name].layer): tensors[name] for name in tensors}
-        total = 0
-        for (leaf, _), tensor in leaves.items():
-            count = math.prod(tensor.shape)
-            if leaf in self.kernels[part]:
-                total += count + 4 * tensor.shape[0]  # and a float32 scale for each output
-            else:
-                total += count * (self.cast or tensor.dtype).itemsize
-        return total
-
-    def write_part(self, part: str) -> None:
-        """Converts and writes all units of a part: while one is written, the next is converted.
-        Raises ValueError for a weight that is not finite, OSError where the disk has no room."""
-        layers = {target.layer for target in self.matches[part].targets.values()}
+    def write_units(self, part: str, units: Iterable[Unit]) -> None:
+        """Writes units of a part, and empties their leaves: while one is written, the next is made.
+        Raises OSError where the disk has no room, or holds something else afterwards."""
         with ThreadPoolExecutor(1) as writer:
             writing: Future[None] | None = None
-            for layer in sorted(layers, key=lambda layer: -1 if layer is None else layer):
-                leaves, found = self._convert(part, layer)
+            for unit in units:
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(self._write, part, layer, leaves, found)
+                writing = writer.submit(self._write, part, *unit)
             if writing is not None:
                 writing.result()
-
-    def _convert(self, part: str, layer: int | None) -> tuple[dict[str, np.ndarray], Sums]:
-        """The leaves of a unit and their checksums."""
-        leaves, names, kernels = {}, {}, self.kernels[part]
-        for name, (rule, of_layer) in self.matches[part].targets.items():
-            if of_layer == layer:
-                tensor = self._read(part, name, None if rule.flax in kernels else self.cast)
-                leaves[rule.flax], names[rule.flax] = rule.to_flax(tensor), name
-        leaves, errors = int8.quantise(leaves, kernels) if kernels else (leaves, {})
-        found = sums(leaves)
-        for leaf, error in errors.items():
-            found[leaf]["error"] = self.errors.setdefault(part, {})[names[leaf]] = error
-        return leaves, found
-
-    def _read(self, part: str, name: str, cast: np.dtype[Any] | None) -> np.ndarray:
-        tensor = self.source.read(part, name)
-        check_finite(name, tensor)
-        if cast is not None and tensor.dtype != cast:
-            with np.errstate(over="ignore"):
-                tensor = tensor.astype(cast)
-            check_finite(f"{name} in {cast}", tensor)
-        return tensor
 
     def _write(
         self, part: str, layer: int | None, leaves: dict[str, np.ndarray], found: Sums
@@ -130,3 +80,60 @@ class Conversion:
             self.crc32[file.relative_to(self.folder).as_posix()] = crc32_of(file)
         self.sums[part, layer] = found
         self.meter.add(part, size)
+
+
+class Conversion(UnitWriter):
+    """The state of one conversion of a source into a folder. `dtype` casts every weight; None keeps
+    each tensor's own; "int8" is for the kernels in blocks, with bfloat16 for the rest."""
+
+    def __init__(
+        self,
+        source: Source,
+        matches: Mapping[str, Match],
+        folder: Path,
+        dtype: str | None = None,
+        progress: Progress | None = None,
+    ):
+        self.source, self.matches, self.dtype = source, matches, dtype
+        self.cast = cast_of(dtype)
+        self.kernels = {  # names of the leaves to be int8, by part
+            part: int8.kernels(source.config, part) if dtype == "int8" else set()
+            for part in matches
+        }
+        super().__init__(folder, Meter(sum(map(self._size, matches)), progress))
+        self.errors: dict[str, dict[str, float]] = {}  # of int8 kernels, by part and torch name
+
+    def _size(self, part: str) -> int:
+        """Bytes of a part's leaves."""
+        _, targets, tensors, *_ = self.matches[part]
+        # By leaf: a T5 embedding may be stored under both of its names.
+        leaves = {(targets[name].rule.flax, targets[name].layer): tensors[name] for name in tensors}
+        total = 0
+        for (leaf, _), tensor in leaves.items():
+            count = math.prod(tensor.shape)
+            if leaf in self.kernels[part]:
+                total += count + 4 * tensor.shape[0]  # and a float32 scale for each output
+            else:
+                total += count * (self.cast or tensor.dtype).itemsize
+        return total
+
+    def write_part(self, part: str) -> None:
+        """Converts and writes all units of a part. Raises as `write_units`, and ValueError for a
+        weight that is not finite."""
+        layers = {target.layer for target in self.matches[part].targets.values()}
+        order = sorted(layers, key=lambda layer: -1 if layer is None else layer)
+        self.write_units(part, ((layer, *self._convert(part, layer)) for layer in order))
+
+    def _convert(self, part: str, layer: int | None) -> tuple[dict[str, np.ndarray], Sums]:
+        """The leaves of a unit and their checksums."""
+        leaves, names, kernels = {}, {}, self.kernels[part]
+        for name, (rule, of_layer) in self.matches[part].targets.items():
+            if of_layer == layer:
+                cast = None if rule.flax in kernels else self.cast
+                tensor = cast_finite(name, self.source.read(part, name), cast)
+                leaves[rule.flax], names[rule.flax] = rule.to_flax(tensor), name
+        leaves, errors = int8.quantise(leaves, kernels) if kernels else (leaves, {})
+        found = sums(leaves)
+        for leaf, error in errors.items():
+            found[leaf]["error"] = self.errors.setdefault(part, {})[names[leaf]] = error
+        return leaves, found

@@ -22,8 +22,10 @@ from cogi2v_jax.weights.checkpoint import (
 )
 from cogi2v_jax.weights.pieces import NETWORKS, layer_count
 
+from ..sources.diffusers import STEMS
+from ..sources.matching import targets
 from .checksums import Digests, Sums, crc32_of, differences, sums
-from .layers import Conversion
+from .layers import Conversion, UnitWriter
 
 PACKAGES = ("jax", "numpy", "orbax-checkpoint")
 
@@ -31,9 +33,7 @@ PACKAGES = ("jax", "numpy", "orbax-checkpoint")
 def write(conversion: Conversion, digests: Digests) -> None:
     """Writes the manifest into a folder that is otherwise complete."""
     folder, source, cast = conversion.folder, conversion.source, conversion.cast
-    leaves: dict[str, dict[str, Sums]] = {part: {} for part in NETWORKS}
-    for (part, layer), found in conversion.sums.items():
-        leaves[part][unit_name(layer)] = found
+    leaves = {part: _units(conversion, part) for part in NETWORKS}
     tensors = {  # what `to-torch` gives back, with the files' names
         part: {
             name: {"file": source.shard(part, tensor), "dtype": str(cast or tensor.dtype)}
@@ -47,19 +47,58 @@ def write(conversion: Conversion, digests: Digests) -> None:
         if path.is_file() and "weights" not in path.relative_to(folder).parts
     }
     manifest = {
-        "format": FORMAT,
-        "program": f"cogi2v-jax {__version__}",
-        "versions": {name: version(name) for name in PACKAGES},
+        **_writer(),
         "dtype": conversion.dtype,  # None: every tensor's own
         "sources": {part: [digests.of(file) for file in source.parts[part]] for part in NETWORKS},
         **({"int8": conversion.errors} if conversion.errors else {}),
         "tensors": tensors,
-        "count": {part: sum(map(len, units.values())) for part, units in leaves.items()},
+        "count": {part: _count(units) for part, units in leaves.items()},
         "leaves": leaves,
         "settings": settings,
         "files": list_weights(folder),
         "crc32": conversion.crc32,  # of the same files
     }
+    _save(folder, manifest)
+
+
+def write_replaced(base: Mapping[str, Any], writer: UnitWriter, part: str, dtype: str) -> None:
+    """Writes the manifest of a folder that has all files of the one with the manifest `base`, from
+    `read`, but for the weights of one part, which `writer` wrote in this dtype."""
+    folder, units = writer.folder, _units(writer, part)
+    record = {"file": f"{STEMS[part]}.safetensors", "dtype": dtype}
+    tensors = {name: record for name in targets(read_config(folder), part)}
+    others = base.get("crc32", {}).items()
+    changed = {"sources": [], "tensors": tensors, "count": _count(units), "leaves": units}
+    # Of these `read` checks the leaves alone. `to-torch` refuses a folder without the tensors.
+    parts = {key: value if isinstance(value := base.get(key), dict) else {} for key in changed}
+    manifest = {
+        **base,
+        **_writer(),
+        "dtype": dtype if base.get("dtype") == dtype else None,
+        **{key: parts[key] | {part: value} for key, value in changed.items()},
+        "files": list_weights(folder),
+        "crc32": {name: crc32 for name, crc32 in others if not name.startswith(f"{part}/")}
+        | writer.crc32,
+    }
+    _save(folder, manifest)
+
+
+def _writer() -> dict[str, Any]:
+    """The format of a folder, and the programs that wrote it."""
+    versions = {name: version(name) for name in PACKAGES}
+    return {"format": FORMAT, "program": f"cogi2v-jax {__version__}", "versions": versions}
+
+
+def _units(writer: UnitWriter, part: str) -> dict[str, Sums]:
+    """Checksums of a part by unit."""
+    return {unit_name(layer): sums for (of, layer), sums in writer.sums.items() if of == part}
+
+
+def _count(units: Mapping[str, Sums]) -> int:
+    return sum(map(len, units.values()))
+
+
+def _save(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 

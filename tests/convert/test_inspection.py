@@ -144,10 +144,10 @@ def test_inspect_prints_why_a_lora_would_be_refused(
 ) -> None:
     assert main(["inspect", str(tiny), "--model", "THUDM/CogVideoX-5b-I2V"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("0 of 11 tensors matched, weight 1 (cogvideox-5b-i2v)")
+    assert lines[0].endswith("0 of 13 tensors matched, weight 1 (cogvideox-5b-i2v)")
     assert (
         "  ! transformer.transformer_blocks.0.attn1.to_q.lora_A.weight must have the shape [rank, "
-        "3072]: got [4, 160]" in lines
+        "3072]: got [4, 192]" in lines
     )
 
 

@@ -18,12 +18,12 @@ PACKAGES = {"cogi2v_jax": ROOT / "cogi2v_jax", "cogi2v_convert": ROOT / "convert
 ORDER = """
     cogi2v_jax cogi2v_jax.disk cogi2v_jax.lookalikes cogi2v_jax.config cogi2v_jax.names
     cogi2v_jax.request cogi2v_jax.arguments cogi2v_jax.terminal cogi2v_jax.kernels
-    cogi2v_jax.devices cogi2v_jax.models cogi2v_jax.media cogi2v_jax.weights cogi2v_jax.sampling
-    cogi2v_jax.pipeline
+    cogi2v_jax.devices cogi2v_jax.command cogi2v_jax.models cogi2v_jax.media cogi2v_jax.weights
+    cogi2v_jax.sampling cogi2v_jax.pipeline
     cogi2v_convert cogi2v_convert.tables cogi2v_convert.sources cogi2v_convert.writing
     cogi2v_convert.conversion cogi2v_convert.lora_match cogi2v_convert.inspection
-    cogi2v_jax.loading cogi2v_convert.proof cogi2v_convert.__main__ cogi2v_jax.apps
-    cogi2v_jax.sample
+    cogi2v_jax.loading cogi2v_jax.training cogi2v_convert.proof cogi2v_convert.__main__
+    cogi2v_jax.apps cogi2v_jax.sample cogi2v_jax.prepare cogi2v_jax.train
 """.split()  # noqa: SIM905
 USE_TORCH = ("cogi2v_convert.proof.record", "cogi2v_convert.sources.tensor_files")
 
@@ -118,6 +118,8 @@ def test_no_file_has_more_than_420_lines() -> None:
         "cogi2v_jax.sample.main(['--image', 'no such image.png', '--prompt', 'a'])",
         "cogi2v_jax.sample.main(['--manifest', 'no such jobs.csv'])",
         "cogi2v_jax.sample.main(['--lora_path', 'no such lora.safetensors:0.5'])",
+        "cogi2v_jax.prepare.main(['--help'])",
+        "cogi2v_jax.prepare.main(['no such clips', 'out', '--model', 'cogi2v-tiny'])",
         "cogi2v_jax.Request('a.png', 'b'), cogi2v_jax.Noise(), dir(cogi2v_jax)",
         "cogi2v_jax.__version__",
         "cogi2v_convert.__main__.main(['--help'])",
@@ -128,7 +130,7 @@ def test_no_file_has_more_than_420_lines() -> None:
 def test_arguments_and_their_errors_do_not_wait_for_jax(line: str, tmp_path: Path) -> None:
     script = f"""
 import sys
-import cogi2v_jax.sample, cogi2v_convert.__main__
+import cogi2v_jax.prepare, cogi2v_jax.sample, cogi2v_convert.__main__
 try:
     {line}
 except SystemExit:

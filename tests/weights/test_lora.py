@@ -289,9 +289,9 @@ def test_a_recipe_has_its_loras(models: Models, pipe: Any, tmp_path: Path) -> No
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A LoRA file of the embedded model, in the folder where commands run."""
     enter(tmp_path, monkeypatch)
-    shapes = {"A": (4, 160), "B": (160, 4)}
+    shapes = {"A": (4, 192), "B": (192, 4)}
     tensors = {"text_encoder.x.lora_A.weight": torch.zeros(1)}
-    for layer in range(5):
+    for layer in range(6):
         for side, shape in shapes.items():
             name = f"transformer.transformer_blocks.{layer}.attn1.to_v.lora_{side}.weight"
             tensors[name] = 0.2 * torch.randn(shape)
@@ -311,7 +311,7 @@ def test_the_command_line_takes_several_loras_and_the_video_has_them_in_its_reci
     both = "--lora_path", "a.safetensors:0.5", "--lora_path", "."
     sample("twice", *both, "--lora_rank", "128")
     own = f"{tiny.parent.name}/pytorch_lora_weights.safetensors"
-    rest = "10 of 11 tensors matched, rank 4, alpha 4 (not stated: as the rank), weight"
+    rest = "12 of 13 tensors matched, rank 4, alpha 4 (not stated: as the rank), weight"
     unmatched = "  ! text_encoder.x.lora_A.weight is of a text encoder, which stays as it is"
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == [f"lora a.safetensors: {rest} 0.5", unmatched]
@@ -331,6 +331,6 @@ def test_a_lora_of_another_model_is_one_line_and_nothing_is_written(
     loras.save(tiny, {name.format(side): torch.zeros(shape) for side, shape in shapes.items()})
     line = failed(capsys, ["--lora_path", "a.safetensors"], 1)
     models = "its shapes are those of CogVideoX-5B or CogVideoX-5B-I2V"
-    wrong = f"{name.format('A')} must have the shape [rank, 160]: got [2, 3072]"
+    wrong = f"{name.format('A')} must have the shape [rank, 192]: got [2, 3072]"
     assert line == f"cogi2v: lora a.safetensors must fit cogi2v-tiny: {models}; {wrong}"
     assert files() == {"a.safetensors"}

@@ -19,9 +19,9 @@ from cogi2v_convert.tables.rules import (
     norm,
     refuse,
 )
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
-from twins import VAE_BLOCKS
+from twins import new_vae
 
 from cogi2v_jax.config import TransformerConfig, named
 from cogi2v_jax.weights.pieces import NETWORKS, abstract, is_stacked, layer_count, leaf_names
@@ -87,6 +87,26 @@ def test_a_rule_reads_both_ways(rule, theirs, ours):
     assert array.shape == ours
     np.testing.assert_array_equal(rule.to_torch(array), tensor)
     assert rule.torch_shape(ours) == theirs
+
+
+LINEAR = [
+    pytest.param(rule, id=f"{name}-{rule.flax}")
+    for name in FULL_SIZE
+    for rule in TABLES["transformer"](named(name).transformer)
+    if rule.is_linear
+]
+
+
+@pytest.mark.parametrize("rule", LINEAR)
+def test_low_rank_factors_go_both_ways_and_their_product_is_the_weight(rule):
+    rank, ours = 3, (256, 384)  # inputs and outputs that every rule can split
+    outputs, *inputs = rule.torch_shape(ours)
+    down, up = numbered(rank, *inputs), numbered(outputs, rank)
+    pair = rule.factors(down, up)
+    assert [factor.shape for factor in pair] == [(256, rank), (rank, 384)]
+    np.testing.assert_array_equal(pair[0] @ pair[1], rule.to_flax(np.tensordot(up, down, 1)))
+    for back, theirs in zip(rule.torch_factors(*pair), (down, up), strict=True):
+        np.testing.assert_array_equal(back, theirs)
 
 
 def test_a_linear_weight_is_transposed_and_its_bias_is_not():
@@ -205,7 +225,7 @@ def state_dicts():
         with torch.device("meta"):
             modules = {
                 "transformer": CogVideoXTransformer3DModel(**parts["transformer"]),
-                "vae": AutoencoderKLCogVideoX(**parts["vae"], **VAE_BLOCKS),
+                "vae": new_vae(**parts["vae"]),
                 "text_encoder": T5EncoderModel(
                     T5Config(**parts["text_encoder"], feed_forward_proj="gated-gelu")
                 ),

@@ -1,0 +1,1 @@
+"""Training: clips and their latents on disk, losses, the state, the loop."""

@@ -1,0 +1,65 @@
+"""Checkpoints of a run, written by orbax while training goes on. One that is not whole is never
+seen: orbax renames it when all is written."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ..disk import first_line
+from ..weights.checkpoint import plain_path
+from .state import State
+
+
+class Checkpoints:
+    """The last `count` states of a run in a folder; of all processes together."""
+
+    def __init__(self, folder: Path, count: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=count, enable_async_checkpointing=True, cleanup_tmp_directories=True
+        )
+        self.folder = folder
+        self._manager = ocp.CheckpointManager(plain_path(folder), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return self._manager.latest_step()
+
+    def restore(self, state: State) -> State:
+        """The last state, in the dtypes and shardings of `state`; `state` itself where there is
+        none. Raises ValueError, in one line, for one that can't be read."""
+        step = self.latest
+        if step is None:
+            return state
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+        )
+        try:
+            restored: Any = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+            return restored
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            way = "delete it to go on from the one before"
+            raise ValueError(
+                f"{self.folder / str(step)} must be a whole checkpoint of this run: "
+                f"{first_line(error)}; {way}"
+            ) from None
+
+    def save(self, state: State) -> None:
+        """Copies the state to the host, and writes it in another thread."""
+        self._manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> Any:
+        self._manager.wait_until_finished()
+        self._manager.close()

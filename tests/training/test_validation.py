@@ -1,0 +1,105 @@
+"""Sampling with weights as they are in training."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tolerances import TOLERANCE, assert_close, relative_error
+
+import cogi2v_jax
+from cogi2v_jax.media.videos import read_frames
+from cogi2v_jax.sample import EXAMPLE_IMAGE
+from cogi2v_jax.training.output import write_output
+from cogi2v_jax.training.run import Run
+from cogi2v_jax.training.validation import Validation, with_leaves
+
+FIRST = pytest.mark.parametrize("family", ["1.0"], indirect=True)
+
+
+def quiet(*_: Any, **__: Any) -> None:
+    pass
+
+
+def changed(run: Run) -> Any:
+    """Trained leaves that are all other ones."""
+    rng = np.random.default_rng(0)
+    leaves = run.begin().leaves
+    return {n: leaf + 0.05 * rng.normal(size=leaf.shape) for n, leaf in leaves.items()}
+
+
+def request(**settings: Any) -> cogi2v_jax.Request:
+    return cogi2v_jax.Request(
+        EXAMPLE_IMAGE, "the red circle", num_frames=9, num_inference_steps=2, **settings
+    )
+
+
+@FIRST
+@pytest.mark.parametrize(
+    "method",
+    ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "vae"))],
+)
+def test_a_video_in_training_is_that_of_the_weights_that_are_written(
+    studio: Any, method: str, tmp_path: Path
+) -> None:
+    run = Run(studio.recipe(tmp_path / "out", method=method), quiet)
+    leaves = changed(run)
+    ours = cogi2v_jax.generate(with_leaves(run, leaves, "x"), request())
+    run.models.loras = ()
+    base = cogi2v_jax.generate(run.models, request())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "seconds": 1.0}\n')
+    write_output(run, leaves, tmp_path / "out", quiet)
+    if method == "lora":
+        written = cogi2v_jax.load(studio.model, "float32", loras=[tmp_path / "out"], say=quiet)
+    else:
+        written = cogi2v_jax.load(tmp_path / "out" / "model", "float32")
+    theirs = cogi2v_jax.generate(written, request())
+    assert_close(ours.latents, theirs.latents, TOLERANCE["latents"])
+    assert (np.abs(ours.video.astype(int) - theirs.video) <= 1).all()
+    assert np.abs(ours.video.astype(int) - base.video).max() > 1
+
+
+@FIRST
+def test_a_batch_file_becomes_videos_of_its_steps(studio: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"prompt,image,seed\nthe red circle,{EXAMPLE_IMAGE},3\na,{EXAMPLE_IMAGE},\n")
+    keys = {"validation": str(rows), "validate_every": 2}
+    run = Run(studio.recipe(tmp_path, **keys), quiet)
+    validation = Validation(run, tmp_path)
+    assert [step for step in range(1, 7) if validation.is_due(step)] == [2, 4, 6]
+    validation.rows = validation.rows[:1]
+    validation.generate(2, run.begin().leaves)
+    (video,) = (tmp_path / "validation").iterdir()
+    assert video.name == "000002-0.mp4"
+    assert read_frames(video).shape == (17, 48, 80, 3)
+
+
+@FIRST
+def test_a_wrong_batch_file_is_refused_before_training(studio: Any, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"prompt,image\nthe red circle,{EXAMPLE_IMAGE}\n,{EXAMPLE_IMAGE}\n")
+    run = Run(studio.recipe(tmp_path, validation=str(rows), validate_every=2), quiet)
+    with pytest.raises(ValueError, match="line 3: it must have a prompt and an image"):
+        Validation(run, tmp_path)
+
+
+@FIRST
+def test_a_lora_starts_where_the_file_of_another_run_ended(studio: Any, tmp_path: Path) -> None:
+    earlier = Run(studio.recipe(tmp_path / "out", targets=("attention", "text_in")), quiet)
+    leaves = changed(earlier)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").write_text("")
+    write_output(earlier, leaves, tmp_path / "out", quiet)
+    keys = {"targets": ("text_in", "attention"), "init": str(tmp_path / "out"), "alpha": 12.0}
+    begun = Run(studio.recipe(tmp_path, **keys), quiet).begin().leaves
+    assert begun.keys() == leaves.keys()
+    for name in (name.removesuffix("down") for name in leaves if name.endswith("down")):
+        before, after = (
+            alpha * each[f"{name}down"] @ each[f"{name}up"]
+            for alpha, each in ((6, leaves), (12, begun))
+        )
+        assert relative_error(after, before) <= TOLERANCE["module"]
+    for wrong in ({"rank": 4}, {"targets": ("attention", "mlp")}, {"targets": ("attention",)}):
+        with pytest.raises(ValueError, match="init must have"):
+            Run(studio.recipe(tmp_path, **{**keys, **wrong}), quiet).begin()
