@@ -86,7 +86,7 @@ def write_random(folder: Path, vae: dict[str, Any], transformer: dict[str, Any])
     torch.manual_seed(0)
     names = {"down_block_types": "CogVideoXDownBlock3D", "up_block_types": "CogVideoXUpBlock3D"}
     blocks = {key: (name,) * 4 for key, name in names.items()}
-    t5: dict[str, Any] = {"vocab_size": 39, "d_model": 256, "d_kv": 32, "d_ff": 1024}
+    t5: dict[str, Any] = {"vocab_size": 44, "d_model": 256, "d_kv": 32, "d_ff": 1024}
     t5 |= {"num_layers": 4, "num_heads": 8, "feed_forward_proj": "gated-gelu"}
     sizes = {"num_attention_heads": 8, "attention_head_dim": 64}
     sizes |= {"in_channels": 32, "text_embed_dim": 256}

@@ -33,6 +33,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
+    # Most tests that need any picture give noise.
+    config.addinivalue_line("filterwarnings", "ignore:cogi2v-tiny.* knows pictures:UserWarning")
     # Raised inside other libraries while they are imported or used; we can't avoid them.
     libraries = "(torch|diffusers|transformers|huggingface_hub|orbax|flax|sentencepiece).*"
     config.addinivalue_line("filterwarnings", f"ignore::DeprecationWarning:{libraries}")

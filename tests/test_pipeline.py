@@ -319,7 +319,7 @@ def test_given_noise_replaces_only_its_own_draw(
 ) -> None:
     request = Request(image, GROWS, num_inference_steps=3, scheduler="dpm")
     drawn = cogi2v_jax.generate(tiny, request).latents
-    steps = rng.normal(size=(3, 1, 3, 8, 8, 16))
+    steps = rng.normal(size=(3, 1, 3, 16, 16, 16))
     given = cogi2v_jax.generate(tiny, request, Noise(steps=steps)).latents
     assert not np.allclose(drawn, given, atol=1e-2)
     ddim = Request(image, GROWS, num_inference_steps=3, scheduler="ddim")
@@ -333,7 +333,7 @@ def test_given_noise_replaces_only_its_own_draw_of_torchs_stream(
     tiny: Models, image: Image.Image
 ) -> None:
     counts = np.array([1, 2, 2])
-    posterior, initial, steps = draw_as_torch([5, 6], tiny.dtype, (3, 8, 8, 16), counts)
+    posterior, initial, steps = draw_as_torch([5, 6], tiny.dtype, (3, 16, 16, 16), counts)
     shared = {"num_inference_steps": 3, "scheduler": "dpm", "seed": [5, 6]}
     torchs, ours = (Request(image, GROWS, noise=noise, **shared) for noise in ("torch", "jax"))
     mixed = cogi2v_jax.generate(tiny, torchs, Noise(initial=0 * initial)).latents
@@ -400,7 +400,7 @@ def test_an_id_beyond_the_text_encoders_table_is_refused(
     """It would read another row: jax clamps indices."""
     ids = np.full((1, 10), tiny.config.text_encoder.vocab_size, np.int32)
     monkeypatch.setattr(pipeline, "tokenize", lambda *given: (ids, [10]))
-    with pytest.raises(ValueError, match="token ids must be below 39, the size of T5's table: got"):
+    with pytest.raises(ValueError, match="token ids must be below 44, the size of T5's table: got"):
         pipeline.prepare(tiny, Request(image, GROWS, guidance_scale=1.0))
 
 
