@@ -1,7 +1,6 @@
 """Layers whose parameters name their axes, for `devices/sharding.py`. Sums, moments and gates are
 float32 inside, with one rounding to the compute dtype at the end."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,14 +32,10 @@ def exact(x: Array) -> dict[str, Any]:
     return {"precision": precision(x.dtype), "preferred_element_type": sums}
 
 
-def param(
-    shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype, rngs: nnx.Rngs, scale: float | None = None
-) -> nnx.Param:
-    """A parameter with named axes: normal values of standard deviation `scale`, or ones where it is
-    None. (Flax's own sharding metadata needs a mesh even to build a model's shapes.)"""
-    if scale is None:
-        return nnx.Param(jnp.ones(shape, dtype), axes=axes)
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
+def param(shape: tuple[int, ...], axes: Axes, dtype: jnp.dtype) -> nnx.Param:
+    """A parameter with named axes. A network is built of shapes alone, and gets its values from a
+    checkpoint. (Flax's own sharding metadata needs a mesh even for shapes.)"""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
 
 
 @jax.custom_vjp
@@ -67,14 +62,15 @@ product.defvjp(_product_forward, _product_backward)
 
 
 class LowRank(nnx.Module):
-    """The trained change of a frozen kernel, scale * down @ up (LoRA, arXiv 2106.09685): float32
-    parameters that begin as PEFT's do, so that the change begins at zero."""
+    """The trained change of a frozen kernel, scale * down @ up (LoRA, arXiv 2106.09685)."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, *, rngs: nnx.Rngs):
-        bound = inputs**-0.5
-        down = jax.random.uniform(rngs.params(), (inputs, rank), minval=-bound, maxval=bound)
-        self.down = nnx.Param(down, axes=(None, None))
-        self.up = nnx.Param(jnp.zeros((rank, outputs)), axes=(None, None))
+    def __init__(
+        self,
+        down: Float[Array, "*layers inputs rank"],
+        up: Float[Array, "*layers rank outputs"],
+        scale: float,
+    ):
+        self.down, self.up = (nnx.Param(factor, axes=(None, None)) for factor in (down, up))
         self.scale = scale  # alpha / rank
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
@@ -95,14 +91,10 @@ class Linear(nnx.Module):
         bias: bool = True,
         int8: bool = False,
         dtype: jnp.dtype,
-        rngs: nnx.Rngs,
     ):
-        if int8:
-            self.kernel = nnx.Param(jnp.zeros((inputs, outputs), jnp.int8), axes=axes)
-        else:
-            self.kernel = param((inputs, outputs), axes, dtype, rngs, inputs**-0.5)
-        self.scale = param((outputs,), axes[1:], jnp.dtype(jnp.float32), rngs) if int8 else None
-        self.bias = param((outputs,), axes[1:], dtype, rngs, 0.02) if bias else None
+        self.kernel = param((inputs, outputs), axes, jnp.dtype(jnp.int8) if int8 else dtype)
+        self.scale = param((outputs,), axes[1:], jnp.dtype(jnp.float32)) if int8 else None
+        self.bias = param((outputs,), axes[1:], dtype) if bias else None
         self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
@@ -139,11 +131,9 @@ class LayerNorm(nnx.Module):
     """Over the last axis, with scale and bias. The result is float32; the modulation or rotation
     after it rounds."""
 
-    def __init__(
-        self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        self.scale = param((width,), axes, dtype, rngs)
-        self.bias = param((width,), axes, dtype, rngs, 0.02)
+    def __init__(self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype):
+        self.scale = param((width,), axes, dtype)
+        self.bias = param((width,), axes, dtype)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
@@ -156,10 +146,8 @@ class LayerNorm(nnx.Module):
 class RMSNorm(nnx.Module):
     """T5's norm, without mean and bias: float32 inside, the parameters' dtype at the end."""
 
-    def __init__(
-        self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        self.scale = param((width,), axes, dtype, rngs)
+    def __init__(self, width: int, *, epsilon: float, axes: Axes = (None,), dtype: jnp.dtype):
+        self.scale = param((width,), axes, dtype)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*rows width"]) -> Float[Array, "*rows width"]:
@@ -182,11 +170,9 @@ class GroupNorm(nnx.Module):
     counts with its weight, of which the sum is one. Returns mean, scale and shift instead of the
     normalised x, so that the caller can apply them strip by strip."""
 
-    def __init__(
-        self, channels: int, groups: int, *, epsilon: float, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        self.scale = param((channels,), ("channels",), dtype, rngs)
-        self.bias = param((channels,), ("channels",), dtype, rngs, 0.02)
+    def __init__(self, channels: int, groups: int, *, epsilon: float, dtype: jnp.dtype):
+        self.scale = param((channels,), ("channels",), dtype)
+        self.bias = param((channels,), ("channels",), dtype)
         self.groups = groups
         self.epsilon = epsilon
 
@@ -221,11 +207,10 @@ class Conv(nnx.Module):
         *,
         stride: int = 1,
         dtype: jnp.dtype,
-        rngs: nnx.Rngs,
     ):
         shape, axes = (size, size, inputs, outputs), (None, None, "inputs", "channels")
-        self.kernel = param(shape, axes, dtype, rngs, (size * size * inputs) ** -0.5)
-        self.bias = param((outputs,), ("channels",), dtype, rngs, 0.02)
+        self.kernel = param(shape, axes, dtype)
+        self.bias = param((outputs,), ("channels",), dtype)
         self.stride = stride
 
     def __call__(
@@ -365,16 +350,10 @@ def _convolve_columns(
     return (y + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def stacked(layers: int, build: Callable[[nnx.Rngs], Any], rngs: nnx.Rngs) -> Any:
+def stacked(layers: int, layer: nnx.Module) -> Any:
     """`layers` equal modules as one whose parameters have a layer axis in front, so that one
     program can scan over them."""
-
-    @nnx.split_rngs(splits=layers)
-    @nnx.vmap
-    def make(keys: nnx.Rngs) -> nnx.Module:
-        return build(keys)
-
-    return make(rngs)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), layer)
 
 
 def rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Float[Array, "*shape"]:

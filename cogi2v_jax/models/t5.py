@@ -1,8 +1,6 @@
 """The T5 v1.1 encoder. There is no attention mask: the video transformer was trained on embeddings
 computed without one, those of the padding included."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,16 +27,15 @@ def buckets(tokens: int) -> Int[np.ndarray, "p p"]:
 
 
 class Attention(nnx.Module):
-    """T5 does not scale its logits, and all its layers share one position bias. `init` is int8,
-    dtype and rngs, here and below."""
+    """T5 does not scale its logits, and all its layers share one position bias."""
 
-    def __init__(self, config: TextEncoderConfig, **init: Any):
+    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype):
         width, inner = config.d_model, config.num_heads * config.d_kv
         axes = ("embed", "heads")
-        self.q = Linear(width, inner, axes=axes, bias=False, **init)
-        self.k = Linear(width, inner, axes=axes, bias=False, **init)
-        self.v = Linear(width, inner, axes=axes, bias=False, **init)
-        self.out = Linear(inner, width, axes=axes[::-1], bias=False, **init)
+        self.q = Linear(width, inner, axes=axes, bias=False, int8=int8, dtype=dtype)
+        self.k = Linear(width, inner, axes=axes, bias=False, int8=int8, dtype=dtype)
+        self.v = Linear(width, inner, axes=axes, bias=False, int8=int8, dtype=dtype)
+        self.out = Linear(inner, width, axes=axes[::-1], bias=False, int8=int8, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "b p d"], bias: Float[Array, "n p p"]
@@ -54,23 +51,23 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: TextEncoderConfig, **init: Any):
+    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype):
         width, inner, axes = config.d_model, config.d_ff, ("embed", "mlp")
-        self.gate = Linear(width, inner, axes=axes, bias=False, **init)
-        self.up = Linear(width, inner, axes=axes, bias=False, **init)
-        self.down = Linear(inner, width, axes=axes[::-1], bias=False, **init)
+        self.gate = Linear(width, inner, axes=axes, bias=False, int8=int8, dtype=dtype)
+        self.up = Linear(width, inner, axes=axes, bias=False, int8=int8, dtype=dtype)
+        self.down = Linear(inner, width, axes=axes[::-1], bias=False, int8=int8, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b p d"]) -> Float[Array, "b p d"]:
         return self.down((gelu(self.gate(x)) * self.up(x)).astype(x.dtype))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: TextEncoderConfig, *, int8: bool, **init: Any):
+    def __init__(self, config: TextEncoderConfig, *, int8: bool, dtype: jnp.dtype):
         width, epsilon = config.d_model, config.layer_norm_epsilon
-        self.attn_norm = RMSNorm(width, epsilon=epsilon, **init)
-        self.attn = Attention(config, int8=int8, **init)
-        self.mlp_norm = RMSNorm(width, epsilon=epsilon, **init)
-        self.mlp = Mlp(config, int8=int8, **init)
+        self.attn_norm = RMSNorm(width, epsilon=epsilon, dtype=dtype)
+        self.attn = Attention(config, int8=int8, dtype=dtype)
+        self.mlp_norm = RMSNorm(width, epsilon=epsilon, dtype=dtype)
+        self.mlp = Mlp(config, int8=int8, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "b p d"], bias: Float[Array, "n p p"]
@@ -84,17 +81,13 @@ class T5(nnx.Module):
     values become too large for the resolution of bfloat16. With `int8` the blocks' kernels are
     int8."""
 
-    def __init__(
-        self, config: TextEncoderConfig, *, int8: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TextEncoderConfig, *, int8: bool = False, dtype: jnp.dtype):
         width, table = config.d_model, (config.relative_attention_num_buckets, config.num_heads)
         axes = ("vocabulary", "embed")
-        self.embedding = param((config.vocab_size, width), axes, dtype, rngs, 1.0)
-        self.position_bias = param(table, (None, None), dtype, rngs, 1.0)
-        self.blocks = stacked(
-            config.num_layers, lambda keys: Block(config, int8=int8, dtype=dtype, rngs=keys), rngs
-        )
-        self.norm = RMSNorm(width, epsilon=config.layer_norm_epsilon, dtype=dtype, rngs=rngs)
+        self.embedding = param((config.vocab_size, width), axes, dtype)
+        self.position_bias = param(table, (None, None), dtype)
+        self.blocks = stacked(config.num_layers, Block(config, int8=int8, dtype=dtype))
+        self.norm = RMSNorm(width, epsilon=config.layer_norm_epsilon, dtype=dtype)
 
     def __call__(self, ids: Int[Array, "b p"]) -> Float[Array, "b p d"]:
         x = self.embedding[ids].astype(jnp.float32)

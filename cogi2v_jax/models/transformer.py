@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..config import TransformerConfig
 from ..devices.sharding import Layout
-from .layers import LayerNorm, Linear, gelu, rounded, silu, stacked, wide
+from .layers import LayerNorm, Linear, gelu, param, rounded, silu, stacked, wide
 from .positions import Positions
 
 LAYER = "layer"  # the name of a layer's input, for policies of `jax.checkpoint`
@@ -32,9 +32,9 @@ class Modulation(NamedTuple):
 class TimeEmbedding(nnx.Module):
     """Two layers over a sinusoid."""
 
-    def __init__(self, inputs: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.linear_1 = Linear(inputs, width, axes=("embed", None), dtype=dtype, rngs=rngs)
-        self.linear_2 = Linear(width, width, axes=(None, None), dtype=dtype, rngs=rngs)
+    def __init__(self, inputs: int, width: int, *, dtype: jnp.dtype):
+        self.linear_1 = Linear(inputs, width, axes=("embed", None), dtype=dtype)
+        self.linear_2 = Linear(width, width, axes=(None, None), dtype=dtype)
 
     def __call__(self, sinusoid: Float[Array, "i inputs"]) -> Float[Array, "i e"]:
         hidden = self.linear_1(sinusoid.astype(self.linear_1.kernel.dtype))
@@ -44,10 +44,10 @@ class TimeEmbedding(nnx.Module):
 class BlockModulation(nnx.Module):
     """Shifts, scales and gates of one block from the time embedding."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype):
         e, d, axes = config.time_embed_dim, config.width, (None, "embed")
-        self.attn = Linear(e, 6 * d, axes=axes, dtype=dtype, rngs=rngs)
-        self.mlp = Linear(e, 6 * d, axes=axes, dtype=dtype, rngs=rngs)
+        self.attn = Linear(e, 6 * d, axes=axes, dtype=dtype)
+        self.mlp = Linear(e, 6 * d, axes=axes, dtype=dtype)
 
     def __call__(self, temb: Float[Array, "i e"]) -> Float[Array, "i 6 2 d"]:
         pattern = "i (stream three d) -> i three stream d"
@@ -59,16 +59,13 @@ class ModulationNetwork(nnx.Module):
     """From timesteps to modulation: a seventh of the parameters, and none of them is needed once
     the steps of a request are known."""
 
-    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype):
         d, e, ofs = config.width, config.time_embed_dim, config.ofs_embed_dim
 
-        def block(keys: nnx.Rngs) -> BlockModulation:
-            return BlockModulation(config, dtype=dtype, rngs=keys)
-
-        self.time = TimeEmbedding(d, e, dtype=dtype, rngs=rngs)
-        self.ofs = TimeEmbedding(ofs, e, dtype=dtype, rngs=rngs) if ofs else None
-        self.blocks = stacked(config.num_layers, block, rngs)
-        self.out = Linear(e, 2 * d, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.time = TimeEmbedding(d, e, dtype=dtype)
+        self.ofs = TimeEmbedding(ofs, e, dtype=dtype) if ofs else None
+        self.blocks = stacked(config.num_layers, BlockModulation(config, dtype=dtype))
+        self.out = Linear(e, 2 * d, axes=(None, "embed"), dtype=dtype)
 
     def __call__(self, time: Float[Array, "i d"], ofs: Float[Array, "1 e"] | None) -> Modulation:
         """From the sinusoids of every timestep, and of `ofs` for 1.5 (None for 1.0)."""
@@ -87,14 +84,14 @@ class Attention(nnx.Module):
     are rotated together lie half a head apart (`convert/` reorders the reference's interleaved
     pairs), so that rotating takes two contiguous slices."""
 
-    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype):
         d, k, axes = config.width, config.attention_head_dim, ("embed", "heads")
-        self.q = Linear(d, d, axes=axes, int8=int8, dtype=dtype, rngs=rngs)
-        self.k = Linear(d, d, axes=axes, int8=int8, dtype=dtype, rngs=rngs)
-        self.v = Linear(d, d, axes=axes, int8=int8, dtype=dtype, rngs=rngs)
-        self.norm_q = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype, rngs=rngs)
-        self.norm_k = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype, rngs=rngs)
-        self.out = Linear(d, d, axes=("heads", "embed"), int8=int8, dtype=dtype, rngs=rngs)
+        self.q = Linear(d, d, axes=axes, int8=int8, dtype=dtype)
+        self.k = Linear(d, d, axes=axes, int8=int8, dtype=dtype)
+        self.v = Linear(d, d, axes=axes, int8=int8, dtype=dtype)
+        self.norm_q = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype)
+        self.norm_k = LayerNorm(k, epsilon=QK_EPSILON, dtype=dtype)
+        self.out = Linear(d, d, axes=("heads", "embed"), int8=int8, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "b s d"], positions: Positions, layout: Layout
@@ -104,22 +101,22 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype):
         d, m = config.width, 4 * config.width
-        self.up = Linear(d, m, axes=("embed", "mlp"), int8=int8, dtype=dtype, rngs=rngs)
-        self.down = Linear(m, d, axes=("mlp", "embed"), int8=int8, dtype=dtype, rngs=rngs)
+        self.up = Linear(d, m, axes=("embed", "mlp"), int8=int8, dtype=dtype)
+        self.down = Linear(m, d, axes=("mlp", "embed"), int8=int8, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
         return self.down(rounded(gelu(self.up(x)), x.dtype))
 
 
 class Block(nnx.Module):
-    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, *, int8: bool, dtype: jnp.dtype):
         d, epsilon = config.width, config.norm_eps
-        self.attn_norm = LayerNorm(d, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        self.attn = Attention(config, int8=int8, dtype=dtype, rngs=rngs)
-        self.mlp_norm = LayerNorm(d, epsilon=epsilon, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(config, int8=int8, dtype=dtype, rngs=rngs)
+        self.attn_norm = LayerNorm(d, epsilon=epsilon, dtype=dtype)
+        self.attn = Attention(config, int8=int8, dtype=dtype)
+        self.mlp_norm = LayerNorm(d, epsilon=epsilon, dtype=dtype)
+        self.mlp = Mlp(config, int8=int8, dtype=dtype)
 
     def __call__(
         self,
@@ -147,29 +144,23 @@ class Transformer(nnx.Module):
     """Predicts v. Evaluate `modulation` once for all steps, then call the network with the
     modulation of one step. With `int8` the kernels of the blocks are int8."""
 
-    def __init__(
-        self, config: TransformerConfig, *, int8: bool = False, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: TransformerConfig, *, int8: bool = False, dtype: jnp.dtype):
         d, (t, r, c) = config.width, config.patch
         inputs, outputs = t * r * c * config.in_channels, t * r * c * config.out_channels
         # The reference reads patch_bias only where patches have one frame; 1.5 always has a bias.
         bias = config.patch_bias or config.patch_size_t is not None
         text = config.text_embed_dim
 
-        def block(keys: nnx.Rngs) -> Block:
-            return Block(config, int8=int8, dtype=dtype, rngs=keys)
-
         self.patch = config.patch
-        self.modulation = ModulationNetwork(config, dtype=dtype, rngs=rngs)
-        self.text_in = Linear(text, d, axes=(None, "embed"), dtype=dtype, rngs=rngs)
-        self.video_in = Linear(inputs, d, axes=(None, "embed"), bias=bias, dtype=dtype, rngs=rngs)
-        table = jnp.zeros((config.table_rows, d), dtype)
-        learned = config.use_learned_positional_embeddings
-        self.table = nnx.Param(table, axes=(None, "embed")) if learned else None
-        self.blocks = stacked(config.num_layers, block, rngs)
-        self.norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.out_norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.out = Linear(d, outputs, axes=("embed", None), dtype=dtype, rngs=rngs)
+        self.modulation = ModulationNetwork(config, dtype=dtype)
+        self.text_in = Linear(text, d, axes=(None, "embed"), dtype=dtype)
+        self.video_in = Linear(inputs, d, axes=(None, "embed"), bias=bias, dtype=dtype)
+        learned, table = config.use_learned_positional_embeddings, (config.table_rows, d)
+        self.table = param(table, (None, "embed"), dtype) if learned else None
+        self.blocks = stacked(config.num_layers, Block(config, int8=int8, dtype=dtype))
+        self.norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype)
+        self.out_norm = LayerNorm(d, epsilon=config.norm_eps, dtype=dtype)
+        self.out = Linear(d, outputs, axes=("embed", None), dtype=dtype)
 
     def __call__(
         self,

@@ -30,12 +30,12 @@ NewNorm = Callable[[int], nnx.Module]  # a norm of so many channels
 
 
 class CausalConv(nnx.Module):
-    """3x3x3, over the present and the two past frames. `init` is dtype and rngs, here and below."""
+    """3x3x3, over the present and the two past frames."""
 
-    def __init__(self, inputs: int, outputs: int, **init: Any):
+    def __init__(self, inputs: int, outputs: int, *, dtype: jnp.dtype):
         axes = (None, None, None, "inputs", "channels")
-        self.kernel = param((3, 3, 3, inputs, outputs), axes, scale=(27 * inputs) ** -0.5, **init)
-        self.bias = param((outputs,), ("channels",), scale=0.02, **init)
+        self.kernel = param((3, 3, 3, inputs, outputs), axes, dtype)
+        self.bias = param((outputs,), ("channels",), dtype)
 
     def __call__(
         self,
@@ -60,11 +60,11 @@ class SpatialNorm(nnx.Module):
     are applied. This equals the reference's 1x1 convolution of nearest-resized latents exactly, at
     a fraction of the work."""
 
-    def __init__(self, channels: int, config: VAEConfig, **init: Any):
-        self.norm = GroupNorm(channels, config.norm_num_groups, epsilon=EPSILON, **init)
+    def __init__(self, channels: int, config: VAEConfig, *, dtype: jnp.dtype):
+        self.norm = GroupNorm(channels, config.norm_num_groups, epsilon=EPSILON, dtype=dtype)
         axes = (None, "channels")
-        self.scale = Linear(config.latent_channels, channels, axes=axes, **init)
-        self.shift = Linear(config.latent_channels, channels, axes=axes, **init)
+        self.scale = Linear(config.latent_channels, channels, axes=axes, dtype=dtype)
+        self.shift = Linear(config.latent_channels, channels, axes=axes, dtype=dtype)
 
     def __call__(
         self,
@@ -129,13 +129,15 @@ class Resnet(nnx.Module):
     """norm, silu, conv, twice, around a shortcut. x comes in parts of its channels. Where these
     have as many channels as the result, the residual and the first convolution overwrite them."""
 
-    def __init__(self, inputs: int, outputs: int, norm: NewNorm, **init: Any):
+    def __init__(self, inputs: int, outputs: int, norm: NewNorm, *, dtype: jnp.dtype):
         self.norm_1 = norm(inputs)
-        self.conv_1 = CausalConv(inputs, outputs, **init)
+        self.conv_1 = CausalConv(inputs, outputs, dtype=dtype)
         self.norm_2 = norm(outputs)
-        self.conv_2 = CausalConv(outputs, outputs, **init)
+        self.conv_2 = CausalConv(outputs, outputs, dtype=dtype)
         axes = ("inputs", "channels")
-        self.shortcut = Linear(inputs, outputs, axes=axes, **init) if inputs != outputs else None
+        self.shortcut = (
+            Linear(inputs, outputs, axes=axes, dtype=dtype) if inputs != outputs else None
+        )
 
     def __call__(
         self,
@@ -168,9 +170,9 @@ class Stage(nnx.Module):
     """Resnets at one resolution, then an optional change of resolution."""
 
     def __init__(
-        self, widths: Sequence[int], norm: NewNorm, resample: nnx.Module | None, **init: Any
+        self, widths: Sequence[int], norm: NewNorm, resample: nnx.Module | None, *, dtype: jnp.dtype
     ):
-        self.resnets = nnx.List([Resnet(*pair, norm, **init) for pair in pairwise(widths)])
+        self.resnets = nnx.List([Resnet(*pair, norm, dtype=dtype) for pair in pairwise(widths)])
         self.resample = resample
 
     def __call__(
@@ -218,8 +220,8 @@ class Downsample(nnx.Module):
     """Halves rows and columns by a strided convolution. With `time`, halves frames too by averaging
     pairs, of an odd number all but the first."""
 
-    def __init__(self, channels: int, time: bool, **init: Any):
-        self.conv = Conv(channels, channels, 3, stride=2, **init)
+    def __init__(self, channels: int, time: bool, *, dtype: jnp.dtype):
+        self.conv = Conv(channels, channels, 3, stride=2, dtype=dtype)
         self.time = time
 
     def __call__(
@@ -238,8 +240,8 @@ class Upsample(nnx.Module):
     odd number all but the first. Returns the channels in `parts`, which the next layer overwrites
     one by one."""
 
-    def __init__(self, channels: int, time: bool, parts: int, **init: Any):
-        self.conv = Conv(channels, channels, 3, **init)
+    def __init__(self, channels: int, time: bool, parts: int, *, dtype: jnp.dtype):
+        self.conv = Conv(channels, channels, 3, dtype=dtype)
         self.time, self.parts = time, parts
 
     def __call__(
@@ -261,19 +263,19 @@ class Upsample(nnx.Module):
 class Encoder(nnx.Module):
     """A chunk of pixels to the moments of its latents."""
 
-    def __init__(self, config: VAEConfig, **init: Any):
+    def __init__(self, config: VAEConfig, *, dtype: jnp.dtype):
         widths, depth = config.block_out_channels, config.layers_per_block
-        norm = partial(GroupNorm, groups=config.norm_num_groups, **init)
+        norm = partial(GroupNorm, groups=config.norm_num_groups, dtype=dtype)
         inner = partial(norm, epsilon=config.norm_eps)
-        self.conv_in = CausalConv(config.in_channels, widths[0], **init)
+        self.conv_in = CausalConv(config.in_channels, widths[0], dtype=dtype)
         stages = []
         for level, (inputs, outputs) in enumerate(pairwise((widths[0], *widths))):
-            down = Downsample(outputs, level < 2, **init) if level < len(widths) - 1 else None
-            stages.append(Stage([inputs, *[outputs] * depth], inner, down, **init))
+            down = Downsample(outputs, level < 2, dtype=dtype) if level < len(widths) - 1 else None
+            stages.append(Stage([inputs, *[outputs] * depth], inner, down, dtype=dtype))
         self.stages = nnx.List(stages)
-        self.middle = Stage([widths[-1]] * 3, inner, None, **init)
+        self.middle = Stage([widths[-1]] * 3, inner, None, dtype=dtype)
         self.norm_out = norm(widths[-1], epsilon=EPSILON)
-        self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels, **init)
+        self.conv_out = CausalConv(widths[-1], 2 * config.latent_channels, dtype=dtype)
 
     def __call__(
         self, pixels: Float[Array, "b f h w c"], cache: ConvCache, strips: StripCounts
@@ -289,20 +291,20 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """A chunk of latents to pixels."""
 
-    def __init__(self, config: VAEConfig, **init: Any):
+    def __init__(self, config: VAEConfig, *, dtype: jnp.dtype):
         widths, depth = config.block_out_channels[::-1], config.layers_per_block + 1
-        norm = partial(SpatialNorm, config=config, **init)
-        self.conv_in = CausalConv(config.latent_channels, widths[0], **init)
-        self.middle = Stage([widths[0]] * 3, norm, None, **init)
+        norm = partial(SpatialNorm, config=config, dtype=dtype)
+        self.conv_in = CausalConv(config.latent_channels, widths[0], dtype=dtype)
+        self.middle = Stage([widths[0]] * 3, norm, None, dtype=dtype)
         stages = []
         neighbours = zip((widths[0], *widths), widths, (*widths[1:], 0), strict=False)
         for level, (inputs, outputs, finer) in enumerate(neighbours):
             parts = 2 if outputs == 2 * finer else 1
-            up = Upsample(outputs, level < 2, parts, **init) if finer else None
-            stages.append(Stage([inputs, *[outputs] * depth], norm, up, **init))
+            up = Upsample(outputs, level < 2, parts, dtype=dtype) if finer else None
+            stages.append(Stage([inputs, *[outputs] * depth], norm, up, dtype=dtype))
         self.stages = nnx.List(stages)
         self.norm_out = norm(widths[-1])
-        self.conv_out = CausalConv(widths[-1], config.out_channels, **init)
+        self.conv_out = CausalConv(widths[-1], config.out_channels, dtype=dtype)
 
     def __call__(
         self, latents: Float[Array, "b t h w z"], cache: ConvCache, strips: StripCounts
@@ -318,10 +320,10 @@ class VAE(nnx.Module):
     """`strips` is static and must divide the latent rows. It bounds the memory at the finest
     resolution; results don't depend on it."""
 
-    def __init__(self, config: VAEConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: VAEConfig, *, dtype: jnp.dtype):
         self.spatial_ratio = config.spatial_ratio
-        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
+        self.encoder = Encoder(config, dtype=dtype)
+        self.decoder = Decoder(config, dtype=dtype)
 
     @property
     def dtype(self) -> jnp.dtype:

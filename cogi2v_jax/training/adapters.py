@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from ..models.layers import Linear, LowRank, stacked
+from ..models.layers import Linear, LowRank
 from ..models.transformer import Transformer
 
 # Names that stand for several layers, beside the layers' own.
@@ -33,15 +35,14 @@ def resolve_targets(network: Transformer, targets: Sequence[str]) -> list[str]:
 
 
 def add_lora(
-    network: Transformer, targets: Sequence[str], *, rank: int, alpha: float, rngs: nnx.Rngs
+    network: Transformer, targets: Sequence[str], *, rank: int, alpha: float, seed: int
 ) -> None:
-    """Adds a LoRA to linear layers: to every layer of the stack where they are stacked. Raises
-    ValueError for an unknown target."""
-    layers = linear_layers(network)
-    for name in resolve_targets(network, targets):
+    """Adds a LoRA to linear layers: to every layer of the stack where they are stacked. Its float32
+    factors begin as PEFT's do, so that the change begins at zero. Raises ValueError for an unknown
+    target."""
+    layers, names = linear_layers(network), resolve_targets(network, targets)
+    for name, key in zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True):
         *stack, inputs, outputs = layers[name].kernel.shape
-
-        def build(keys: nnx.Rngs, inputs: int = inputs, outputs: int = outputs) -> LowRank:
-            return LowRank(inputs, outputs, rank, alpha / rank, rngs=keys)
-
-        layers[name].lora = stacked(stack[0], build, rngs) if stack else build(rngs)
+        bound = inputs**-0.5
+        down = jax.random.uniform(key, (*stack, inputs, rank), minval=-bound, maxval=bound)
+        layers[name].lora = LowRank(down, jnp.zeros((*stack, rank, outputs)), alpha / rank)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
@@ -111,8 +110,8 @@ class Run:
             if recipe.init == RANDOM:
                 trained = new_leaves(trained, recipe.seed)
             return begin(recipe, trained, self.mesh)
-        settings: Any = {"rank": recipe.rank, "alpha": recipe.alpha}
-        add_lora(network, recipe.targets, rngs=nnx.Rngs(recipe.seed), **settings)
+        settings: Any = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
+        add_lora(network, recipe.targets, **settings)
         parts = take_apart(network, lambda name: ".lora." in f".{name}")
         self._structure, trained, self._frozen = parts
         if recipe.init:

@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from ..config import CheckpointConfig
-from ..devices.compiling import jax_defaults
 from ..devices.hosts import host_memory
 from ..devices.sharding import parameter_shardings
 from ..models.t5 import T5
@@ -34,11 +33,8 @@ REPLICATED = 0.75
 def abstract(config: CheckpointConfig, part: str, dtype: jnp.dtype) -> nnx.Module:
     """A network with shapes for parameters: no memory, at any size. Shared by all callers, to be
     read only."""
-    network, settings = NETWORKS[part], {"int8": True} if part in config.int8 else {}
-    with jax_defaults():
-        return nnx.eval_shape(
-            lambda: network(getattr(config, part), dtype=dtype, rngs=nnx.Rngs(0), **settings)
-        )
+    settings = {"int8": True} if part in config.int8 else {}
+    return NETWORKS[part](getattr(config, part), dtype=dtype, **settings)
 
 
 @cache

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import twins
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tolerances import TOLERANCE, assert_close
 
@@ -27,7 +27,7 @@ decode = jax.jit(lambda network, latents, strips: network.decode(latents, strips
 
 @pytest.fixture(scope="module", params=[FOUR], ids=["four levels"])
 def network(request: pytest.FixtureRequest) -> VAE:
-    return VAE(request.param, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    return twins.filled(VAE(request.param, dtype=jnp.dtype("float32")), twins.random_leaf)
 
 
 def normal(*shape: int) -> Any:

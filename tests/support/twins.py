@@ -2,7 +2,7 @@
 diffusers folders of these networks."""
 
 import shutil
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,22 @@ def t5(seed: int = 0, **settings: Any) -> T5EncoderModel:
 CONFIGS = {"transformer": TransformerConfig, "vae": VAEConfig, "text_encoder": TextEncoderConfig}
 
 
-@cache  # tracing a VAE takes most of a second
-def abstract(part: str, config: Any, dtype: jnp.dtype) -> nnx.Module:
-    """Our network with shapes for parameters."""
-    return nnx.eval_shape(lambda: NETWORKS[part](config, dtype=dtype, rngs=nnx.Rngs(0)))
+def filled(network: nnx.Module, value: Callable[[str, Any], Any]) -> Any:
+    """The network with `value(name, shape)` for each of its leaves."""
+    graph, state = nnx.split(network)
+    leaves = [
+        (path, leaf.replace(jnp.asarray(value(".".join(map(str, path)), leaf), leaf.dtype)))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def random_leaf(name: str, leaf: Any) -> np.ndarray:
+    """For `filled`: weights as `randomise` makes them, each by its name."""
+    random = np.random.default_rng([*name.encode()])
+    if leaf.ndim > 1:
+        return random.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5
+    return 0.1 * random.normal(size=leaf.shape) + name.endswith("scale")
 
 
 def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[nnx.Module, Any]:
@@ -114,20 +126,18 @@ def twin(part: str, module: torch.nn.Module, dtype: Any = jnp.float32) -> tuple[
     tensors = {name: tensor.detach().numpy() for name, tensor in module.state_dict().items()}
     tensors.pop("encoder.embed_tokens.weight", None)
     dtype = jnp.dtype(dtype)
-    network = abstract(part, config, dtype)
+    network = NETWORKS[part](config, dtype=dtype)
     homes = expand(TABLES[part](config), getattr(config, "num_layers", 0))
     shapes = {name: leaf.shape for name, leaf in leaf_names(network).items()}
     assert not misfits(homes, shapes, {name: tensor.shape for name, tensor in tensors.items()})
     leaves: dict[str, list[np.ndarray]] = {}
     for name, home in homes.items():
         leaves.setdefault(home.rule.flax, []).append(home.rule.to_flax(tensors[name]))
-    graph, state = nnx.split(network)
-    filled = []
-    for path, leaf in nnx.to_flat_state(state):
-        name = ".".join(map(str, path))
-        value = np.stack(leaves[name]) if is_stacked(name) else leaves[name][0]
-        filled.append((path, leaf.replace(jnp.asarray(value, dtype))))
-    return nnx.merge(graph, nnx.from_flat_state(filled)), config
+
+    def value(name: str, _: Any) -> np.ndarray:
+        return np.stack(leaves[name]) if is_stacked(name) else leaves[name][0]
+
+    return filled(network, value), config
 
 
 def channels_last(video: torch.Tensor) -> np.ndarray:

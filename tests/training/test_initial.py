@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import twins
 
 from cogi2v_jax.config import named
-from cogi2v_jax.models.vae import VAE, posterior
+from cogi2v_jax.models.vae import posterior
 from cogi2v_jax.training.initial import new_leaves
-from cogi2v_jax.training.state import take_apart
 from cogi2v_jax.weights.pieces import abstract, leaf_names
 
 CONFIG = named("cogi2v-tiny")
@@ -44,9 +43,8 @@ def test_a_new_transformer_predicts_zero_and_hardly_modulates() -> None:
 
 
 def test_a_new_vae_keeps_the_scale_and_encodes_with_little_noise() -> None:
-    vae = VAE(CONFIG.vae, dtype=FLOAT32, rngs=nnx.Rngs(0))
-    structure, old, _ = take_apart(vae, lambda name: True)
-    vae = structure.network(new_leaves(old, 1))
+    new = new_leaves(leaves("vae"), 1)
+    vae = twins.filled(abstract(CONFIG, "vae", FLOAT32), lambda name, _: new[name])
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 9, 16, 16, 3)).astype(np.float32)
     mean, log_variance = jax.jit(lambda vae, x: posterior(vae.encode(x)))(vae, pixels)
     assert 0.2 < float(mean.std()) < 5

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from tolerances import assert_close
 
 from cogi2v_jax.devices.mesh import Sizes, make_mesh
@@ -84,7 +83,9 @@ def test_the_average_follows_its_formula_and_is_the_result(rng: np.random.Genera
 
 def test_a_network_is_taken_apart_and_put_together(rng: np.random.Generator) -> None:
     axes: Any = (None, None)
-    layer = Linear(3, 4, axes=axes, dtype=jnp.dtype(jnp.bfloat16), rngs=nnx.Rngs(0))
+    layer = Linear(3, 4, axes=axes, dtype=jnp.dtype(jnp.bfloat16))
+    layer.kernel.set_value(jnp.asarray(rng.normal(size=(3, 4)), jnp.bfloat16))
+    layer.bias.set_value(jnp.ones(4, jnp.bfloat16))
     structure, trained, frozen = take_apart(layer, lambda name: name == "kernel")
     assert trained["kernel"].dtype == jnp.float32
     assert {name: leaf.dtype for name, leaf in frozen.items()} == {"bias": jnp.bfloat16}

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import twins
 from cogi2v_convert.conversion import to_flax
-from flax import nnx
 from folders import one_line, scale_of, units
 from PIL import Image
 from tolerances import TOLERANCE, assert_close, relative_error
@@ -108,20 +107,15 @@ def test_a_layer_computes_the_same_as_with_a_floating_point_kernel(
     bias: bool, dtype: str, form: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers.lax, "platform_dependent", lambda *args, **forms: forms[form](*args))
-    sizes: dict[str, Any] = {
-        "axes": (None, None),
-        "bias": bias,
-        "dtype": jnp.dtype(dtype),
-        "rngs": nnx.Rngs(0),
-    }
-    layer = Linear(64, 48, int8=True, **sizes)
-    layer.kernel[...] = jnp.asarray(rng.integers(-128, 128, (64, 48)), jnp.int8)
+    sizes: dict[str, Any] = {"axes": (None, None), "bias": bias, "dtype": jnp.dtype(dtype)}
+    layer, floating = Linear(64, 48, int8=True, **sizes), Linear(64, 48, **sizes)
+    layer.kernel.set_value(jnp.asarray(rng.integers(-128, 128, (64, 48)), jnp.int8))
     assert layer.scale is not None
-    layer.scale[...] = jnp.asarray(rng.uniform(0.001, 0.1, 48), jnp.float32)
-    floating = Linear(64, 48, **sizes)
-    floating.kernel[...] = (layer.kernel[...] * layer.scale[...]).astype(dtype)
+    layer.scale.set_value(jnp.asarray(rng.uniform(0.001, 0.1, 48), jnp.float32))
+    floating.kernel.set_value((layer.kernel[...] * layer.scale[...]).astype(dtype))
     if layer.bias is not None and floating.bias is not None:
-        floating.bias[...] = layer.bias[...]
+        layer.bias.set_value(jnp.asarray(rng.normal(size=48), dtype))
+        floating.bias.set_value(layer.bias[...])
     x = jnp.asarray(rng.normal(size=(5, 64)), dtype)
     assert layer(x).dtype == x.dtype
     if dtype == "float32":
