@@ -30,7 +30,7 @@ def draw(
     stream: int,
     shape: tuple[int, ...],
     index: Int[Array, ""] | int | None = None,
-) -> Float[Array, "b *shape"]:
+) -> Float[Array, "b *shape"]:  # noqa: F821
     """Standard normal values for each key. `stream` is their use; STEPS has a draw for each step
     `index`."""
 
