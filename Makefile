@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NEWEST := .venv/newest
 
-.PHONY: help sample test test-slow test-newest lint clean
+.PHONY: help sample test test-slow test-release test-newest lint clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -14,9 +14,13 @@ sample: .venv/sample ## make out.mp4 with the small model
 test: .venv/test ## run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The released checkpoints through the TPU compiler; more meshes, dtypes and tiles.
-test-slow: .venv/test ## run the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+# More meshes, dtypes, tiles and processes.
+test-slow: .venv/test ## run the tests that repeat those of `make test` for more cases
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+# The released checkpoints: at their size, and through the TPU compiler.
+test-release: .venv/test ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m release
 
 # A new environment each time, for what pip resolves today. PYENV_VERSION is for machines where pyenv
 # would run only its default version.

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import torch
 import twins
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from PIL import Image
+from reference import PROMPT, SIZES, decoded, reference, reference_noise, settings
 from tolerances import TOLERANCE, assert_close
 
 import cogi2v_jax
@@ -24,10 +23,6 @@ from cogi2v_jax.models import attention
 from cogi2v_jax.sampling.noise import draw_as_torch
 from cogi2v_jax.sampling.programs import Session
 
-SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
-PADDING = {"1.0": 0, "1.5": 1}  # latent frames that are dropped before decoding
-SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
-PROMPT = "the red circle"
 GROWS = "the red circle grows"  # for the embedded model
 
 
@@ -45,52 +40,6 @@ def tiny() -> Models:
 @pytest.fixture
 def image(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8))
-
-
-def settings(family: str, steps: int, dynamic: bool, guidance: float = 6.0) -> dict[str, Any]:
-    """Settings of a request, with the reference's names."""
-    size = dict(zip(("height", "width", "num_frames"), SIZES[family], strict=True))
-    guidance_of = {"guidance_scale": guidance, "use_dynamic_cfg": dynamic}
-    return {**size, "num_inference_steps": steps, **guidance_of}
-
-
-def reference(
-    pipe: Any, scheduler: str, seed: int, *prompt: Any, **settings: Any
-) -> tuple[Any, np.ndarray]:
-    """(the reference's latents, ours of the same without the padding frame)."""
-    pipe.scheduler = SCHEDULERS[scheduler](**twins.SCHEDULER)
-    length = pipe.transformer.config.max_text_seq_length
-    generator = torch.Generator().manual_seed(seed)
-    fixed = {"generator": generator, "max_sequence_length": length, "output_type": "latent"}
-    latents = pipe(*prompt, **fixed, **settings).frames
-    padding = PADDING["1.5" if pipe.transformer.config.patch_size_t else "1.0"]
-    return latents, twins.frames_last(latents)[:, padding:]
-
-
-def decoded(pipe: Any, latents: np.ndarray) -> np.ndarray:
-    """The reference's video of latents [b t h w c] without padding, in 0 to 255."""
-    latents = torch.from_numpy(np.moveaxis(latents, -1, 2).copy())
-    with torch.no_grad():
-        video = pipe.decode_latents(latents)
-        return np.round(pipe.video_processor.postprocess_video(video, output_type="np") * 255.0)
-
-
-def reference_noise(
-    scheduler: str, steps: int, latents: tuple[int, int, int, int], seed: int
-) -> Noise:
-    """What the reference draws from one generator for latents [t c h w]: the posterior, the initial
-    noise, then that of each step. DPM draws twice in the middle and uses the second."""
-    t, c, h, w = latents
-    generator = torch.Generator().manual_seed(seed)
-    posterior = torch.randn(1, c, 1, h, w, generator=generator)
-    initial = torch.randn(1, t, c, h, w, generator=generator)
-    drawn = torch.zeros(steps, 1, t, c, h, w)
-    if scheduler == "dpm":
-        for step in range(steps):
-            for _ in range(2 if 0 < step < steps - 1 else 1):
-                drawn[step] = torch.randn(1, t, c, h, w, generator=generator)
-    by_step = np.stack([twins.frames_last(step) for step in drawn])
-    return Noise(twins.channels_last(posterior), twins.frames_last(initial), by_step)
 
 
 # Many steps for one guidance alone: the reference takes 10 s for 50 of them.
@@ -131,27 +80,6 @@ def test_with_torchs_numbers_a_seed_alone_gives_the_references_latents(
     ways = {"scheduler": scheduler, "fit": "stretch", "noise": "torch"}
     ours = cogi2v_jax.generate(models, Request(image, PROMPT, seed=seed, **ways, **shared))
     assert_close(ours.latents, latents, TOLERANCE["latents"])
-
-
-@pytest.mark.slow
-def test_with_tiles_latents_and_video_are_the_references_with_tiles(
-    image: Image.Image, tmp_path: Path
-) -> None:
-    pipe = twins.pipeline("1.5")
-    # A tile is 48x80.
-    pipe.vae = twins.vae(5, invert_scale_latents=True, sample_height=96, sample_width=160)
-    pipe.vae.enable_tiling()
-    pipe.set_progress_bar_config(disable=True)
-    folder = twins.save(pipe, tmp_path / "tiled")
-    shared = settings("1.5", 2, dynamic=False) | {"height": 48, "width": 112, "num_frames": 9}
-    theirs, latents = reference(pipe, "ddim", 7, image, PROMPT, **shared)
-    noise = reference_noise("ddim", 2, tuple(theirs.shape[1:]), seed=7)
-    request = Request(image, PROMPT, scheduler="ddim", fit="stretch", **shared)
-    ours = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32", vae_tiling=True), request, noise)
-    assert_close(ours.latents, latents, TOLERANCE["latents"])
-    assert np.abs(ours.video - decoded(pipe, latents)).max() <= 1
-    whole = cogi2v_jax.generate(cogi2v_jax.load(folder, "float32"), request, noise)
-    assert np.abs(ours.video.astype(int) - whole.video).max() > 5
 
 
 def test_without_guidance_only_the_prompt_is_predicted(

@@ -17,6 +17,7 @@ def folder(tmp_path, monkeypatch):
     return enter(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_videos_made_side_by_side_are_those_made_one_by_one_and_verbose_names_the_mesh(capsys):
     run = [*QUICK, "--num_videos_per_prompt", "2"]
     assert main([*run, "--output", "alone.png"]) == 0

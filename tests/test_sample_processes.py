@@ -69,7 +69,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_make_the_video_of_one(count: int, alone: Path, tmp_path: Path) -> None:
     (code, out, err, folder), *others = sample(tmp_path, count)
     assert code == 0, err

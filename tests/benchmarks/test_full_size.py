@@ -28,9 +28,9 @@ def measured(tmp_path: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("model", "stages"),
     [
-        (full_size.MODELS[1], ("text", "denoise, one step")),
+        pytest.param(full_size.MODELS[1], ("text", "denoise, one step"), marks=pytest.mark.slow),
         *(
-            pytest.param(model, full_size.STAGES, marks=pytest.mark.slow)
+            pytest.param(model, full_size.STAGES, marks=pytest.mark.release)
             for model in full_size.MODELS
         ),
     ],
@@ -101,7 +101,7 @@ def test_a_profile_names_the_kernels_of_both_sides(tmp_path: Path) -> None:
         assert len(of_side) > 3
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_whole_path_runs_by_its_commands_and_is_not_repeated(tmp_path: Path) -> None:
     folder = tmp_path / "path"
     folder.mkdir()

@@ -49,6 +49,7 @@ def kernel_cost(program: Path) -> tuple[tpu_kernel.Kernel, float]:
     return kernel, tpu_kernel.count_cycles(tpu_stage.find_schedule(name, program), kernel)
 
 
+@pytest.mark.slow
 def test_a_product_in_nested_loops_counts_once_for_every_trip(programs: Path) -> None:
     costs = {outer: cost(programs / f"nested-{outer}") for outer in (3, 6, 12)}
     assert {outer: found.flops for outer, found in costs.items()} == {
@@ -287,7 +288,7 @@ def test_the_table_has_a_dash_for_figures_that_the_compiler_did_not_reach() -> N
     assert refused == f"| {MODEL} | v5e-1 | denoise | no | 16.50 | - | - | - | - | 1, 2 |"
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("model", "mesh", "stage", "most_gib", "most_mib", "most_seconds"),
     [

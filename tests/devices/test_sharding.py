@@ -37,8 +37,7 @@ EIGHT = [
     for context in (1, 2, 4, 8)
     if data * pair * context == 8
 ]
-# One axis alone, and all together.
-FEW = (Sizes(1, 1, 8), Sizes(2, 2, 2))
+TOGETHER = Sizes(2, 2, 2)  # all axes
 
 
 class Device(types.SimpleNamespace):
@@ -333,7 +332,7 @@ def unsharded(folder: Any, request_of_eight: Request) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes not in FEW)) for sizes in EIGHT],
+    [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes != TOGETHER)) for sizes in EIGHT],
     ids=str,
 )
 def test_the_results_of_no_stage_depend_on_the_mesh(
@@ -384,7 +383,7 @@ def test_weights_that_do_not_fit_are_gathered_a_layer_at_a_time(
     shard_piece.cache_clear()
 
 
-@pytest.mark.parametrize("mesh", ["cpu", "data=2,pair=2"])
+@pytest.mark.parametrize("mesh", ["cpu", pytest.param("data=2,pair=2", marks=pytest.mark.slow)])
 def test_long_sequences_are_computed_one_after_another_with_the_same_result(
     mesh: str,
     folder: Any,

@@ -25,7 +25,7 @@ from cogi2v_jax.weights.pieces import NETWORKS
 
 # The same cases every time, and no search for a smaller failing case: every case writes a file.
 CASES = settings(
-    max_examples=50,
+    max_examples=25,
     deadline=None,
     database=None,
     phases=[Phase.generate],

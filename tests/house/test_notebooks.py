@@ -88,7 +88,7 @@ def test_a_notebook_is_what_its_source_makes(name: str) -> None:
     assert made == build.notebook(name), "run `python notebooks/build.py`"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["colab_tpu", pytest.param("kaggle_tpu", marks=pytest.mark.slow)])
 def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_only_decodes(
     name: str, run: Run, tmp_path: Path
 ) -> None:

@@ -62,8 +62,12 @@ def keeping(q: Any, k: Any, v: Any, norms: Any, positions: Any, tokens: int) -> 
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "heads"),
-    [(512, 512, 1), (384, 300, 2), (300, 300, 3), (768, 200, 2)],
-    ids=["whole tiles", "padding", "no tile divides the length", "more queries than keys"],
+    [
+        pytest.param(512, 512, 1, id="whole tiles", marks=pytest.mark.slow),
+        pytest.param(384, 300, 2, id="padding"),
+        pytest.param(300, 300, 3, id="no tile divides the length"),
+        pytest.param(768, 200, 2, id="more queries than keys", marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_are_those_of_plain_attention(
     rows: int, tokens: int, heads: int, rng: np.random.Generator

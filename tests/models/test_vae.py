@@ -31,6 +31,8 @@ def network(module: torch.nn.Module) -> VAE:
     return twins.twin("vae", module)[0]
 
 
+SHORT = pytest.mark.parametrize("module", ["three levels"], indirect=True)
+
 encode = jax.jit(lambda network, video: posterior(network.encode(video)))
 decode = jax.jit(lambda network, latents: network.decode(latents))
 
@@ -38,10 +40,10 @@ decode = jax.jit(lambda network, latents: network.decode(latents))
 @pytest.mark.parametrize(
     ("module", "frames", "height", "width"),
     [
-        *(
-            ("four levels", *case)
-            for case in [(1, 40, 24), (17, 24, 56), (12, 16, 16), (4, 16, 24)]
-        ),
+        ("four levels", 1, 40, 24),
+        ("four levels", 17, 24, 56),
+        pytest.param("four levels", 12, 16, 16, marks=pytest.mark.slow),
+        pytest.param("four levels", 4, 16, 24, marks=pytest.mark.slow),
         ("three levels", 9, 40, 24),
     ],
     indirect=["module"],
@@ -61,8 +63,12 @@ def test_encoding_is_the_references(
 @pytest.mark.parametrize(
     ("module", "frames", "height", "width"),
     [
-        *(("four levels", *case) for case in [(1, 5, 3), (2, 5, 3), (13, 2, 3), (4, 2, 2)]),
-        *(("three levels", *case) for case in [(5, 3, 7), (3, 1, 3)]),
+        ("four levels", 1, 5, 3),
+        pytest.param("four levels", 2, 5, 3, marks=pytest.mark.slow),
+        ("four levels", 13, 2, 3),
+        pytest.param("four levels", 4, 2, 2, marks=pytest.mark.slow),
+        ("three levels", 5, 3, 7),
+        pytest.param("three levels", 3, 1, 3, marks=pytest.mark.slow),
     ],
     indirect=["module"],
 )
@@ -92,6 +98,7 @@ def test_the_posterior_is_sampled_with_its_deviation(rng: np.random.Generator) -
     )
 
 
+@SHORT
 def test_a_later_chunk_cannot_change_an_earlier_frame(
     network: VAE, rng: np.random.Generator
 ) -> None:
@@ -104,6 +111,7 @@ def test_a_later_chunk_cannot_change_an_earlier_frame(
     assert relative_error(before[:, first:], after[:, first:]) > 0.01
 
 
+@SHORT
 def test_an_earlier_chunk_does_change_a_later_frame(network: VAE, rng: np.random.Generator) -> None:
     latents = rng.normal(size=(2, 5, 3, 7, 4)).astype(np.float32)
     changed = latents.copy()
@@ -111,7 +119,7 @@ def test_an_earlier_chunk_does_change_a_later_frame(network: VAE, rng: np.random
     assert relative_error(decode(network, latents)[:, 9:], decode(network, changed)[:, 9:]) > 1e-3
 
 
-@pytest.mark.parametrize("part", ["encode", "decode"])
+@pytest.mark.parametrize("part", [pytest.param("encode", marks=pytest.mark.slow), "decode"])
 def test_bfloat16_is_no_further_from_the_truth_than_the_references_is(part: str) -> None:
     error_ours, error_theirs = [], []
     for seed in range(8):

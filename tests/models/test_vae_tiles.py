@@ -47,8 +47,8 @@ def twin(module: torch.nn.Module) -> tuple[Any, VAEConfig]:
     ("module", "frames", "height", "width"),
     [
         pytest.param(SMALL, 5, 6, 5, id="one tile"),
-        pytest.param(SMALL, 5, 14, 11, id="ragged 3x3"),
-        pytest.param(SMALL, 1, 7, 5, id="a border of one row"),
+        pytest.param(SMALL, 5, 14, 11, id="ragged 3x3", marks=pytest.mark.slow),
+        pytest.param(SMALL, 1, 7, 5, id="a border of one row", marks=pytest.mark.slow),
         pytest.param(SMALL, 2, 3, 9, id="a row of tiles", marks=pytest.mark.slow),
         pytest.param(FINER, 1, 14, 10, id="three levels"),
     ],
@@ -68,8 +68,12 @@ def test_decoding_in_tiles_is_the_references(
 
 @pytest.mark.parametrize(
     ("module", "frames", "height", "width"),
-    [(SMALL, 1, 48, 40), (SMALL, 1, 112, 88), (SMALL, 9, 56, 72), (FINER, 9, 56, 72)],
-    ids=["one tile", "ragged 3x3", "nine frames", "three levels"],
+    [
+        pytest.param(SMALL, 1, 48, 40, id="one tile"),
+        pytest.param(SMALL, 1, 112, 88, id="ragged 3x3"),
+        pytest.param(SMALL, 9, 56, 72, id="nine frames", marks=pytest.mark.slow),
+        pytest.param(FINER, 9, 56, 72, id="three levels"),
+    ],
     indirect=["module"],
 )
 def test_encoding_in_tiles_is_the_references(

@@ -155,14 +155,13 @@ def frames_last_exactly(latents: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(latents.detach().permute(0, 1, 3, 4, 2).numpy())
 
 
-def pipeline(family: str, seed: int = 0) -> CogVideoXImageToVideoPipeline:
+def pipeline(family: str, seed: int = 0, **of_vae: Any) -> CogVideoXImageToVideoPipeline:
     """A whole reference pipeline with random weights and the embedded model's tokenizer."""
-    network = transformer(seed, **FAMILIES[family])
     return CogVideoXImageToVideoPipeline(
         tokenizer=T5Tokenizer.from_pretrained(TINY / "tokenizer"),
         text_encoder=t5(seed + 1),
-        vae=vae(seed + 2, invert_scale_latents=family == "1.5"),
-        transformer=network,
+        vae=vae(seed + 2, invert_scale_latents=family == "1.5", **of_vae),
+        transformer=transformer(seed, **FAMILIES[family]),
         scheduler=CogVideoXDDIMScheduler(**SCHEDULER),
     )
 

@@ -135,6 +135,7 @@ def test_without_noise_an_image_is_conditioned_on_as_in_sampling(rng: np.random.
     assert relative_error(ours, sampled) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_vaes_loss_and_gradients_are_those_of_the_reference(rng: np.random.Generator) -> None:
     module = twins.vae()
     vae, config = twins.twin("vae", module)

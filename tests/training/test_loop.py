@@ -97,6 +97,7 @@ def disturb(studio: Any, folder: Path, disturbances: list[tuple[int, int]], **ke
     assert all((ours[key] == value).all() for key, value in theirs.items())
 
 
+@pytest.mark.slow
 @FIRST
 def test_a_killed_and_a_stopped_run_go_on_to_the_same_bits(studio: Any, tmp_path: Path) -> None:
     keys = {"steps": 60, "checkpoint_every": 3, "ema": 0.9, "batch": 2}

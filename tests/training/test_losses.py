@@ -126,7 +126,9 @@ def our_loss(network: nnx.Module, config: TransformerConfig, reference: Referenc
     return loss, state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64]
+)
 def test_loss_and_the_gradient_of_every_leaf_are_those_of_the_official_formula(
     family: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
@@ -150,7 +152,9 @@ def test_loss_and_the_gradient_of_every_leaf_are_those_of_the_official_formula(
     assert max(errors.values()) <= TOLERANCE[dtype], max(errors, key=lambda name: errors[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64]
+)
 def test_the_gradient_of_every_lora_factor_is_pefts(
     family: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:

@@ -188,6 +188,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path: Path) -> None
     assert (tmp_path / "killed" / "clips-00001.safetensors").stat() == last  # it is not made again
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_files_of_one(tmp_path: Path) -> None:
     clips = library(tmp_path / "clips", 3)  # a file of captions, and one of clips
     alone = run(clips, tmp_path / "alone")

@@ -48,15 +48,13 @@ def quiet(*_: Any, **__: Any) -> None:
     pass
 
 
-@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["1.5"], indirect=True)
-def test_a_mesh_trains_to_the_weights_of_one_device(
-    studio: Any, steps: int, tmp_path: Path
-) -> None:
+def test_a_mesh_trains_to_the_weights_of_one_device(studio: Any, tmp_path: Path) -> None:
     keys = {"mesh": "data=2,context=3", "batch": 2, "accumulate": 2}
     one, shared = (Run(studio.recipe(tmp_path, **own), quiet) for own in ({"mesh": "data=1"}, keys))
     assert (one.mesh.size, shared.mesh.size) == (1, 6)
-    states = [train(run, run.begin(), steps)[0] for run in (one, shared)]
+    states = [train(run, run.begin(), 20)[0] for run in (one, shared)]
     assert_shared(*states, one.begin())
 
 
@@ -92,7 +90,7 @@ def test_all_weights_of_a_network_train_the_same_when_they_are_split(
     ("family", "keys"),
     [
         ("1.5", {"ema": 0.9, "targets": ("attention", "mlp", "text_in")}),
-        ("1.0", {"method": "full", "optimizer": "muon"}),
+        pytest.param("1.0", {"method": "full", "optimizer": "muon"}, marks=pytest.mark.slow),
         pytest.param(
             "1.0", {"method": "vae", "crop": 16, "stills": 2, "batch": 2}, marks=pytest.mark.slow
         ),
@@ -130,6 +128,7 @@ def test_only_lora_leaves_are_trained_and_begin_at_no_change(studio: Any, tmp_pa
     assert all(not leaf.any() for name, leaf in state.leaves.items() if name.endswith("up"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
 def test_a_network_can_begin_from_nothing(studio: Any, tmp_path: Path) -> None:
     run = Run(studio.recipe(tmp_path, method="full", init="random"), quiet)

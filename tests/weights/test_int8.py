@@ -175,6 +175,7 @@ def test_latents_of_the_embedded_model_are_near_the_unquantised_ones(
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float32_as_with_floating_point_weights(
     folder: Path, plain: Path, alone: np.ndarray
 ) -> None:
