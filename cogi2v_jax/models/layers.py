@@ -123,8 +123,34 @@ def _linear_cublas(
     # int8 kernel is scaled before: a pass over one weight instead of one over all tokens.
     if scale is not None:
         kernel = kernel.astype(jnp.float32) * scale
+    return _product_and_bias(x, kernel, bias)
+
+
+@jax.custom_vjp
+def _product_and_bias(
+    x: Float[Array, "*rows i"], kernel: Float[Array, "i o"], bias: Float[Array, " o"] | None
+) -> Float[Array, "*rows o"]:
+    """With the gradients of `product`."""
     y = jnp.dot(x, kernel.astype(x.dtype), precision=precision(x.dtype))
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _product_and_bias_forward(
+    x: Array, kernel: Array, bias: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    return _product_and_bias(x, kernel, bias), (x, kernel, bias)
+
+
+def _product_and_bias_backward(
+    saved: tuple[Array, Array, Array | None], grad: Array
+) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias = saved
+    sums = None if bias is None else jnp.sum(wide(grad), axis=tuple(range(grad.ndim - 1)))
+    of_bias = sums if bias is None or sums is None else sums.astype(bias.dtype)
+    return *_product_backward((x, kernel), grad), of_bias
+
+
+_product_and_bias.defvjp(_product_and_bias_forward, _product_and_bias_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -232,8 +258,10 @@ def convolve(
     columns: Pads,
     stride: int = 1,
 ) -> Float[Array, "b f2 h2 w2 c2"]:
-    """A convolution over frames (without padding), rows and columns (both with `stride`), summed in
-    float32 and rounded once."""
+    """A convolution over frames (without padding), rows and columns (both with `stride`), in the
+    dtype of x, summed in float32 and rounded once. The gradient of a float32 kernel is float32, as
+    that of `product`."""
+    kernel = kernel.astype(x.dtype)
     settings: Any = {"rows": rows, "columns": columns, "stride": stride}
     # On a CPU, frames as the batch take half of the time of columns, and a quarter for one frame.
     nvidia = partial(_convolve_frames, **settings, sums=x.dtype)

@@ -170,12 +170,17 @@ class VaeErrors(NamedTuple):
 
 
 def vae_errors(
-    vae: VAE, pixels: UInt8[Array, "b f h w 3"], keys: UInt32[Array, "b 2"], *, mesh: Mesh
+    vae: VAE,
+    pixels: UInt8[Array, "b f h w 3"],
+    keys: UInt32[Array, "b 2"],
+    *,
+    dtype: jnp.dtype,
+    mesh: Mesh,
 ) -> VaeErrors:
-    """Encodes clips, draws latents from their posterior, decodes them, and compares."""
+    """Encodes clips, draws latents from their posterior, decodes them, and compares; in `dtype`."""
     true = pin(pixels, mesh, "video").astype(jnp.float32) / 127.5 - 1
-    mean, log_variance = posterior(wide(vae.encode(true.astype(vae.dtype))))
+    mean, log_variance = posterior(wide(vae.encode(true.astype(dtype))))
     latents = sample_posterior(mean, log_variance, draw(keys, LATENTS, mean.shape[1:]))
-    error = wide(vae.decode(latents.astype(vae.dtype))) - true
+    error = wide(vae.decode(latents.astype(dtype))) - true
     divergence = jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance
     return VaeErrors(jnp.abs(error).mean(), jnp.square(error).mean(), 0.5 * divergence.mean())

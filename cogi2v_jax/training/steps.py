@@ -94,9 +94,8 @@ def train_vae(
     """One step on frames: L1 + MSE + kl * KL."""
 
     def loss(leaves: Leaves, clips: Clips) -> tuple[Float[Array, ""], dict[str, Array]]:
-        narrow = {name: leaf.astype(dtype) for name, leaf in leaves.items()}
-        vae = structure.network(narrow, frozen)
-        errors = vae_errors(vae, clips.image, clips.keys, mesh=mesh)
+        vae = structure.network(leaves, frozen)
+        errors = vae_errors(vae, clips.image, clips.keys, dtype=dtype, mesh=mesh)
         return errors.l1 + errors.mse + recipe.kl * errors.kl, errors._asdict()
 
     return _train(state, Clips(None, None, pixels, None), seed, loss, recipe)

@@ -151,7 +151,8 @@ def test_the_vaes_loss_and_gradients_are_those_of_the_reference(rng: np.random.G
     graph, state = nnx.split(vae)
 
     def ours(state: Any) -> Any:
-        errors = vae_errors(nnx.merge(graph, state), jnp.asarray(pixels), keys(2), mesh=MESH)
+        settings: dict[str, Any] = {"dtype": jnp.dtype("float32"), "mesh": MESH}
+        errors = vae_errors(nnx.merge(graph, state), jnp.asarray(pixels), keys(2), **settings)
         return errors.l1 + errors.mse + 0.1 * errors.kl
 
     value, grads = jax.jit(jax.value_and_grad(ours))(state)
