@@ -22,14 +22,22 @@ LARGEST_RANK = 4096
 RANDOM = "random"
 
 
-TEXT = Kind("text", lambda value: isinstance(value, str), str)
+def _is_text(value: Any) -> bool:
+    # A recipe is written as UTF-8, which has no place for a name's undecodable bytes.
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and value != ""
+
+
+TEXT = Kind("text in UTF-8", _is_text, str)
 NAMES = Kind(
     "a list of names",
-    lambda value: isinstance(value, tuple) and all(isinstance(x, str) and x for x in value),
+    lambda value: isinstance(value, tuple) and value != () and all(map(_is_name, value)),
     lambda value: tuple(value.split(",")) if isinstance(value, str) else value,
 )
 WHOLE = Kind("a whole number from 0 to 2**31 - 1", lambda v: is_whole(v) and 0 <= v < 2**31, int)
-SEED = Kind("a whole number from 0 to 2**64 - 1", lambda v: is_whole(v) and 0 <= v < 2**64, int)
 RANK = Kind(
     f"a whole number from 1 to {LARGEST_RANK}",
     lambda v: is_whole(v) and 0 < v <= LARGEST_RANK,
@@ -57,7 +65,7 @@ class Recipe:
     # Weights to start from: a LoRA, or a model's folder; "random" for new ones.
     init: str = _key(TEXT, "")
     steps: int = _key(COUNT, free=True)
-    seed: int = _key(SEED, 42)
+    seed: int = _key(WHOLE, 42)
     batch: int = _key(COUNT, 1)  # clips whose gradient is computed at once, of all devices
     accumulate: int = _key(COUNT, 1)  # such batches in a step
     # What is trained.
@@ -100,14 +108,21 @@ class Recipe:
             raise ValueError("; ".join(faults))
 
     def _faults(self) -> Iterator[str]:
-        if self.warmup >= self.steps and self.schedule != "constant":
+        if self.warmup >= self.steps:
             yield f"warmup must be below steps {self.steps}: got {self.warmup}"
+        if self.optimizer == "prodigy" and self.learning_rate == DEFAULTS["learning_rate"]:
+            yield "learning_rate must be given where optimizer is prodigy, which scales it: try 1"
         if bool(self.validation) != bool(self.validate_every):
             yield "validation and validate_every must be given together"
         if self.method == "lora" and self.init == RANDOM:
             yield f"init must be a LoRA or nothing where method is lora: got {RANDOM}"
-        if self.method != "vae" and (self.crop or self.stills):
-            yield f"crop and stills must be 0 where method is {self.method}"
+        inert = [key for key, methods in OF_METHODS.items() if self.method not in methods]
+        if self.schedule == "constant":
+            inert.append("final_rate")
+        if given := [key for key in inert if getattr(self, key) != DEFAULTS[key]]:
+            do = "do" if len(given) > 1 else "does"
+            how = f"method is {self.method} and schedule is {self.schedule}"
+            yield f"{', '.join(given)} must be left out: {do} nothing where {how}"
 
     @property
     def clips(self) -> int:
@@ -126,13 +141,23 @@ class Recipe:
 
 
 KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(Recipe)}
+DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(Recipe)}
 FREE = [one.name for one in dataclasses.fields(Recipe) if one.metadata["free"]]
+# Keys that not all methods read.
+OF_METHODS = {
+    **dict.fromkeys(("rank", "alpha", "targets"), ("lora",)),
+    **dict.fromkeys(("kl", "crop", "stills"), ("vae",)),
+    **dict.fromkeys(("text_dropout", "image_dropout", "image_noise"), ("lora", "full")),
+    **dict.fromkeys(("image_latent_scale", "kept", "attention"), ("lora", "full")),
+}
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
-    return json.dumps(value)  # TOML writes these values as JSON does
+    # TOML writes these values as JSON does, but for characters that JSON may escape in two halves,
+    # and for one that it need not escape.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_recipe(path: str, changes: Iterable[str] = ()) -> Recipe:

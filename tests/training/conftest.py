@@ -23,8 +23,10 @@ class Studio(NamedTuple):
     pixels: Path  # the same clips, for the VAE
 
     def recipe(self, output: Path, **keys: Any) -> Recipe:
-        settings: dict[str, Any] = {"method": "lora", "steps": 4, "batch": 4, "rank": 3}
-        settings |= {"alpha": 6.0, "learning_rate": 0.01, "warmup": 0, **keys}
+        settings: dict[str, Any] = {"method": "lora", "steps": 4, "batch": 4, "warmup": 0}
+        settings |= {"learning_rate": 0.01, **keys}
+        if settings["method"] == "lora":
+            settings = {"rank": 3, "alpha": 6.0, **settings}
         data = self.pixels if settings["method"] == "vae" else self.data
         paths = {"model": str(self.model), "data": str(data), "output": str(output)}
         return Recipe(**paths, **settings)

@@ -27,7 +27,13 @@ def test_every_shipped_recipe_is_valid_and_found_by_its_name(path: Path) -> None
 
 def test_changes_replace_keys_and_are_read_by_their_kinds(tmp_path: Path) -> None:
     changes = ["steps=7", "learning_rate=1e-3", "targets=attention,text_in", "ema=.5", "alpha=3"]
-    changes += ["tensorboard=true", "image_latent_scale=sat", "model=123", "image_noise=false"]
+    changes += [
+        "warmup=0",
+        "tensorboard=true",
+        "image_latent_scale=sat",
+        "model=123",
+        "image_noise=false",
+    ]
     recipe = read_recipe(written(tmp_path, "rank = 4\n"), changes)
     assert (recipe.steps, recipe.learning_rate, recipe.rank) == (7, 1e-3, 4)
     assert recipe.targets == ("attention", "text_in")
@@ -52,7 +58,14 @@ def test_changes_replace_keys_and_are_read_by_their_kinds(tmp_path: Path) -> Non
         ("", ["seed=1" + "0" * 400], "seed must be a whole number"),
         ("", ["targets="], "targets must be a list of names: got ''"),
         ('init = "random"\n', [], "init must be a LoRA or nothing where method is lora"),
-        ("crop = 32\n", [], "crop and stills must be 0 where method is lora"),
+        ("crop = 32\nkl = 1\n", [], "kl, crop must be left out: do nothing where method is lora"),
+        ("", ["method=full", "rank=4"], "rank must be left out: does nothing where method is full"),
+        ("", ["method=vae", "kept=all"], "kept must be left out: does nothing where method is vae"),
+        ("final_rate = 0.1\n", [], "final_rate must be left out: does nothing where method is"),
+        ("targets = []\n", [], "targets must be a list of names: got []"),
+        ("", ["output=a\udcff"], "output must be text in UTF-8: got 'a\\udcff'"),
+        ('optimizer = "prodigy"\n', [], "learning_rate must be given where optimizer is prodigy"),
+        ("warmup = 200\n", [], "warmup must be below steps 200: got 200"),
         ("validate_every = 5\n", [], "validation and validate_every must be given together"),
         ('schedule = "cosine"\nwarmup = 200\n', [], "warmup must be below steps 200: got 200"),
     ],
@@ -82,6 +95,7 @@ def test_a_recipe_that_is_not_there_names_the_shipped_ones() -> None:
 
 def test_a_written_recipe_reads_the_same_and_names_what_changed(tmp_path: Path) -> None:
     recipe = read_recipe(written(tmp_path, 'targets = ["mlp"]\ninit = "a \\"b\\" \\\\ c"\n'))
+    recipe = dataclasses.replace(recipe, output="猫 😀\x7f\t\n")
     path = tmp_path / "again.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert read_recipe(str(path)) == recipe

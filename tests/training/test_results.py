@@ -1,6 +1,7 @@
 """The plot and the card of a run."""
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -40,8 +41,9 @@ def metrics(tmp_path: Path) -> Path:
 
 
 def recipe_of(**keys: Any) -> Recipe:
-    given = {"method": "lora", "data": "clips", "output": "runs/orbit", "steps": 11}
-    return Recipe(**{**given, "model": NAMED, "rank": 16, "alpha": 8.0, **keys})
+    given: dict[str, Any] = {"method": "lora", "data": "clips", "output": "runs/orbit"}
+    given |= {"model": NAMED, "steps": 11, "warmup": 0, **keys}
+    return Recipe(**({"rank": 16, "alpha": 8.0} if given["method"] == "lora" else {}), **given)
 
 
 # the plot
@@ -127,6 +129,14 @@ def test_the_card_has_the_figures_of_the_run(metrics: Path, tmp_path: Path) -> N
         "machine": "8 x cpu",
     }
     assert "![" not in text
+
+
+def test_a_card_says_what_a_lora_needs_beside_itself(metrics: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(named(NAMED), int8=("transformer",))
+    recipe = recipe_of(model="/models/5b-int8", image_latent_scale="trainer")
+    write_card(tmp_path / "README.md", recipe, config, metrics, None)
+    text = (tmp_path / "README.md").read_text()
+    assert "--lora_path orbit --image_latent_scale trainer\n" in text
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "vae"])
