@@ -3,6 +3,7 @@ under a final name."""
 
 import atexit
 import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -36,6 +37,23 @@ def cache_folder(*parts: str) -> Path:
         return user_cache_path("cogi2v-jax").joinpath(*parts)
     except RuntimeError:  # from expanding ~
         return process_folder().joinpath(*parts)
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder for this process, where its file system can; the system releases it when the
+    process ends. Raises ValueError where another one holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{what} {folder} is being written by another program") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @functools.cache

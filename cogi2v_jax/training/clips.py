@@ -2,6 +2,7 @@
 PyAV. No jax."""
 
 import csv
+import errno
 import io
 import itertools
 import math
@@ -15,6 +16,8 @@ from PIL import Image
 from ..disk import A_POINTER, POINTER, first_line, is_pointer, parse_row, refuse_pointer
 from ..media.images import fit_image
 
+# Of the system, or of a file server: another try may succeed.
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif", ".m4v")
 TABLES = ("metadata.jsonl", "metadata.csv")  # of a data set of the Hugging Face hub
 PROMPTS, VIDEOS = ("prompts.txt", "prompt.txt"), ("videos.txt", "video.txt")  # a clip a line
@@ -194,7 +197,7 @@ def choose_frames(wanted: int, frames: int, rate: float, fps: float) -> list[int
 def read_clip(path: Path, buckets: Sequence[Bucket], fps: float) -> tuple[int, np.ndarray]:
     """(the number of a video's bucket; its frames there, uint8 [f h w 3]). Frames are turned
     upright, and those that are not chosen are decoded alone. Raises ValueError, without the path,
-    for a video that is missing, broken or too short."""
+    for a video that is missing, broken or too short; OSError where another try may succeed."""
     from av.error import FFmpegError
 
     try:
@@ -210,7 +213,10 @@ def read_clip(path: Path, buckets: Sequence[Bucket], fps: float) -> tuple[int, n
     except FileNotFoundError:
         raise ValueError("there is no such file") from None
     except (FFmpegError, OSError) as error:
-        raise ValueError(f"it cannot be read: {error.strerror or first_line(error)}") from None
+        reason = error.strerror or first_line(error)
+        if error.errno in PASSING:
+            raise OSError(f"{path} cannot be read now: {reason}") from None
+        raise ValueError(f"it cannot be read: {reason}") from None
 
 
 def _count_frames(path: Path) -> int:

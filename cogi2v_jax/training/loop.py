@@ -5,14 +5,14 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ..devices import hosts
-from ..disk import PART, replace_when_done
+from ..disk import PART, locked, replace_when_done
 from ..terminal import Say
 from .checkpoints import Checkpoints
 from .metrics import Metrics, check_tensorboard
@@ -44,11 +44,15 @@ def train(recipe: Recipe, say: Say) -> None:
     run = Run(recipe, say)
     validation = Validation(run, folder)
     check_output(run, folder)
-    if hosts.leads():
-        _write_recipe(folder, recipe)
-    with Checkpoints(folder / "checkpoints", recipe.checkpoints) as kept, interrupts() as asked:
+    with (
+        _owned(folder, recipe),
+        Checkpoints(folder / "checkpoints", recipe.checkpoints) as kept,
+        interrupts() as asked,
+    ):
         state = kept.restore(run.begin())
         done = int(state.step)
+        if done > recipe.steps:
+            raise ValueError(f"steps must be at least those done, {done}: got {recipe.steps}")
         if done:
             say(f"going on from step {done}")
         with Metrics(folder, done, recipe, run.name_of, say) as metrics:
@@ -89,12 +93,20 @@ def _is_strange(path: Path) -> bool:
     return PART not in path.name
 
 
-def _write_recipe(folder: Path, recipe: Recipe) -> None:
+@contextmanager
+def _owned(folder: Path, recipe: Recipe) -> Iterator[None]:
+    """Makes the folder, holds it for this run, and writes the recipe; on process 0. Raises
+    ValueError where another run holds it."""
+    if not hosts.leads():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(f".*{PART}*"):  # of a run that was killed
-        shutil.rmtree(part, ignore_errors=True)
-    with replace_when_done(folder / RECIPE) as part:
-        part.write_text(recipe.to_toml(), encoding="utf-8")
+    with locked(folder, "output"):
+        for part in folder.glob(f".*{PART}*"):  # of a run that was killed
+            shutil.rmtree(part, ignore_errors=True)
+        with replace_when_done(folder / RECIPE) as part:
+            part.write_text(recipe.to_toml(), encoding="utf-8")
+        yield
 
 
 @contextmanager
@@ -112,8 +124,9 @@ def interrupts() -> Iterator[Callable[[int], int]]:
     def ask(number: int, frame: Any) -> None:
         got.append(number)
         signal.signal(number, before[number])  # the second one does not wait
-        # Not print, which fails where the signal interrupts a print.
-        os.write(sys.stderr.fileno(), b"\nstopping after this step; again to stop at once\n")
+        with suppress(OSError):  # Ctrl-C ends the other programs of a pipe too
+            # Not print, which fails where the signal interrupts a print.
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; again to stop at once\n")
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -88,10 +89,11 @@ class Metrics:
             minutes, seconds = divmod(round(each * (self._steps - step)), 60)
             rate = f"{1 / each:.1f} steps/s" if each < 1 else f"{each:.1f} s a step"
             line += f", {rate}, {minutes}:{seconds:02d} left"
-        if terminal:
-            self._say(f"\r{line}   ", end="\n" if last else "")
-        else:
-            self._say(line)
+        with suppress(BrokenPipeError):  # training goes on where nobody reads its lines any more
+            if terminal:
+                self._say(f"\r{line}   ", end="\n" if last else "")
+            else:
+                self._say(line)
 
     def __enter__(self) -> "Metrics":
         return self

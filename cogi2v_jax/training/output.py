@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from ..devices import hosts
 from ..devices.sharding import to_host
-from ..disk import check_space
+from ..disk import PART, check_space
 from ..terminal import Say
 from ..weights.needed_files import LORA_FILE
 from .metrics import METRICS
@@ -20,9 +20,11 @@ CARD = "README.md"
 
 
 def check_output(run: Run, folder: Path) -> None:
-    """Raises OSError where the disk has no room for checkpoints and results, before training."""
+    """Raises OSError where the disk has no room for checkpoints and results, before training. Those
+    that are there already have theirs."""
     count = run.recipe.checkpoints + 1  # the next one is written before the oldest is removed
-    check_space(folder, run.bytes_of_state * count, "checkpoints and results")
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_space(folder, max(0, run.bytes_of_state * count - there), "checkpoints and results")
 
 
 def write_output(run: Run, leaves: Mapping[str, Array], folder: Path, say: Say) -> None:
@@ -41,9 +43,16 @@ def write_output(run: Run, leaves: Mapping[str, Array], folder: Path, say: Say) 
         header = {"base_model_name_or_path": shorten(recipe.model)}
         write_lora(result, values, models.config, recipe.alpha, header=header)
     else:
-        result = folder / MODEL
-        shutil.rmtree(result, ignore_errors=True)  # of an earlier end of this run
-        write_trained(models.folder, result, recipe.part, values)
+        result, old = folder / MODEL, folder / f".{MODEL}{PART}old"
+        if result.exists():  # of an earlier end of this run; it stays until the new one is whole
+            result.rename(old)
+        try:
+            write_trained(models.folder, result, recipe.part, values)
+        except BaseException:
+            if old.exists() and not result.exists():
+                old.rename(result)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     metrics, plot = folder / METRICS, folder / PLOT
     picture = plot if plot_loss(metrics, plot, say) else None
     write_card(folder / CARD, recipe, models.config, metrics, picture)

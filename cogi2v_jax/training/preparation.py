@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import Int, UInt8
 from ..config import CheckpointConfig
 from ..devices import hosts
 from ..devices.sharding import to_host
-from ..disk import PART, check_space, read_json
+from ..disk import PART, check_space, locked, read_json
 from ..models.tokenizer import tokenize
 from ..request import Request
 from ..sampling import stages
@@ -79,13 +79,21 @@ def prepare(
     be used are skipped, and the manifest says why. Raises ValueError or OSError, in one line, for a
     folder of anything else, and where no clip can be used."""
     plan = plan_of(source, clips, buckets, fps)
+    shards.check_folder(folder)
     folder.mkdir(exist_ok=True)
+    with locked(folder, "DIR") if hosts.leads() else nullcontext():
+        return _prepare(source, plan, folder, on_progress)
+
+
+def _prepare(
+    source: Models | CheckpointConfig, plan: Plan, folder: Path, on_progress: OnProgress
+) -> Prepared:
     if hosts.leads():
         for part in folder.glob(f".*{PART}*"):  # of a run that was killed
             shutil.rmtree(part, ignore_errors=True)
     everything = [*plan.texts, *plan.videos]
     missing = plan.remaining(folder, everything)
-    check_space(folder, _bytes(source, plan, missing), f"{len(clips)} prepared clips")
+    check_space(folder, _bytes(source, plan, missing), f"{len(plan.clips)} prepared clips")
     ids = tokenize_captions(source, plan.captions) if isinstance(source, Models) else None
     _meet("planned")  # every process has seen the same
     manifest = folder / shards.MANIFEST

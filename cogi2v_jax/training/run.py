@@ -3,7 +3,6 @@ networks on the mesh, and what the programs are compiled for."""
 
 import dataclasses
 import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
@@ -17,7 +16,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from ..arguments import parse_loras
-from ..devices.mesh import choose_sizes, make_mesh, work_of
+from ..devices import hosts
+from ..devices.mesh import choose_sizes, make_mesh, sizes_of, work_of
 from ..devices.sharding import put, split
 from ..loading import load
 from ..models.attention import ATTENTION
@@ -43,7 +43,7 @@ from .initial import new_leaves
 from .losses import Clips, levels
 from .preparation import plan_of
 from .recipe import RANDOM, Recipe
-from .state import State, begin, take_apart
+from .state import State, begin, optimizer, take_apart
 from .steps import TRANSFORMER, VAE, Figures, Scales
 
 COPIES = 6  # of trained weights in memory: two of the optimiser, gradients, an average, one in work
@@ -74,15 +74,22 @@ class Run:
 
     def __init__(self, recipe: Recipe, say: Say):
         self.recipe = recipe
-        self.prepared = shards.open(Path(recipe.data))
+        if recipe.mesh != "auto":
+            sizes_of(recipe.mesh)  # refused before a model is fetched and converted
+        self.prepared = shards.open(Path(recipe.data), check=hosts.leads())
         _check_kind(recipe, self.prepared)
         dtype = None if recipe.dtype == "auto" else recipe.dtype
         self.models: Models = load(recipe.model, dtype, recipe.attention, say=say)
         _check_model(self.models, self.prepared)
         config, part, full = self.models.config, recipe.part, recipe.method != "lora"
+        if recipe.crop % (ratio := config.vae.spatial_ratio):
+            raise ValueError(f"crop must be a multiple of {ratio}: got {recipe.crop}")
         if full and part in config.int8:
             way = "train a LoRA on it, or convert its source without int8"
             raise ValueError(f"model must not be in int8 to train all weights of it; {way}")
+        if recipe.validation and "transformer" in config.int8:
+            way = "it would be merged into int8 kernels; sample from a floating-point model"
+            raise ValueError(f"validation must be left out of a LoRA on an int8 model: {way}")
         self.memory = memory_limit() // (COPIES if full else 1)
         network = piece(config, part, jnp.dtype(jnp.float32) if full else self.models.dtype)
         split_networks = {} if can_replicate(network, self.memory) else {part: network}
@@ -136,16 +143,20 @@ class Run:
 
     @property
     def bytes_of_state(self) -> int:
-        """Of a checkpoint, about: the trained leaves, two of the optimiser and an average."""
+        """Of a checkpoint: the trained leaves, their average, and what the optimiser keeps."""
         network: Any = abstract(self.models.config, self.recipe.part, jnp.dtype(jnp.float32))
         leaves = leaf_names(network)
         if self.recipe.method == "lora":
-            rank, names = self.recipe.rank, resolve_targets(network, self.recipe.targets)
-            shapes = [leaves[f"{name}.kernel"].shape for name in names]
-            count = sum(math.prod(shape[:-2]) * rank * sum(shape[-2:]) for shape in shapes)
-        else:
-            count = sum(math.prod(leaf.shape) for leaf in leaves.values())
-        return 4 * count * (4 if self.recipe.ema else 3)
+            factors = {}
+            for name in resolve_targets(network, self.recipe.targets):
+                *stack, inputs, outputs = leaves[f"{name}.kernel"].shape
+                factors[f"{name}.lora.down"] = (*stack, inputs, self.recipe.rank)
+                factors[f"{name}.lora.up"] = (*stack, self.recipe.rank, outputs)
+            leaves = {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in factors.items()}
+        kept = jax.eval_shape(optimizer(self.recipe).init, leaves)
+        average = leaves if self.recipe.ema else {}
+        whole = jax.tree.leaves((leaves, average, kept))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in whole)
 
     def name_of(self, clip: int) -> str:
         """The video of a clip, as its list named it."""

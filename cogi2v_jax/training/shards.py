@@ -11,6 +11,7 @@ made of: the same command keeps what is there, and makes the rest."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import ml_dtypes  # noqa: F401 (with it numpy knows bfloat16)
 import numpy as np
 
 from .. import __version__
-from ..disk import first_line, one_line, read_json, replace_when_done, sha256
+from ..disk import PART, first_line, one_line, read_json, replace_when_done, sha256
 from .clips import Bucket, Clip
 
 FORMAT = 1  # of the folder; a reader refuses any other
@@ -31,6 +32,7 @@ HEADER = "prepared"  # the key of a shard's metadata
 LATENTS, PIXELS = "latents", "pixels"  # kinds
 CAPTIONS = 64  # of a shard
 CLIPS = {LATENTS: 16, PIXELS: 2}  # of a shard, by kind; it is in memory while it is written
+SHARD = re.compile(r"(text|clips)-\d{5,}\.safetensors")
 AGAIN = "delete it and prepare the clips again"
 
 
@@ -248,6 +250,22 @@ class Prepared:
     def empty_text(self) -> np.ndarray:
         """The encoding [p d] of no caption."""
         return self.text(0)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError for a folder with anything that `prepare` does not leave."""
+    if not folder.is_dir():
+        return
+
+    def is_ours(path: Path) -> bool:
+        if path.name == MANIFEST:
+            return read_json(path).get("kind") in CLIPS
+        return PART in path.name or bool(SHARD.fullmatch(path.name))
+
+    if strange := sorted(path.name for path in folder.iterdir() if not is_ours(path)):
+        raise ValueError(
+            f"{folder} must be new, empty, or of prepared clips: got {one_line(strange[0])} in it"
+        )
 
 
 def open(folder: Path, check: bool = False) -> Prepared:

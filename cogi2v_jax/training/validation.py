@@ -77,7 +77,10 @@ class Validation:
 
     def _request(self, row: Row) -> Request:
         seed = self.run.recipe.seed if row.seed is None else row.seed
-        return Request(row.image, row.prompt, row.negative_prompt, seed=seed)
+        scale = self.run.recipe.image_latent_scale
+        return Request(
+            row.image, row.prompt, row.negative_prompt, seed=seed, image_latent_scale=scale
+        )
 
 
 def with_leaves(run: Run, leaves: Mapping[str, Array], name: str) -> Models:

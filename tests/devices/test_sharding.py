@@ -37,7 +37,8 @@ EIGHT = [
     for context in (1, 2, 4, 8)
     if data * pair * context == 8
 ]
-TOGETHER = Sizes(2, 2, 2)  # all axes
+# All axes together; each as long as it can be, or two of them; the others.
+FAST, SLOW = (Sizes(2, 2, 2),), (Sizes(1, 1, 8), Sizes(1, 2, 4), Sizes(8, 1, 1))
 
 
 class Device(types.SimpleNamespace):
@@ -332,7 +333,15 @@ def unsharded(folder: Any, request_of_eight: Request) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes != TOGETHER)) for sizes in EIGHT],
+    [
+        *FAST,
+        *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW),
+        *(
+            pytest.param(sizes, marks=pytest.mark.release)
+            for sizes in EIGHT
+            if sizes not in FAST + SLOW
+        ),
+    ],
     ids=str,
 )
 def test_the_results_of_no_stage_depend_on_the_mesh(

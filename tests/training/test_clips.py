@@ -1,5 +1,6 @@
 """Lists of clips in every layout, and which frames of a video are taken."""
 
+import errno
 import json
 import subprocess
 from pathlib import Path
@@ -210,6 +211,17 @@ def test_a_video_with_fewer_frames_than_it_says_gives_those_it_has(tmp_path: Pat
     assert indices(read_clip(path, [Bucket(20, 64, 64)], 2.0)[1]) == list(range(20))
     with pytest.raises(ValueError, match="at least 25 frames: got 20"):
         read_clip(path, [Bucket(25, 64, 64)], 8.0)
+
+
+def test_a_fault_of_the_system_is_no_fault_of_the_clip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "open", stale)
+    with pytest.raises(OSError, match=r"a\.mp4 cannot be read now: Stale file handle"):
+        read_clip(tmp_path / "a.mp4", [Bucket(9, 16, 16)], 8.0)
 
 
 def test_a_clip_that_is_of_no_use_says_why(tmp_path: Path) -> None:

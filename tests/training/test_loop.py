@@ -10,13 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from processes import announcements
 from tolerances import relative_error
 
+from cogi2v_jax.disk import locked
 from cogi2v_jax.train import main
 from cogi2v_jax.training.checkpoints import Checkpoints
-from cogi2v_jax.training.loop import train
+from cogi2v_jax.training.loop import interrupts, train
+from cogi2v_jax.training.output import write_output
+from cogi2v_jax.training.run import Run
+from cogi2v_jax.weights.checkpoint import MANIFEST
 
 PROGRAM = (sys.executable, "-m", "cogi2v_jax.train")
 # Quick to compile, exact products, one device a process.
@@ -179,6 +184,11 @@ def test_a_run_leaves_weights_metrics_checkpoints_a_card_and_a_plot(
     assert "going on from step 4" in capsys.readouterr().err
     assert losses(output)[:4] == before
     assert len(losses(output)) == 6
+    assert main([*arguments, "steps=5"]) == 1
+    assert "steps must be at least those done, 6: got 5" in capsys.readouterr().err
+    with locked(output, "output"):
+        assert main([*arguments, "steps=7"]) == 1
+    assert f"output {output} is being written by another program" in capsys.readouterr().err
     # Another recipe, and a folder of something else, are refused.
     assert main([*arguments, "rank=5", "seed=1"]) == 1
     said = capsys.readouterr().err
@@ -191,6 +201,34 @@ def test_a_run_leaves_weights_metrics_checkpoints_a_card_and_a_plot(
     (tmp_path / "other" / "photo.jpg").touch()
     assert main([*arguments, f"output={tmp_path / 'other'}"]) == 1
     assert "output must be new, empty, or of an earlier run" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_a_wish_to_stop_where_nobody_reads_the_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def closed(*_: Any) -> int:
+        raise BrokenPipeError
+
+    with interrupts() as asked:
+        assert not asked(1)
+        monkeypatch.setattr(os, "write", closed)
+        signal.raise_signal(signal.SIGINT)
+        assert asked(2) == signal.SIGINT
+    monkeypatch.undo()
+
+
+@FIRST
+def test_a_result_stays_until_the_next_one_is_whole(studio: Any, tmp_path: Path) -> None:
+    run = Run(studio.recipe(tmp_path, method="vae"), lambda *_, **__: None)
+    leaves, nothing = run.begin().leaves, jnp.full(3, jnp.nan)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "earlier").touch()
+    with pytest.raises(ValueError, match="decoder"):
+        write_output(run, {**leaves, "decoder.conv_out.bias": nothing}, tmp_path, print)
+    assert (tmp_path / "model" / "earlier").exists()
+    write_output(run, leaves, tmp_path, lambda _: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "README.md"}
+    assert (tmp_path / "model" / MANIFEST).exists()
 
 
 @FIRST

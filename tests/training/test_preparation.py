@@ -247,6 +247,18 @@ def test_clips_of_which_none_is_there_are_refused(tmp_path: Path, capsys) -> Non
     assert "one clip at least must exist: got 1 that don't" in line
 
 
+def test_a_folder_of_something_else_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "manifest.json").write_text('{"name": "an app"}')
+    command = [str(library(tmp_path / "clips", 1)), str(site), *TINY, "--pixels"]
+    assert main(command) == 1
+    assert "must be new, empty, or of prepared clips: got manifest.json" in capsys.readouterr().err
+    assert contents(site) == {"manifest.json": b'{"name": "an app"}'}
+
+
 def test_stopping_keeps_what_is_done(tmp_path: Path, monkeypatch, capsys) -> None:
     clips = library(tmp_path / "clips", 5)
     line = [str(clips), str(tmp_path / "out"), *TINY, "--pixels"]

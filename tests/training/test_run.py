@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tolerances import relative_error
@@ -59,6 +60,7 @@ def test_a_mesh_trains_to_the_weights_of_one_device(studio: Any, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["1.5"], indirect=True)
 @pytest.mark.parametrize("keys", [{"mesh": "data=4"}, {"mesh": "context=3"}, {"accumulate": 4}])
 def test_every_way_to_share_work_trains_to_the_same_weights(
     studio: Any, keys: dict[str, Any], tmp_path: Path
@@ -155,6 +157,7 @@ def test_crops_and_stills_depend_on_the_step_and_the_row_alone(studio: Any, tmp_
         ({"targets": ("attention", "nose")}, "targets must be among attention, mlp, all, blocks"),
         ({"mesh": "data=3"}, "request: video .4. must be divisible by 3"),
         ({"method": "vae", "crop": 64}, "crop must be at most the sides of 9x48x80: got 64"),
+        ({"method": "vae", "crop": 20}, "crop must be a multiple of 8: got 20"),
         ({"init": "no such file"}, "no such file"),
     ],
 )
@@ -164,6 +167,25 @@ def test_what_does_not_fit_together_is_refused_in_one_line(
     with pytest.raises((ValueError, OSError), match=said) as caught:
         Run(studio.recipe(tmp_path, **keys), quiet).begin()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"ema": 0.9, "targets": ("attention", "text_in")},
+        {"optimizer": "prodigy"},
+        {"method": "full", "optimizer": "muon", "ema": 0.9},
+    ],
+    ids=["lora", "prodigy", "muon"],
+)
+def test_a_state_takes_the_bytes_that_are_asked_of_the_disk(
+    studio: Any, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    run = Run(studio.recipe(tmp_path, **keys), quiet)
+    state = run.begin()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - state.step.nbytes
+    # The learned position table counts, which is not trained.
+    assert held <= run.bytes_of_state <= 1.1 * held
 
 
 def test_data_of_another_kind_or_model_are_refused(

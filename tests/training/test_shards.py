@@ -169,6 +169,20 @@ def test_a_folder_of_other_clips_or_settings_is_refused_in_one_line(
         other.remaining(folder, all_files(other))
 
 
+def test_a_folder_of_anything_else_is_refused_and_left_alone(folder: Path, tmp_path: Path) -> None:
+    shards.check_folder(folder)
+    shards.check_folder(tmp_path / "new")
+    site = tmp_path / "site"
+    site.mkdir()
+    for name, text in (("manifest.json", '{"name": "an app"}'), ("clips-00000.txt", "")):
+        (site / name).write_text(text)
+        with pytest.raises(
+            ValueError, match=f"must be new, empty, or of prepared clips: got {name}"
+        ):
+            shards.check_folder(site)
+        (site / name).unlink()
+
+
 def test_a_corrected_caption_leaves_the_clips_as_they_are(plan: Plan, folder: Path) -> None:
     clips = [plan.clips[0]._replace(caption="another"), *plan.clips[1:]]
     other = replace(plan, clips=clips)

@@ -64,11 +64,12 @@ def test_a_video_in_training_is_that_of_the_weights_that_are_written(
 def test_a_batch_file_becomes_videos_of_its_steps(studio: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text(f"prompt,image,seed\nthe red circle,{EXAMPLE_IMAGE},3\na,{EXAMPLE_IMAGE},\n")
-    keys = {"validation": str(rows), "validate_every": 2}
+    keys = {"validation": str(rows), "validate_every": 2, "image_latent_scale": "trainer"}
     run = Run(studio.recipe(tmp_path, **keys), quiet)
     validation = Validation(run, tmp_path)
     assert [step for step in range(1, 7) if validation.is_due(step)] == [2, 4, 6]
     validation.rows = validation.rows[:1]
+    assert validation._request(validation.rows[0]).image_latent_scale == "trainer"
     validation.generate(2, run.begin().leaves)
     (video,) = (tmp_path / "validation").iterdir()
     assert video.name == "000002-0.mp4"
