@@ -12,10 +12,11 @@ from jaxtyping import Array
 
 from ..devices import hosts
 from ..devices.sharding import to_host
+from ..disk import process_folder
 from ..media.recipe import recipe_of
 from ..media.rows import Row, read_manifest
-from ..media.videos import write_video
-from ..pipeline import generate
+from ..media.videos import check_output, write_video
+from ..pipeline import generate, prepare
 from ..request import Request
 from ..weights.checkpoint import Models
 from ..weights.lora import Factors, Lora
@@ -49,15 +50,18 @@ class TrainedModels(Models):
 
 
 class Validation:
-    """The batch file of a recipe, whose videos go into OUTPUT/validation. Raises as `read_manifest`
-    and as a request of them does."""
+    """The batch file of a recipe; its videos go into OUTPUT/validation. Raises before training, as
+    `read_manifest`, `pipeline.prepare` and `check_output` do: for a picture that can't be read, a
+    prompt that is too long, an ffmpeg that does not work."""
 
     def __init__(self, run: Run, folder: Path):
         self.run, self.folder = run, folder / "validation"
         recipe = run.recipe
         self.rows: list[Row] = read_manifest(Path(recipe.validation)) if recipe.validation else []
         for row in self.rows:
-            self._request(row).resolve(run.models.config)
+            prepare(run.models, self._request(row))
+        if self.rows and hosts.leads():
+            check_output(process_folder() / "try.mp4")
 
     def is_due(self, step: int) -> bool:
         """Whether videos are made after this step."""
@@ -84,8 +88,11 @@ class Validation:
 
 
 def with_leaves(run: Run, leaves: Mapping[str, Array], name: str) -> Models:
-    """The model of a run, to sample from, with trained leaves in it."""
+    """The model of a run, to sample from, with trained leaves in it. What sampling loads goes with
+    it: training needs the memory again."""
     recipe, models = run.recipe, run.models
+    public = (one.name for one in dataclasses.fields(Models) if not one.name.startswith("_"))
+    shared: dict[str, Any] = {name: getattr(models, name) for name in public}
     if recipe.method == "lora":
         factors: dict[Any, Factors] = {}
         scale = recipe.alpha / recipe.rank
@@ -96,8 +103,6 @@ def with_leaves(run: Run, leaves: Mapping[str, Array], name: str) -> Models:
             for layer in layers:
                 row = slice(None) if layer is None else layer
                 factors[kernel, layer] = Factors(down[row], up[row], scale)
-        models.loras = [Lora(name, name, 1.0, factors)]
-        return models
-    fields = {one.name: getattr(models, one.name) for one in dataclasses.fields(Models)}
-    shared = {name: value for name, value in fields.items() if not name.startswith("_")}
+        shared["loras"] = [Lora(name, name, 1.0, factors)]
+        return Models(**shared)
     return TrainedModels(**shared, part=recipe.part, leaves=run.whole(leaves))

@@ -45,7 +45,6 @@ def test_a_video_in_training_is_that_of_the_weights_that_are_written(
     run = Run(studio.recipe(tmp_path / "out", method=method), quiet)
     leaves = changed(run)
     ours = cogi2v_jax.generate(with_leaves(run, leaves, "x"), request())
-    run.models.loras = ()
     base = cogi2v_jax.generate(run.models, request())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "seconds": 1.0}\n')
@@ -71,17 +70,29 @@ def test_a_batch_file_becomes_videos_of_its_steps(studio: Any, tmp_path: Path) -
     validation.rows = validation.rows[:1]
     assert validation._request(validation.rows[0]).image_latent_scale == "trainer"
     validation.generate(2, run.begin().leaves)
+    assert not run.models._resident
     (video,) = (tmp_path / "validation").iterdir()
     assert video.name == "000002-0.mp4"
     assert read_frames(video).shape == (17, 48, 80, 3)
 
 
 @FIRST
-def test_a_wrong_batch_file_is_refused_before_training(studio: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (f",{EXAMPLE_IMAGE}", "line 3: it must have a prompt and an image"),
+        ("the red circle,no-such.png", "no-such.png"),
+        (f"{'the ' * 40}circle,{EXAMPLE_IMAGE}", "prompt must be at most 12 tokens"),
+    ],
+    ids=["no prompt", "no picture", "too long"],
+)
+def test_a_wrong_batch_file_is_refused_before_training(
+    studio: Any, row: str, said: str, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.csv"
-    rows.write_text(f"prompt,image\nthe red circle,{EXAMPLE_IMAGE}\n,{EXAMPLE_IMAGE}\n")
+    rows.write_text(f"prompt,image\nthe red circle,{EXAMPLE_IMAGE}\n{row}\n")
     run = Run(studio.recipe(tmp_path, validation=str(rows), validate_every=2), quiet)
-    with pytest.raises(ValueError, match="line 3: it must have a prompt and an image"):
+    with pytest.raises((ValueError, OSError), match=said):
         Validation(run, tmp_path)
 
 
