@@ -23,7 +23,7 @@ import ml_dtypes  # noqa: F401 (with it numpy knows bfloat16)
 import numpy as np
 
 from .. import __version__
-from ..disk import PART, first_line, one_line, read_json, replace_when_done, sha256
+from ..disk import first_line, one_line, read_json, replace_when_done, sha256
 from .clips import Bucket, Clip
 
 FORMAT = 1  # of the folder; a reader refuses any other
@@ -253,14 +253,15 @@ class Prepared:
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError for a folder with anything that `prepare` does not leave."""
+    """Raises ValueError for a folder with anything that `prepare` does not leave, but for hidden
+    files, which systems and killed runs leave."""
     if not folder.is_dir():
         return
 
     def is_ours(path: Path) -> bool:
         if path.name == MANIFEST:
             return read_json(path).get("kind") in CLIPS
-        return PART in path.name or bool(SHARD.fullmatch(path.name))
+        return path.name.startswith(".") or bool(SHARD.fullmatch(path.name))
 
     if strange := sorted(path.name for path in folder.iterdir() if not is_ours(path)):
         raise ValueError(

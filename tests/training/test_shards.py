@@ -170,6 +170,7 @@ def test_a_folder_of_other_clips_or_settings_is_refused_in_one_line(
 
 
 def test_a_folder_of_anything_else_is_refused_and_left_alone(folder: Path, tmp_path: Path) -> None:
+    (folder / ".DS_Store").touch()
     shards.check_folder(folder)
     shards.check_folder(tmp_path / "new")
     site = tmp_path / "site"
