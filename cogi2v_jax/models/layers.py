@@ -145,9 +145,11 @@ def _product_and_bias_backward(
     saved: tuple[Array, Array, Array | None], grad: Array
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias = saved
-    sums = None if bias is None else jnp.sum(wide(grad), axis=tuple(range(grad.ndim - 1)))
-    of_bias = sums if bias is None or sums is None else sums.astype(bias.dtype)
-    return *_product_backward((x, kernel), grad), of_bias
+    of_x, of_kernel = _product_backward((x, kernel), grad)
+    if bias is None:
+        return of_x, of_kernel, None
+    rows = tuple(range(grad.ndim - 1))
+    return of_x, of_kernel, jnp.sum(wide(grad), axis=rows).astype(bias.dtype)
 
 
 _product_and_bias.defvjp(_product_and_bias_forward, _product_and_bias_backward)
