@@ -88,6 +88,7 @@ class Recipe:
     image_dropout: float = _key(SHARE, 0.05)
     image_noise: bool = _key(TRUTH, True)  # exp(N(-3, 0.5)) on the pixels of the image
     image_latent_scale: str | float = _key(LATENT_SCALE, "reference")
+    decoder_only: bool = _key(TRUTH, False)  # of the VAE: its latents stay what they are
     kl: float = _key(SCALE, 1e-6)  # the weight of the VAE's KL divergence
     crop: int = _key(WHOLE, 0)  # pixels of the VAE's square crops; 0 trains on whole clips
     stills: int = _key(WHOLE, 0)  # every so many steps the VAE trains on single frames; 0: never
@@ -114,6 +115,8 @@ class Recipe:
             yield "learning_rate must be given where optimizer is prodigy, which scales it: try 1"
         if bool(self.validation) != bool(self.validate_every):
             yield "validation and validate_every must be given together"
+        if self.decoder_only and self.kl != DEFAULTS["kl"]:
+            yield "kl must be left out where decoder_only is true: the encoder stays as it is"
         if self.method == "lora" and self.init == RANDOM:
             yield f"init must be a LoRA or nothing where method is lora: got {RANDOM}"
         inert = [key for key, methods in OF_METHODS.items() if self.method not in methods]
@@ -134,6 +137,14 @@ class Recipe:
         """The part of the checkpoint that is trained."""
         return "vae" if self.method == "vae" else "transformer"
 
+    def trains(self, name: str) -> bool:
+        """Whether the leaf of this dotted name is trained, of the part with its LoRA."""
+        if self.method == "lora":
+            return ".lora." in f".{name}"
+        if self.decoder_only:
+            return name.startswith("decoder.")
+        return name != "table"  # learned positions, which the reference does not train either
+
     def to_toml(self) -> str:
         """The recipe with every key, as a file."""
         values = ((key, getattr(self, key)) for key in KINDS)
@@ -146,7 +157,7 @@ FREE = [one.name for one in dataclasses.fields(Recipe) if one.metadata["free"]]
 # Keys that not all methods read.
 OF_METHODS = {
     **dict.fromkeys(("rank", "alpha", "targets"), ("lora",)),
-    **dict.fromkeys(("kl", "crop", "stills"), ("vae",)),
+    **dict.fromkeys(("decoder_only", "kl", "crop", "stills"), ("vae",)),
     **dict.fromkeys(("text_dropout", "image_dropout", "image_noise"), ("lora", "full")),
     **dict.fromkeys(("image_latent_scale", "kept", "attention"), ("lora", "full")),
 }

@@ -110,18 +110,13 @@ class Run:
                 raise ValueError(f"init must have the networks of model: got {recipe.init}")
         dtype = models.dtype if recipe.method == "lora" else jnp.dtype(jnp.float32)
         network = self._load(start, dtype)
-        if recipe.method != "lora":
-            # The reference does not train the learned position table either.
-            parts = take_apart(network, lambda name: name != "table")
-            self._structure, trained, self._frozen = parts
-            if recipe.init == RANDOM:
-                trained = new_leaves(trained, recipe.seed)
-            return begin(recipe, trained, self.mesh)
-        settings: Any = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
-        add_lora(network, recipe.targets, **settings)
-        parts = take_apart(network, lambda name: ".lora." in f".{name}")
-        self._structure, trained, self._frozen = parts
-        if recipe.init:
+        if recipe.method == "lora":
+            settings: Any = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
+            add_lora(network, recipe.targets, **settings)
+        self._structure, trained, self._frozen = take_apart(network, recipe.trains)
+        if recipe.init == RANDOM:
+            trained = new_leaves(trained, recipe.seed)
+        elif recipe.init and recipe.method == "lora":
             trained |= read_lora(recipe, models, trained)
         return begin(recipe, trained, self.mesh)
 
@@ -153,6 +148,7 @@ class Run:
                 factors[f"{name}.lora.down"] = (*stack, inputs, self.recipe.rank)
                 factors[f"{name}.lora.up"] = (*stack, self.recipe.rank, outputs)
             leaves = {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in factors.items()}
+        leaves = {name: leaf for name, leaf in leaves.items() if self.recipe.trains(name)}
         kept = jax.eval_shape(optimizer(self.recipe).init, leaves)
         average = leaves if self.recipe.ema else {}
         whole = jax.tree.leaves((leaves, average, kept))

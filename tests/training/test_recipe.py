@@ -61,6 +61,7 @@ def test_changes_replace_keys_and_are_read_by_their_kinds(tmp_path: Path) -> Non
         ("crop = 32\nkl = 1\n", [], "kl, crop must be left out: do nothing where method is lora"),
         ("", ["method=full", "rank=4"], "rank must be left out: does nothing where method is full"),
         ("", ["method=vae", "kept=all"], "kept must be left out: does nothing where method is vae"),
+        ("", ["method=vae", "decoder_only=true", "kl=1"], "kl must be left out where decoder_only"),
         ("final_rate = 0.1\n", [], "final_rate must be left out: does nothing where method is"),
         ("targets = []\n", [], "targets must be a list of names: got []"),
         ("", ["output=a\udcff"], "output must be text in UTF-8: got 'a\\udcff'"),
