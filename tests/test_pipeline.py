@@ -319,7 +319,7 @@ def test_a_wrong_request_is_refused_before_weights_are_read(
     models = cogi2v_jax.load("cogi2v-tiny", dtype="float32")
     with pytest.raises(ValueError, match="must be"):
         cogi2v_jax.generate(models, Request(image, GROWS, **wrong))
-    assert not models._resident
+    assert not models.loaded
 
 
 def test_an_id_beyond_the_text_encoders_table_is_refused(

@@ -2,7 +2,6 @@
 seen: orbax renames it when all is written."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -52,14 +51,7 @@ class Checkpoints:
         """Copies the state to the host, and writes it in another thread."""
         self._manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
 
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> Any:
+    def close(self) -> None:
+        """Waits until all is written."""
         self._manager.wait_until_finished()
         self._manager.close()

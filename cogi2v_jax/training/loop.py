@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def train(recipe: Recipe, say: Say) -> None:
     check_output(run, folder)
     with (
         _owned(folder, recipe),
-        Checkpoints(folder / "checkpoints", recipe.checkpoints) as kept,
+        closing(Checkpoints(folder / "checkpoints", recipe.checkpoints)) as kept,
         interrupts() as asked,
     ):
         state = kept.restore(run.begin())
@@ -55,7 +55,7 @@ def train(recipe: Recipe, say: Say) -> None:
             raise ValueError(f"steps must be at least those done, {done}: got {recipe.steps}")
         if done:
             say(f"going on from step {done}")
-        with Metrics(folder, done, recipe, run.name_of, say) as metrics:
+        with closing(Metrics(folder, done, recipe, run.name_of, say)) as metrics:
             waiting: tuple[Any, ...] | None = None  # a step whose figures are not read yet
             steps = range(done + 1, recipe.steps + 1)
             for step, rows in zip(steps, run.batches(done), strict=False):  # those have no end

@@ -275,6 +275,11 @@ class Models:
             self._resident[name], self._merged[name] = network, merged
             return network
 
+    @property
+    def loaded(self) -> list[str]:
+        """The names of the pieces on the devices, the least recently used first."""
+        return list(self._resident)
+
     def _used(self) -> int:
         return sum(map(bytes_per_device, self._resident.values()))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_a_loss_that_is_not_finite_ends_a_run_with_its_step_and_clips(
     recipe = studio.recipe(tmp_path / "out", steps=9, learning_rate=1e38, checkpoint_every=1)
     with pytest.raises(FloatingPointError, match=r"step \d must be finite.*\d\.mp4") as caught:
         train(recipe, lambda *_, **__: None)
-    with Checkpoints(tmp_path / "out" / "checkpoints", 2) as kept:
+    with closing(Checkpoints(tmp_path / "out" / "checkpoints", 2)) as kept:
         step = int(str(caught.value).split()[1])
         assert kept.latest in (None, step - 1)
     assert len(lines(tmp_path / "out")) == step - 1

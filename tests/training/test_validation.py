@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recipes import read_recipe
 from tolerances import TOLERANCE, assert_close, relative_error
 
 import cogi2v_jax
@@ -68,11 +69,11 @@ def test_a_batch_file_becomes_videos_of_its_steps(studio: Any, tmp_path: Path) -
     validation = Validation(run, tmp_path)
     assert [step for step in range(1, 7) if validation.is_due(step)] == [2, 4, 6]
     validation.rows = validation.rows[:1]
-    assert validation._request(validation.rows[0]).image_latent_scale == "trainer"
     validation.generate(2, run.begin().leaves)
-    assert not run.models._resident
+    assert not run.models.loaded
     (video,) = (tmp_path / "validation").iterdir()
     assert video.name == "000002-0.mp4"
+    assert read_recipe(video)["image_latent_scale"] == "trainer"
     assert read_frames(video).shape == (17, 48, 80, 3)
 
 

@@ -212,12 +212,12 @@ def test_the_least_recently_used_piece_is_dropped_first_and_only_where_there_is_
     limit(size(models, *PIECES) + 1000)
     for name in ("text_encoder", "vae", "modulation", "transformer", "text_encoder"):
         models.piece(name)
-    assert list(models._resident) == ["vae", "modulation", "transformer", "text_encoder"]
+    assert models.loaded == ["vae", "modulation", "transformer", "text_encoder"]
     models.piece("transformer", workspace=1001)
-    assert list(models._resident) == ["modulation", "text_encoder", "transformer"]
+    assert models.loaded == ["modulation", "text_encoder", "transformer"]
     # A piece that does not fit is still loaded, alone: the device raises if it can't hold it.
     models.piece("transformer", workspace=2**40)
-    assert list(models._resident) == ["transformer"]
+    assert models.loaded == ["transformer"]
 
 
 def test_the_memory_of_a_dropped_piece_is_freed(
@@ -237,7 +237,7 @@ def test_ahead_of_its_stage_a_piece_is_loaded_only_if_no_other_must_be_dropped(
     models.piece("text_encoder")
     limit(size(models, "text_encoder", "transformer"))
     assert models.piece("transformer", workspace=1, ahead=True) is None
-    assert list(models._resident) == ["text_encoder"]
+    assert models.loaded == ["text_encoder"]
     ahead = models.piece("transformer", ahead=True)
     assert models.piece("transformer") is ahead
 
