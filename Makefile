@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NEWEST := .venv/newest
 
-.PHONY: help sample test test-slow test-release test-newest lint clean
+.PHONY: help sample test test-slow test-release test-newest embedded lint clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,32 @@ test-newest: .venv/test ## install without PyTorch on Python 3.13 or 3.12; sampl
 	$(BIN)/cogi2v-convert record cogi2v_jax/assets/cogi2v-tiny $(NEWEST)/trace.safetensors \
 	--image cogi2v_jax/assets/example.png --prompt 'the cyan triangle grows' --num_inference_steps 2
 	$(NEWEST)/bin/cogi2v-convert verify cogi2v-tiny $(NEWEST)/trace.safetensors
+
+# Hours on two cores. Stopped at any moment, the same command goes on. It keeps the T5 and the VAE's
+# encoder of the embedded model that is there.
+embedded: trained/diffusers ## train the embedded model anew
+
+trained/clips: | .venv/test
+	rm -rf $@.part
+	mkdir -p trained
+	$(BIN)/python -m cogi2v_jax.training.shapes $@.part --clips 8100 --seed 1 \
+	--motions left right up down grows shrinks spins spins still
+	mv $@.part $@
+
+trained/vae/model: | trained/clips
+	$(BIN)/python -m cogi2v_jax.prepare trained/clips trained/pixels --model cogi2v-tiny --pixels
+	$(BIN)/python -m cogi2v_jax.train vae-tiny data=trained/pixels output=trained/vae
+
+trained/transformer/model: | trained/vae/model
+	$(BIN)/python -m cogi2v_jax.prepare trained/clips trained/latents --model trained/vae/model
+	$(BIN)/python -m cogi2v_jax.train cogi2v-tiny model=trained/vae/model data=trained/latents \
+	output=trained/transformer
+
+trained/diffusers: | trained/transformer/model
+	rm -rf trained/float32 trained/bfloat16
+	$(BIN)/cogi2v-convert to-torch trained/transformer/model trained/float32
+	$(BIN)/cogi2v-convert to-flax trained/float32 trained/bfloat16 --dtype bfloat16
+	$(BIN)/cogi2v-convert to-torch trained/bfloat16 $@
 
 lint: .venv/test ## check style and types
 	$(BIN)/ruff check .
