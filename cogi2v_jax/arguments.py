@@ -57,6 +57,8 @@ def _is_pair(lora: object) -> bool:
 
 
 def _parse_lora(file: object, weight: Any = None) -> tuple[Path | str, float]:
+    if not isinstance(file, str | os.PathLike):
+        raise ValueError(f"loras must be FILE, FILE:WEIGHT or (FILE, WEIGHT): got {file!r}")
     # Not pathlib's expanduser, which raises for a user that doesn't exist.
     text, (head, _, tail) = os.path.expanduser(str(file)), str(file).rpartition(":")
     if weight is None and head and not Path(text).exists():  # a name may have a colon of its own

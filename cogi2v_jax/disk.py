@@ -185,6 +185,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must be a TOML file: {error}") from None
 
 
+def is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold. The bytes of a name that are no text become
+    characters that it can't."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def one_line(text: str) -> str:
     """The text with escapes for whatever could end the line or move a terminal's cursor: names in
     a file are anyone's."""

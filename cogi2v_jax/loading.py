@@ -23,7 +23,15 @@ from .devices.mesh import sizes_of
 from .disk import SHA256, cache_folder, process_folder, replace_when_done, sha256
 from .models.attention import choose
 from .terminal import Say
-from .weights.checkpoint import FORMAT, MANIFEST, Models, check_loras, open_folder, read_config
+from .weights.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    Models,
+    check_loras,
+    check_models,
+    open_folder,
+    read_config,
+)
 from .weights.hub import locate
 from .weights.lora import Lora
 
@@ -51,6 +59,12 @@ def load(
     compute dtype (default: bfloat16, on CPUs float32), `mesh` how devices share the work, and with
     `vae_tiling` the VAE computes the reference's blended tiles. `loras` are added to the weights,
     as in `adapt`. Raises ValueError, FileNotFoundError or OSError in one line."""
+    if not isinstance(path_or_name, str | os.PathLike) or not os.fspath(path_or_name):
+        raise ValueError(f"model must be a path, a name or a hub id: got {path_or_name!r}")
+    if not isinstance(mesh, str):
+        raise ValueError(f"mesh must be the name of a machine, or sizes in a text: got {mesh!r}")
+    if not isinstance(vae_tiling, bool):
+        raise ValueError(f"vae_tiling must be true or false: got {vae_tiling!r}")
     hosts.start_devices()
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -75,6 +89,7 @@ def adapt(models: Models, loras: Iterable[Any] = (), say: Say = _say) -> None:
     (FILE, WEIGHT), which are summed. Weights with other LoRAs in them are read again when they are
     needed; no program is compiled. Calls `say` with a line for each file and for each tensor that
     fits no weight. Raises ValueError or OSError in one line, and then changes nothing."""
+    check_models(models)
     models.loras = _match_loras(_open_loras(loras, say), models.config, models.dtype, say)
 
 

@@ -22,8 +22,9 @@ from .sampling import stages
 from .sampling.noise import draw_as_torch, seed_keys
 from .sampling.programs import RequestTarget, Session, Target, this_machine
 from .sampling.schedule import draws
-from .weights.checkpoint import Models
+from .weights.checkpoint import Models, check_models
 
+WAYS = "lower guidance_scale and image_latent_scale, try float32, or check the weights"
 # (step, steps, latents on the devices and with padding), after every step.
 OnStep = Callable[[int, int, Any], None]
 OnLatents = Callable[[Any, Resolved], None]  # (latents, resolved request), before decoding
@@ -49,7 +50,8 @@ def generate(
 ) -> Result:
     """Makes the videos of a request. Noise that is not given is drawn from the seeds. `on_step` is
     called after every step, and raising in it cancels; `on_latents` before decoding starts. Raises
-    ValueError for what the network cannot compute."""
+    ValueError for what the network cannot compute, FloatingPointError where it computes latents or
+    frames that are not finite."""
     job = prepare(models, request, noise)
     run, steps = Session(models, job), job.request.num_inference_steps
     with run.clock("denoise"):
@@ -69,6 +71,8 @@ def generate(
             on_step(first + group, steps, state.x)
     latents = to_host(state.x)[:, job.shape.padding :]  # [b t h w c]
     del text, moments, image, modulation, state, inputs, rows  # decoding needs their memory
+    if not np.isfinite(latents).all():
+        raise FloatingPointError(f"latents are not finite after {steps} steps; {WAYS}")
     if on_latents is not None:
         on_latents(latents, job.request)
     return Result(decode_batch(run, latents), latents, job.request, run.clock.seconds)
@@ -78,13 +82,31 @@ def decode(
     models: Models, latents: Float[Any, "b t h w c"], seconds: dict[str, float] | None = None
 ) -> UInt8[np.ndarray, "b f h2 w2 3"]:
     """Scaled latents without padding to frames: 4 (t - 1) + 1 of them where t is odd, 4 t where it
-    is even. Adds wall-clock seconds by name to `seconds`."""
+    is even. Adds wall-clock seconds by name to `seconds`. Raises ValueError for latents of another
+    shape or that are not finite, FloatingPointError for frames that are not."""
+    check_models(models)
+    latents = _checked(latents, models.config)
     machine = this_machine(models, len(latents), guided=True)
     run = Session(models, Target(models.config, models.dtype, *machine))
-    video = decode_batch(run, np.asarray(latents, np.float32))
+    video = decode_batch(run, latents)
     if seconds is not None:
         seconds.update(run.clock.seconds)
     return video
+
+
+def _checked(latents: Any, config: CheckpointConfig) -> Float[np.ndarray, "b t h w c"]:
+    """Latents in float32, as the decoder takes them."""
+    try:
+        array = np.asarray(latents, np.float32)
+    except (ValueError, TypeError):
+        raise ValueError(f"latents must be an array: got {type(latents).__name__}") from None
+    channels = config.vae.latent_channels
+    if array.ndim != 5 or array.shape[-1] != channels or not array.size:
+        must = f"latents must have the shape [b t h w {channels}] for {config.title}"
+        raise ValueError(f"{must}: got {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"latents must be finite: got {array[~np.isfinite(array)][0]}")
+    return array
 
 
 def encode_pixels(run: Session, pixels: Float[Any, "b 1 h w 3"]) -> Float[Any, "b 1 h2 w2 c"]:
@@ -115,8 +137,13 @@ def decode_batch(
     """Any number of videos, a few at a time: no program needs more memory than the decoder."""
     together = run.target.mesh.shape["data"]
     groups = [latents[first : first + together] for first in range(0, len(latents), together)]
-    videos = (run(stages.to_bytes, decode_frames(run, group)) for group in groups)
-    return np.concatenate([to_host(video) for video in videos])
+    videos = []
+    for group in groups:
+        video, finite = run(stages.to_bytes, decode_frames(run, group))
+        if not to_host(finite):
+            raise FloatingPointError(f"frames are not finite; {WAYS}")
+        videos.append(to_host(video))
+    return np.concatenate(videos)
 
 
 @dataclass(frozen=True)
@@ -153,15 +180,16 @@ class Job(RequestTarget):
 
 def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job:
     """Every check there is, before any slow work. Raises ValueError as `generate` does."""
-    if not isinstance(models, Models):
-        raise ValueError(f"models must be what cogi2v_jax.load returns: got {models!r}")
+    check_models(models)
     if not isinstance(request, Request):
         raise ValueError(f"request must be a cogi2v_jax.Request: got {type(request).__name__}")
     resolved = request.resolve(models.config)
     videos = resolved.videos
     target = target_of(models, resolved)
     shape, config = target.shape, models.config
-    given = noise or Noise()
+    given = Noise() if noise is None else noise
+    if not isinstance(given, Noise):
+        raise ValueError(f"noise must be a cogi2v_jax.Noise: got {type(noise).__name__}")
     if not target.tableau.noise.any():
         given = dataclasses.replace(given, steps=None)  # DDIM reads none
     given = given.check(shape, len(videos), resolved.num_inference_steps)

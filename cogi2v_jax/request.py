@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .config import CheckpointConfig
+from .disk import is_text
 
 # What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales;
 # the reference's is the default.
@@ -121,6 +122,13 @@ def _misfits(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _plain(seed: Any) -> Any:
+    """Seeds in an array or a range as a list; a single one as it is."""
+    if isinstance(seed, range):
+        return list(seed)
+    return seed.tolist() if isinstance(seed, np.ndarray) else seed
+
+
 class Video(NamedTuple):
     """One entry of a batch."""
 
@@ -150,7 +158,8 @@ class Noise:
     steps: Any = None  # [i b t h w c], the draw that each step uses; ddim ignores it
 
     def check(self, shape: LatentShape, videos: int, steps: int) -> "Noise":
-        """The same as float32 arrays. Raises ValueError for shapes other than the request's."""
+        """The same as float32 arrays. Raises ValueError for shapes other than the request's and
+        for values that are not finite."""
         latents = (videos, *shape[:4])
         expected = {
             "posterior": (videos, 1, *shape[1:4]),
@@ -165,6 +174,11 @@ class Noise:
             f"{name} must have the shape {list(expected[name])}: got {list(array.shape)}"
             for name, array in arrays.items()
             if array is not None and array.shape != expected[name]
+        ]
+        wrong += [
+            f"{name} must be finite: got {array[~np.isfinite(array)][0]}"
+            for name, array in arrays.items()
+            if array is not None and not np.isfinite(array).all()
         ]
         if wrong:
             raise ValueError("noise: " + "; ".join(wrong))
@@ -203,12 +217,11 @@ class Request:
             if isinstance(self.negative_prompt, (list, tuple))
             else self.negative_prompt or ""
         )
-        seeds = list(self.seed) if isinstance(self.seed, (range, np.ndarray)) else self.seed
-        columns = [self.image, self.prompt, negative, seeds]  # an array as the image is one picture
+        columns = [self.image, self.prompt, negative, _plain(self.seed)]
         counts = {
             name: len(column)
             for name, column in zip(Video._fields, columns, strict=True)
-            if isinstance(column, (list, tuple))
+            if isinstance(column, (list, tuple))  # an array as the image is one picture
         }
         if len(set(counts.values())) > 1 or 0 in counts.values():
             got = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -239,7 +252,7 @@ class Request:
         if faults := _misfits(values):  # `given` has none, so a TOML lacks one or has a wrong one
             raise ValueError(f"the defaults of {config.title}: {'; '.join(faults)}")
         values |= {name: kind.convert(values[name]) for name, kind in KINDS.items()}
-        seed: Any = self.seed
+        seed = _plain(self.seed)
         values["seed"] = int(seed) if is_whole(seed) else [int(one) for one in seed]
         resolved = Resolved(**values)
         faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
@@ -257,9 +270,9 @@ class Request:
         faults = _misfits({name: value for name, value in vars(self).items() if value is not None})
         try:
             for video in self.videos:
-                if not isinstance(video.prompt, str) or not isinstance(video.negative_prompt, str):
+                if not is_text(video.prompt) or not is_text(video.negative_prompt):
                     got = f"{video.prompt!r} and {video.negative_prompt!r}"
-                    faults.append(f"prompt and negative_prompt must be text: got {got}")
+                    faults.append(f"prompt and negative_prompt must be Unicode text: got {got}")
                 if not is_whole(video.seed) or not 0 <= video.seed < 2**64:
                     rule = "an integer from 0 to 2**64 - 1"
                     faults.append(f"seed must be {rule}: got {video.seed!r}")

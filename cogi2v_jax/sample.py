@@ -16,6 +16,7 @@ from .arguments import add_settings, parse_loras
 from .command import Parser, run, say
 from .config import names
 from .devices import hosts, plan
+from .disk import check_space
 from .media.download import local_copy, path_or_address
 from .media.images import read_image
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
@@ -25,9 +26,14 @@ from .request import SETTINGS, Request, Video
 from .terminal import printing
 
 EMBEDDED = "cogi2v-tiny"
+SQUEEZED = {".mp4": 10}  # bytes of frames in a byte of a file
 EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
 LARGEST = 16  # factor of a copy
+DECODING = {  # options that --decode_latents reads
+    *("decode_latents", "output", "upscale", "fps"),
+    *("model", "dtype", "attention", "mesh", "vae_tiling", "verbose"),
+}
 TIMED = ("load", "text", "image", "compile", "denoise", "decode", "write")  # as printed
 
 # In two lines, which --help has room for.
@@ -103,12 +109,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     out. Exits with code 2 and one line if they are wrong."""
     reader = parser()
     options = reader.parse_args(arguments)
-    pair = options.image or options.prompt
-    if options.decode_latents and (pair or options.manifest or options.lora_path):
-        others = "--image, --prompt, --manifest or --lora_path"
-        reader.error(f"--decode_latents must stand alone: got {others} beside it")
+    for name in ("model", "plan", "mesh", "attention"):
+        if getattr(options, name) == "":
+            reader.error(f"--{name} must not be empty")
     if (count := options.num_videos_per_prompt) < 1:
         reader.error(f"--num_videos_per_prompt must be at least 1: got {count}")
+    pair = options.image or options.prompt
+    given = {name for name, value in vars(options).items() if value != reader.get_default(name)}
+    if options.decode_latents and (beside := sorted(given - DECODING)):
+        others = ", ".join(f"--{name}" for name in beside)
+        reader.error(f"--decode_latents must stand without {others}: decoding reads none of them")
     if options.upscale:
         way, factor = options.upscale
         if way not in ENLARGED or factor not in map(str, range(2, LARGEST + 1)):
@@ -218,6 +228,8 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
         batches = request.batches(videos_at_once(models, request))
         for batch in batches:  # every one is checked before the first is sampled
             job = prepare(models, batch)
+    if hosts.leads():
+        check_space(outputs[0].parent, len(videos) * _bytes(job, outputs[0]), "latents and videos")
     if options.verbose:
         say("\n".join(job.report()))
     loading = time.perf_counter() - started
@@ -227,13 +239,14 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
         recipes: list[dict[str, Any]] = []
 
         def keep(latents: Any, resolved: Request, paths=paths, recipes=recipes) -> None:
-            """Writes the latents of a batch and their recipes."""
+            """Writes the latents of a batch, each with its recipe."""
             if not hosts.leads():
                 return
-            recipes += [recipe_of(models, name, resolved, video) for video in resolved.videos]
-            for number, (path, recipe) in enumerate(zip(paths, recipes, strict=True)):
+            for number, (path, video) in enumerate(zip(paths, resolved.videos, strict=True)):
+                recipe = recipe_of(models, name, resolved, video)
                 file = path.with_name(path.stem + LATENTS)
                 write_latents(file, latents[number : number + 1], recipe)
+                recipes.append(recipe)
 
         try:
             result = generate(models, batch, on_step=_progress(), on_latents=keep)
@@ -246,6 +259,14 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
                 error.add_note(f"the latents are kept: --decode_latents {kept} makes the video")
             raise
         loading = 0.0
+
+
+def _bytes(job: Any, output: Path) -> int:
+    """About what a video and its latents take on the disk."""
+    request, shape = job.request, job.shape
+    latents = 4 * (shape.frames - shape.padding) * shape.height * shape.width * shape.channels
+    frames = 3 * request.num_frames * request.height * request.width
+    return latents + frames // SQUEEZED.get(output.suffix.lower(), 2)
 
 
 def _load(
@@ -267,11 +288,6 @@ def _decode_latents(options: argparse.Namespace) -> None:
     from .pipeline import decode
 
     models = _load(options, options.model or recipe["model"], options.dtype or recipe["dtype"])
-    channels, got = models.config.vae.latent_channels, latents.shape[-1]
-    if got != channels:
-        raise ValueError(
-            f"latents must have {channels} channels for {models.config.title}: got {got}"
-        )
     loading = time.perf_counter() - started
     seconds: dict[str, float] = {}
     video = decode(models, latents, seconds)[0]

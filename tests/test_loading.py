@@ -206,6 +206,29 @@ def test_another_compute_dtype_is_refused(dtype, cache):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"path_or_name": 3}, "model must be a path, a name or a hub id: got 3"),
+        ({"path_or_name": ""}, "model must be a path, a name or a hub id: got ''"),
+        ({"mesh": {"data": 1}}, "mesh must be the name of a machine, or sizes in a text: got {'"),
+        ({"vae_tiling": "no"}, "vae_tiling must be true or false: got 'no'"),
+        ({"loras": [["file", 1]]}, "loras must be FILE, FILE:WEIGHT or (FILE, WEIGHT): got ['"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("without_type_hooks")
+def test_what_is_of_another_kind_is_refused(given, line, cache):
+    assert refused(**given).startswith(line)
+    assert not cache.exists()
+
+
+@pytest.mark.usefixtures("without_type_hooks")
+def test_only_what_load_returns_is_adapted() -> None:
+    with pytest.raises(ValueError, match=r"models must be what cogi2v_jax.load returns: got 'x'"):
+        loading.adapt("x")  # pyright: ignore[reportArgumentType]
+
+
 def test_an_unknown_attention_is_refused_before_anything_is_converted(cache):
     assert "attention must be" in refused(attention="flash")
     assert not cache.exists()

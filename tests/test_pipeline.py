@@ -322,6 +322,43 @@ def test_a_wrong_request_is_refused_before_weights_are_read(
     assert not models.loaded
 
 
+def test_latents_that_are_not_finite_are_no_result(tiny: Models, image: Image.Image) -> None:
+    kept: list[Any] = []
+    request = Request(image, GROWS, num_inference_steps=1, image_latent_scale=1e38)
+    with pytest.raises(FloatingPointError, match="latents are not finite after 1 steps; lower"):
+        cogi2v_jax.generate(tiny, request, on_latents=lambda *both: kept.append(both))
+    assert not kept
+
+
+def test_frames_that_are_not_finite_are_no_result(tiny: Models) -> None:
+    with pytest.raises(FloatingPointError, match="frames are not finite; lower guidance_scale"):
+        cogi2v_jax.decode(tiny, np.full((1, 3, 16, 16, 16), 3e38, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("latents", "line"),
+    [
+        (None, "latents must have the shape .b t h w 16. for cogi2v-tiny: got .."),
+        ("latents", "latents must be an array: got str"),
+        (np.zeros((3, 16, 16, 16)), r"for cogi2v-tiny: got \[3, 16, 16, 16\]"),
+        (np.zeros((1, 16, 3, 16, 15)), r"for cogi2v-tiny: got \[1, 16, 3, 16, 15\]"),
+        (np.zeros((1, 0, 16, 16, 16)), r"for cogi2v-tiny: got \[1, 0, 16, 16, 16\]"),
+        (np.full((1, 3, 16, 16, 16), np.nan), "latents must be finite: got nan"),
+    ],
+    ids=["none", "text", "four axes", "channels", "no frames", "nan"],
+)
+@pytest.mark.usefixtures("without_type_hooks")
+def test_what_are_no_latents_is_refused(tiny: Models, latents: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        cogi2v_jax.decode(tiny, latents)
+
+
+@pytest.mark.usefixtures("without_type_hooks")
+def test_only_noise_is_taken_as_noise(tiny: Models, image: Image.Image) -> None:
+    with pytest.raises(ValueError, match=r"noise must be a cogi2v_jax.Noise: got dict"):
+        cogi2v_jax.generate(tiny, Request(image, GROWS), {"initial": 1})
+
+
 def test_an_id_beyond_the_text_encoders_table_is_refused(
     tiny: Models, image: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:

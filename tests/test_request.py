@@ -169,10 +169,14 @@ SCALES = "reference, sat, trainer or a positive number"
         ),
         ({"use_dynamic_cfg": 1}, "use_dynamic_cfg must be true or false: got 1"),
         ({"noise": "numpy"}, "noise must be jax or torch: got 'numpy'"),
-        ({"prompt": 3}, "prompt and negative_prompt must be text: got 3 and ''"),
+        ({"prompt": 3}, "prompt and negative_prompt must be Unicode text: got 3 and ''"),
         (
             {"prompt": ["a"], "negative_prompt": [3]},
-            "prompt and negative_prompt must be text: got 'a' and 3",
+            "prompt and negative_prompt must be Unicode text: got 'a' and 3",
+        ),
+        (
+            {"prompt": "caf\udce9"},
+            r"prompt and negative_prompt must be Unicode text: got 'caf\udce9' and ''",
         ),
         ({"image": None}, "image must be a path, a PIL image or an array: got None"),
         ({"seed": -1}, "seed must be an integer from 0 to 2**64 - 1: got -1"),
@@ -195,8 +199,8 @@ def test_other_values_that_no_checkpoint_takes_are_refused(
     assert refusal(**given) == line
 
 
-@pytest.mark.parametrize("seed", [0, 2**64 - 1])
-def test_a_seed_may_be_any_64_bits(seed: int) -> None:
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, np.array(3)])
+def test_a_seed_may_be_any_64_bits(seed: Any) -> None:
     assert request(seed=seed).resolve(SECOND).seed == seed
 
 
@@ -387,12 +391,16 @@ SHAPE = LatentShape(4, 2, 3, 5, padding=1)
 def test_given_noise_becomes_float32_and_the_rest_stays_none() -> None:
     given = Noise(posterior=np.ones((2, 1, 2, 3, 5)), steps=np.ones((7, 2, 4, 2, 3, 5)).tolist())
     noise = given.check(SHAPE, videos=2, steps=7)
-    assert (noise.posterior.dtype, noise.steps.dtype, noise.initial) == (
-        np.float32,
-        np.float32,
-        None,
-    )
+    assert noise.posterior.dtype == noise.steps.dtype == np.float32
+    assert noise.initial is None
     assert Noise().check(SHAPE, videos=1, steps=1) == Noise()
+
+
+def test_noise_that_is_not_finite_is_refused() -> None:
+    noise = np.ones((2, 1, 2, 3, 5))
+    noise[0, 0, 1, 1, 1] = np.nan
+    with pytest.raises(ValueError, match="noise: posterior must be finite: got nan"):
+        Noise(posterior=noise).check(SHAPE, videos=2, steps=7)
 
 
 def test_noise_of_other_shapes_is_refused_naming_each() -> None:

@@ -15,7 +15,7 @@ import pytest
 from runs import enter, failed, files, without_sampling
 from safetensors.numpy import save_file
 
-from cogi2v_jax import __version__, loading, pipeline, sample
+from cogi2v_jax import __version__, disk, loading, pipeline, sample
 from cogi2v_jax.media import videos
 from cogi2v_jax.sample import main, parser
 
@@ -76,7 +76,7 @@ def latents_file(shape=(1, 3, 16, 16, 16), name="latents", recipe=RECIPE) -> str
         ({"shape": (1, 0, 16, 16, 16)}, "it holds [1, 0, 16, 16, 16] and a recipe of"),
         ({"shape": (3, 16, 16, 16)}, "must be a *.latents.safetensors file"),
         ({"shape": (2, 3, 16, 16, 16)}, "must be a *.latents.safetensors file"),
-        ({"shape": (1, 3, 16, 16, 4)}, "latents must have 16 channels for cogi2v-tiny: got 4"),
+        ({"shape": (1, 3, 16, 16, 4)}, "latents must have the shape [b t h w 16] for cogi2v-tiny"),
         ({"recipe": {**RECIPE, "model": "gone/away/model"}}, "found no gone/away/model"),
     ],
 )
@@ -108,6 +108,7 @@ IMPOSSIBLE = [
         "prompt must be at most 10 tokens for cogi2v-tiny",
     ),
     ("--guidance_scale nan", "guidance_scale must be a finite number and not negative: got nan"),
+    ("--prompt 'caf\udce9'", r"negative_prompt must be Unicode text: got 'caf\\udce9' and ''"),
     ("--seed -1", r"seed must be an integer from 0 to 2\*\*64 - 1: got -1"),
     ("--fps 0", "fps must be a number from 0.01 to 240: got 0"),
     *(
@@ -149,8 +150,10 @@ IMPOSSIBLE = [
 ]
 WRONG = [
     ("--manifest jobs.csv --prompt p", "--manifest must stand alone"),
-    ("--decode_latents x --prompt p", "--decode_latents must stand alone"),
-    ("--decode_latents x --lora_path notes.txt", "--decode_latents must stand alone"),
+    ("--decode_latents x --prompt p", "--decode_latents must stand without --"),
+    ("--decode_latents x --lora_path notes.txt", "--decode_latents must stand without --"),
+    ("--decode_latents x --seed 3 --height 64", "must stand without --height, --seed: decoding"),
+    *((f"--{name} ''", f"--{name} must not be empty") for name in ("model", "plan", "mesh")),
     ("--decode_latents x --num_videos_per_prompt 0", "--num_videos_per_prompt must be at least 1"),
     ("--num_videos_per_prompt 0", "--num_videos_per_prompt must be at least 1: got 0"),
     ("--height tall", r"--height: must be a positive integer below 2\*\*31: got 'tall'"),
@@ -183,6 +186,16 @@ def test_a_hub_id_without_a_network_is_one_line(capsys):
 def test_an_output_folder_that_is_read_only_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(videos.os, "access", lambda path, mode: False)
     assert "output must be in an existing, writable folder" in failed(capsys, [], 1)
+
+
+def test_a_full_disk_is_found_before_anything_is_sampled(requests, monkeypatch, capsys):
+    monkeypatch.setattr(disk, "free_space", lambda folder: (60_000, folder))
+    line = failed(capsys, [], 1)
+    # 49,152 bytes of latents and 110,592 of frames, which an mp4 squeezes.
+    assert line == "cogi2v: . must have 0.0 GB free for latents and videos: got 0.0 GB"
+    assert requests == []
+    monkeypatch.setattr(disk, "free_space", lambda folder: (61_000, folder))
+    assert main([]) == 0
 
 
 def test_a_missing_ffmpeg_is_one_line_before_anything_is_sampled(requests, monkeypatch, capsys):

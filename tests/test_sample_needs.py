@@ -16,7 +16,7 @@ import twins
 from recipes import read_recipe
 from runs import QUICK, enter, failed, files
 
-from cogi2v_jax import loading, terminal
+from cogi2v_jax import loading, sample, terminal
 from cogi2v_jax.media import videos
 from cogi2v_jax.sample import main
 
@@ -96,6 +96,15 @@ def test_an_address_without_a_picture_is_named_whole(address: str, capsys) -> No
 )
 def test_a_missing_or_unknown_argument_is_named(arguments: list[str], rule: str, capsys) -> None:
     assert rule in failed(capsys, arguments, 2)
+
+
+def test_latents_that_could_not_be_written_are_not_said_to_be_kept(monkeypatch, capsys) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(sample, "write_latents", full)
+    assert main([*QUICK]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "cogi2v: No space left on device"
 
 
 def test_a_failure_at_the_end_names_the_latents_that_are_kept(monkeypatch, capsys) -> None:

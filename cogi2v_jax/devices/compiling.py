@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ..disk import cache_folder
+from ..disk import cache_folder, is_text
 from .compiler_options import compile_with, compiler_options
 
 
@@ -26,6 +26,8 @@ def keep_compilations() -> None:
     if chosen is not None or not enabled:
         return
     folder = cache_folder("xla")
+    if not is_text(str(folder)):
+        return  # jax takes no such name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

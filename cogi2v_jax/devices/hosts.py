@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -33,6 +34,7 @@ NO_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
 }
+LATER = 60  # more seconds that jax has for it
 HEARTBEAT = 30  # seconds without a heartbeat after which a process is lost
 LINGER = 1.0  # seconds from process 0's failure to its exit
 MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
@@ -143,11 +145,12 @@ def _metadata(key: str) -> str:
         return ""
 
 
-def join(heartbeat: int = HEARTBEAT, preemption: bool = False) -> None:
+def join(heartbeat: int = HEARTBEAT, preemption: bool = False, arrival: float = ARRIVAL) -> None:
     """Joins the other processes if the environment announces any. Call it before jax is first used,
     in a program under `distributed`. Without a heartbeat for `heartbeat` seconds a process is lost.
     With `preemption`, SIGTERM is for jax's service, by which the processes agree on the step that
-    they stop at. Raises ValueError or OSError in one line."""
+    they stop at. Raises ValueError or OSError in one line. Where not all processes have started
+    within `arrival` seconds, it ends this one, with a line."""
     global _joined, _process
     arguments = announced()
     if arguments is None or _joined:
@@ -160,17 +163,33 @@ def join(heartbeat: int = HEARTBEAT, preemption: bool = False) -> None:
     # gRPC must not reach the other hosts through a proxy; an empty variable means none.
     os.environ["grpc_proxy"] = ""  # noqa: SIM112 (gRPC reads no other spelling)
     jax.config.update("jax_check_proxy_envs", False)
+    # jax's client aborts the process with a stack when jax's own time is over.
+    late = threading.Timer(arrival, _give_up, [arrival])
+    late.daemon = True
+    late.start()
+    settings: Any = {"initialization_timeout": int(arrival) + LATER}
+    settings["heartbeat_timeout_seconds"] = heartbeat
     try:
-        jax.distributed.initialize(
-            **arguments, initialization_timeout=ARRIVAL, heartbeat_timeout_seconds=heartbeat
-        )
+        jax.distributed.initialize(**arguments, **settings)
     except Exception as error:  # of the network, of Kubernetes' client, of malformed numbers
-        raise OSError(
-            f"cannot join the other processes: {first_line(error)}; set {', '.join(VARIABLES)}, "
-            f"or {PROCESSES}=1 to run alone"
-        ) from None
+        raise OSError(_cannot_join(first_line(error))) from None
+    finally:
+        late.cancel()
     _joined = True
     _process = jax.process_index()  # starts the devices, which may fail
+
+
+def _cannot_join(why: str) -> str:
+    ways = f"set {', '.join(VARIABLES)}, or {PROCESSES}=1 to run alone"
+    return f"cannot join the other processes: {why}; {ways}"
+
+
+def _give_up(seconds: float) -> None:
+    """Ends this process, whose main thread waits in jax."""
+    line = _cannot_join(f"not all of them have started within {seconds:g} s")
+    print(f"cogi2v: {line}", file=sys.stderr, flush=True)
+    at_end.close()
+    os._exit(1)
 
 
 def leads() -> bool:

@@ -14,7 +14,7 @@ from tokenizers.normalizers import Precompiled
 from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Steps
 
-from ..disk import first_line, parse_json, read_json, refuse_pointer
+from ..disk import first_line, is_text, parse_json, read_json, refuse_pointer
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 EXTRA_IDS = 100  # marks like <extra_id_0> behind the vocabulary, where no file says how many
@@ -122,7 +122,7 @@ def tokenize(
     ids = np.full((len(prompts), length), PAD, np.int32)
     counts = []
     for row, prompt in zip(ids, prompts, strict=True):
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
+        if not is_text(prompt):
             raise ValueError(f"prompt must be Unicode text: got {prompt!r}")
         tokens = encode(prompt)
         counts.append(len(tokens) + 1)

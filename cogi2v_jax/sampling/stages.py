@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from ..devices.mesh import GUIDED, spatial
 from ..devices.sharding import Layout, pin, split
@@ -151,7 +151,11 @@ def decoded_sharding(
     return split(spatial(mesh, *latents.shape[2:4]), "video", None, "rows", "columns")
 
 
-def to_bytes(video: Float[Array, "b f h w 3"], *, mesh: Mesh) -> UInt8[Array, "b f h w 3"]:
-    """Frames as 8-bit RGB, whole on every device: any process may write them."""
+def to_bytes(
+    video: Float[Array, "b f h w 3"], *, mesh: Mesh
+) -> tuple[UInt8[Array, "b f h w 3"], Bool[Array, ""]]:
+    """Frames as 8-bit RGB, whole on every device: any process may write them; and whether all
+    values were finite."""
+    finite = jnp.isfinite(video).all()
     video = jnp.clip(video.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
-    return pin(jnp.round(video * 255.0).astype(jnp.uint8), mesh)
+    return pin(jnp.round(video * 255.0).astype(jnp.uint8), mesh), finite

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CONFIGS
-from ..disk import first_line, one_line, read_toml
+from ..disk import first_line, is_text, one_line, read_toml
 from ..request import COUNT, LATENT_SCALE, SCALE, SWITCH, Kind, is_real, is_whole, one_of
 
 RECIPES = CONFIGS / "training"
@@ -22,16 +22,11 @@ LARGEST_RANK = 4096
 RANDOM = "random"
 
 
-def _is_text(value: Any) -> bool:
-    # A recipe is written as UTF-8, which has no place for a name's undecodable bytes.
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
-
-
 def _is_name(value: Any) -> bool:
-    return _is_text(value) and value != ""
+    return is_text(value) and value != ""
 
 
-TEXT = Kind("text in UTF-8", _is_text, str)
+TEXT = Kind("text in UTF-8", is_text, str)
 NAMES = Kind(
     "a list of names",
     lambda value: isinstance(value, tuple) and value != () and all(map(_is_name, value)),

@@ -284,6 +284,12 @@ class Models:
         return sum(map(bytes_per_device, self._resident.values()))
 
 
+def check_models(models: Any) -> None:
+    """Raises ValueError for what is no loaded checkpoint."""
+    if not isinstance(models, Models):
+        raise ValueError(f"models must be what cogi2v_jax.load returns: got {models!r}")
+
+
 def check_loras(config: CheckpointConfig, dtype: jnp.dtype, loras: Sequence[Lora]) -> None:
     """Raises ValueError for LoRAs that cannot be added to the weights of a checkpoint."""
     for name in PIECES:

@@ -209,6 +209,15 @@ def test_without_a_folder_nothing_is_kept(
     assert settings.values[FOLDER] is None
 
 
+def test_in_a_folder_whose_name_is_no_text_nothing_is_kept(
+    settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caf\udce9"))
+    settings.update(FOLDER, None)
+    keep_compilations()
+    assert settings.values[FOLDER] is None
+
+
 def test_a_cache_folder_that_the_user_chose_is_used(settings: Any, tmp_path: Path) -> None:
     settings.update(FOLDER, str(tmp_path))
     settings.update(LEAST, 7.0)

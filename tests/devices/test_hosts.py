@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import announcements
 
 from cogi2v_jax.devices import hosts
 
@@ -257,6 +258,16 @@ sys.exit(hosts.distributed(lambda: 0)())"""
     done = alone(lines, tmp_path, {})
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "cannot end with the other processes: the service is gone\n"
+
+
+def test_processes_that_do_not_all_start_are_one_line(tmp_path: Path) -> None:
+    done = alone("hosts.join(arrival=2)", tmp_path, announcements(2)[0])
+    ways = "set COGI2V_COORDINATOR, COGI2V_PROCESSES, COGI2V_PROCESS, or COGI2V_PROCESSES=1"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "cogi2v: cannot join the other processes: not all of them have started within 2 s; "
+        f"{ways} to run alone\n"
+    )
 
 
 def test_devices_that_do_not_start_are_no_failure_to_join(tmp_path: Path) -> None:
