@@ -117,7 +117,15 @@ def interrupts() -> Iterator[Callable[[int], int]]:
     if jax.process_count() > 1:
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        yield lambda step: signal.SIGTERM if reached_preemption_sync_point(step) else 0
+        def pass_on(*_: Any) -> None:
+            signal.signal(signal.SIGINT, default)  # the second one does not wait
+            os.kill(os.getpid(), signal.SIGTERM)  # which jax's service tells the others of
+
+        default = signal.signal(signal.SIGINT, pass_on)
+        try:
+            yield lambda step: signal.SIGTERM if reached_preemption_sync_point(step) else 0
+        finally:
+            signal.signal(signal.SIGINT, default)
         return
     got: list[int] = []
 
