@@ -34,12 +34,10 @@ def run(work: Callable[[], int | None], stopped: str) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         return _fail(str(error), error)
     except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
         first = str(error).partition("\n")[0]
-        if "RESOURCE_EXHAUSTED" in str(error):
-            return _fail(f"the device ran out of memory: {first}", error)
-        if "ffmpeg" in str(error):  # it is not installed, or it failed
-            return _fail(first, error)
-        raise
+        return _fail(f"the device ran out of memory: {first}", error)
     except KeyboardInterrupt:
         newline = "\n" if sys.stderr.isatty() else ""
         print(f"{newline}cogi2v: {stopped}", file=sys.stderr)

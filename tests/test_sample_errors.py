@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from runs import enter, failed, files, without_sampling
@@ -199,12 +200,12 @@ def test_a_full_disk_is_found_before_anything_is_sampled(requests, monkeypatch, 
 
 
 def test_a_missing_ffmpeg_is_one_line_before_anything_is_sampled(requests, monkeypatch, capsys):
-    def missing(*_, **__):
+    def missing():
         raise RuntimeError("No ffmpeg exe could be found. Install ffmpeg on your system")
 
-    monkeypatch.setattr(videos, "_ffmpeg", missing)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
     line = failed(capsys, [], 1)
-    assert line.startswith("cogi2v: No ffmpeg exe could be found. Install ffmpeg on your system;")
+    assert line.startswith("cogi2v: ffmpeg does not start: No ffmpeg exe could be found. Install")
     assert line.endswith(
         "an mp4 needs an ffmpeg with libx264: unset IMAGEIO_FFMPEG_EXE, or write a .gif or .png"
     )

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageSequence, PngImagePlugin
 
-from ..disk import check_target, replace_when_done
+from ..disk import check_target, first_line, replace_when_done
 from ..request import RATE
 from .images import decoding, read_image
 
 FRAME_NAME = re.compile(r"\d{5,}\.png")
-# Pictures one after the other, which state their size: each is "P6\nW H\n255\n" and the pixels.
-PPM = "-map 0:v:0 -fps_mode passthrough -f image2pipe -c:v ppm -pix_fmt rgb24 -"
+# Pictures one after the other, which state their size. Every frame of the input comes once: with
+# "-r" before the input, setpts numbers them anew. (-fps_mode passthrough came with ffmpeg 5.1, and
+# -vsync passthrough is gone in 9.)
+PPM = "-map 0:v:0 -vf setpts=N -f image2pipe -c:v ppm -pix_fmt rgb24 -"
+PPM_HEAD = re.compile(rb"P6\n(\d+) (\d+)\n255\n")
 # BT.709, with tags: without them every player guesses the colours from the picture's size.
 COLOURS = (
     "scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,"
@@ -29,13 +32,16 @@ SMALL = 256  # pixels of the shorter side, below which blocks of the codec would
 ENLARGED = {"nearest": Image.Resampling.NEAREST, "lanczos": Image.Resampling.LANCZOS}
 
 
+class FfmpegError(OSError):
+    """An ffmpeg that does not start or fails, in one line."""
+
+
 def check_output(path: str | os.PathLike) -> Path:
     """The path, if write_video can write there. Called before any slow work.
 
     `x.mp4` and `x.gif` are files; `x.png`, `x` and `x/` all mean a folder `x` of png frames. Raises
     ValueError for another suffix, a parent folder that is missing or read-only, and a folder with
-    other files than frames written before; RuntimeError or OSError where ffmpeg cannot write an
-    mp4.
+    other files than frames written before; FfmpegError where ffmpeg cannot write an mp4.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
@@ -66,7 +72,7 @@ def write_video(
 
     `.mp4` is H.264 that browsers play (an odd side is extended by one repeated pixel), `.gif`
     loops, a folder holds 00000.png... and recipe.json. The output appears whole or not at all.
-    Raises ValueError for bad arguments, RuntimeError where ffmpeg fails.
+    Raises ValueError for bad arguments, FfmpegError where ffmpeg fails.
     """
     path = check_output(path)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
@@ -86,24 +92,22 @@ def write_video(
 
 
 def read_frames(path: str | os.PathLike) -> np.ndarray:
-    """The frames of a video file, a gif or a frame folder as uint8 [f h w 3]. Raises ValueError for
-    anything else. mp4 and gif are lossy, and a gif has one longer frame for equal neighbours."""
+    """The frames of a video file, a gif or a frame folder as uint8 [f h w 3]. mp4 and gif are
+    lossy, and a gif has one longer frame for equal neighbours. Raises FileNotFoundError for a
+    missing path, ValueError for what is no video, FfmpegError where ffmpeg can read none."""
     path = _existing(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if FRAME_NAME.fullmatch(file.name))
         if not files:
             raise ValueError(f"frame folder must hold 00000.png, 00001.png, ...: got {path}")
         return np.stack([np.asarray(read_image(file)) for file in files])
+    if path.suffix.lower() in (".gif", ".png"):
+        with decoding("video", path), Image.open(path) as image:
+            frames = (frame.convert("RGB") for frame in ImageSequence.Iterator(image))
+            return np.stack([np.asarray(frame) for frame in frames])
+    _try_decoder()
     with decoding("video", path):
-        if path.suffix.lower() in (".gif", ".png"):
-            with Image.open(path) as image:
-                frames = (frame.convert("RGB") for frame in ImageSequence.Iterator(image))
-                return np.stack([np.asarray(frame) for frame in frames])
-        stream = _ffmpeg("-i", f"file:{path}", *PPM.split())
-        width, height = map(int, stream.split(b"\n", 2)[1].split())
-        start = stream.index(b"\n255\n") + 5
-        pictures = np.frombuffer(stream, np.uint8).reshape(-1, start + height * width * 3)
-        return pictures[:, start:].reshape(-1, height, width, 3)
+        return _decode("-i", f"file:{path}")
 
 
 def enlarge(frames: np.ndarray, way: str, factor: int) -> np.ndarray:
@@ -138,6 +142,8 @@ def _write_mp4(part: Path, frames: np.ndarray, fps: float | int, recipe: str) ->
     quality = ("-crf", "4" if min(height, width) < SMALL else "17")
     arguments = (*raw.split(), *meta, *H264.split(), *quality, f"file:{part}")
     _ffmpeg(*arguments, stdin=np.ascontiguousarray(frames).data.cast("B"))
+    if not part.is_file() or part.read_bytes()[4:8] != b"ftyp":
+        raise FfmpegError("ffmpeg failed: it ended without an error and wrote no mp4")
 
 
 def _try_encoder() -> None:
@@ -145,9 +151,30 @@ def _try_encoder() -> None:
     with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
         try:
             _write_mp4(Path(folder, "x.mp4"), np.zeros((2, 16, 16, 3), np.uint8), 8, "{}")
-        except RuntimeError as error:
+        except FfmpegError as error:
             way = "unset IMAGEIO_FFMPEG_EXE, or write a .gif or .png"
-            raise RuntimeError(f"{error}; an mp4 needs an ffmpeg with libx264: {way}") from None
+            raise FfmpegError(f"{error}; an mp4 needs an ffmpeg with libx264: {way}") from None
+
+
+def _decode(*source: str, stdin: bytes = b"") -> np.ndarray:
+    """The frames of ffmpeg's input as uint8 [f h w 3]."""
+    stream = _ffmpeg("-r", "25", *source, *PPM.split(), stdin=stdin)
+    head = PPM_HEAD.match(stream)
+    if not head:
+        raise FfmpegError("ffmpeg failed: it ended without an error and wrote no picture")
+    width, height = map(int, head.groups())
+    pictures = np.frombuffer(stream, np.uint8).reshape(-1, head.end() + height * width * 3)
+    return pictures[:, head.end() :].reshape(-1, height, width, 3)
+
+
+def _try_decoder() -> None:
+    """Reads raw pixels as every video is read: what ffmpeg lacks is no fault of a video."""
+    raw = "-f rawvideo -pix_fmt rgb24 -video_size 16x16 -i pipe:0"
+    try:
+        _decode(*raw.split(), stdin=bytes(16 * 16 * 3))
+    except FfmpegError as error:
+        way = "unset IMAGEIO_FFMPEG_EXE"
+        raise FfmpegError(f"{error}; videos are read by an ffmpeg with ppm: {way}") from None
 
 
 def gif_steps(count: int, fps: float | int) -> list[int]:
@@ -178,13 +205,17 @@ WRITERS = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_folder, "": _w
 
 
 def _ffmpeg(*arguments: str, stdin: bytes | memoryview = b"") -> bytes:
-    """Runs the bundled ffmpeg and returns its stdout. Raises RuntimeError with its last line where
-    it fails."""
+    """Runs the bundled ffmpeg, or that of IMAGEIO_FFMPEG_EXE, and returns its stdout. Raises
+    FfmpegError with its last line where it fails."""
     import imageio_ffmpeg
 
-    command = (imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-loglevel", "error", *arguments)
-    done = subprocess.run(command, input=stdin, capture_output=True)
+    options = ("-hide_banner", "-loglevel", "error")
+    try:
+        command = (imageio_ffmpeg.get_ffmpeg_exe(), *options, *arguments)
+        done = subprocess.run(command, input=stdin, capture_output=True)
+    except (RuntimeError, OSError) as error:  # of imageio_ffmpeg, and of the system
+        raise FfmpegError(f"ffmpeg does not start: {first_line(error)}") from None
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
-        raise RuntimeError(f"ffmpeg failed: {said.splitlines()[-1].strip()}")
+        raise FfmpegError(f"ffmpeg failed: {said.splitlines()[-1].strip()}")
     return done.stdout

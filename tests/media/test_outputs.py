@@ -7,7 +7,7 @@ import pytest
 from pictures import KINDS, clip, one_line
 
 from cogi2v_jax.media import videos
-from cogi2v_jax.media.videos import check_output, write_video
+from cogi2v_jax.media.videos import FfmpegError, check_output, write_video
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_mount_point_is_refused_for_it_cannot_be_renamed(tmp_path, monkeypatch
 
 def test_a_missing_ffmpeg_shows_before_any_slow_work(tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
-    with pytest.raises(OSError, match="none"):
+    with pytest.raises(FfmpegError, match=r"does not start: .*/none"):
         check_output(tmp_path / "x.mp4")
     check_output(tmp_path / "x.gif")
 
@@ -157,15 +157,13 @@ def test_a_failing_ffmpeg_is_one_line_with_its_last_message(tmp_path, monkeypatc
     fake.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
     for refused in (check_output, lambda path: write_video(path, clip(49), 8, {"take": 2})):
-        with pytest.raises(
-            RuntimeError, match=r"^ffmpeg failed: Unknown encoder libx264; an mp4 n"
-        ):
+        with pytest.raises(FfmpegError, match=r"^ffmpeg failed: Unknown encoder libx264; an mp4 n"):
             refused(tmp_path / "x.mp4")
     assert listing(tmp_path) == before
 
 
 def test_a_real_ffmpeg_refusal_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(videos, "H264", videos.H264.replace("libx264", "libx999"))
-    with pytest.raises(RuntimeError, match=r"^ffmpeg failed: .*[Ee]ncoder.*$"):
+    with pytest.raises(FfmpegError, match=r"^ffmpeg failed: .*[Ee]ncoder.*$"):
         write_video(tmp_path / "x.mp4", clip(2), 8, {})
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from pictures import KINDS, clip, close, one_line
 from PIL import Image
 from recipes import read_recipe
 
-from cogi2v_jax.media.videos import read_frames, write_video
+from cogi2v_jax.media.videos import FfmpegError, check_output, read_frames, write_video
 
 RECIPE = {
     "prompt": "a \"quoted\" 'panda'; a=b #1 \\ back\\slash\\\\ 熊猫 🎸 é\n"
@@ -236,3 +236,57 @@ def test_reading_what_is_no_video_is_one_line(tmp_path):
         with pytest.raises(FileNotFoundError, match="no") as caught:
             read_frames(tmp_path / name)
         one_line(caught)
+
+
+# Other ffmpegs.
+
+UNKNOWN = "echo 'Error splitting the argument list: Option not found' >&2; exit 1"
+REAL = f'exec "{imageio_ffmpeg.get_ffmpeg_exe()}" "$@"'
+
+
+def use_ffmpeg(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str | None) -> None:
+    """Puts a shell script, or nothing, in the place of ffmpeg."""
+    fake = folder / "ffmpeg"
+    if script is not None:
+        fake.write_text(f"#!/bin/sh\n{script}\n")
+        fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+
+
+@pytest.mark.parametrize("option", ["fps_mode", "vsync"])
+def test_videos_are_read_by_ffmpegs_that_are_older_or_newer(tmp_path, monkeypatch, option):
+    write_video(tmp_path / "x.mp4", clip(9), 8, {})
+    script = f'case "$*" in *-{option}*) {UNKNOWN};; esac; {REAL}'
+    use_ffmpeg(tmp_path, monkeypatch, script)
+    assert close(read_frames(tmp_path / "x.mp4"), clip(9)) < 2.5
+
+
+def test_every_frame_of_an_uneven_video_is_read_once(tmp_path):
+    write_video(tmp_path / "x.mp4", clip(9), 8, {})
+    uneven = ["-vf", "setpts=N*N/TB/8", "-c:v", "libx264", "-bf", "2", tmp_path / "uneven.mkv"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "x.mp4", "-enc_time_base", "1/99"]
+    subprocess.run([*command, *uneven], check=True, capture_output=True)
+    assert close(read_frames(tmp_path / "uneven.mkv"), clip(9)) < 2.5
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (f'case "$*" in *ppm*) {UNKNOWN};; esac; {REAL}', "failed: Error splitting"),
+        ("exit 0", "failed: it ended without an error and wrote no picture"),
+        ("echo hello", "failed: it ended without an error and wrote no picture"),
+        (None, "does not start: .*No such file"),
+    ],
+)
+def test_what_ffmpeg_lacks_is_no_fault_of_a_video(tmp_path, monkeypatch, script, why):
+    write_video(tmp_path / "x.mp4", clip(2), 8, {})
+    use_ffmpeg(tmp_path, monkeypatch, script)
+    with pytest.raises(FfmpegError, match=rf"^ffmpeg {why}.*; .* ppm: unset IMAGEIO_FFMPEG_EXE$"):
+        read_frames(tmp_path / "x.mp4")
+
+
+@pytest.mark.parametrize("script", ["exit 0", 'for last; do :; done; : >"${last#file:}"'])
+def test_an_ffmpeg_that_writes_nothing_shows_before_any_slow_work(tmp_path, monkeypatch, script):
+    use_ffmpeg(tmp_path, monkeypatch, script)
+    with pytest.raises(FfmpegError, match="wrote no mp4; an mp4 needs an ffmpeg with libx264"):
+        check_output(tmp_path / "x.mp4")
