@@ -1,11 +1,18 @@
-"""Hub ids, suffixes of LoRA files, and the names of the published checkpoints."""
+"""Hub ids, addresses, suffixes of LoRA files, and the names of the published checkpoints."""
 
 import re
 
 from . import config
 
 HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.*)?")  # owner/name@revision
+ADDRESS = re.compile(r"\s*(?:([a-z][a-z0-9+.-]*)://|(data|file):)", re.IGNORECASE)
 LORA_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
+
+
+def scheme_of(text: str) -> str:
+    """The scheme of an address in lower case, as "https"; empty for a path or a hub id."""
+    found = ADDRESS.match(text)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def find_name(model: str) -> str | None:

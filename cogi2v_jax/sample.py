@@ -17,8 +17,8 @@ from .command import Parser, run, say
 from .config import names
 from .devices import hosts, plan
 from .disk import check_space
-from .media.download import local_copy, path_or_address
-from .media.images import read_image
+from .media.download import path_or_address
+from .media.images import local_copy
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
 from .media.videos import ENLARGED, check_output, enlarge, gif_steps, write_video
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"cogi2v-jax {__version__}")
 
     add = main.add_argument_group("what to make").add_argument
-    image = "the first frame: any image file, or a http or https address"
+    image = "the first frame: any image file, or a http, https or data address"
     add("--image", "--image_or_video_path", metavar="FILE", type=path_or_address, help=image)
     add("--prompt", metavar="TEXT", help="what should happen")
     add("--negative_prompt", metavar="TEXT", default="", help="what should not")
@@ -176,10 +176,9 @@ def _planned(options: argparse.Namespace, folder: Path) -> list[tuple[Video, Pat
     and checks the outputs."""
     single = options.prompt, options.image
     rows = read_manifest(options.manifest) if options.manifest else [Row(*single)]
-    images = {row.image: local_copy(row.image, folder) for row in rows}
+    sources = dict.fromkeys(row.image for row in rows)
+    images = {source: local_copy(source, folder) for source in sources}
     videos = []
-    for image in images.values():
-        read_image(image)
     for row in rows:
         first = options.seed if row.seed is None else row.seed
         negative = options.negative_prompt if row.negative_prompt is None else row.negative_prompt

@@ -12,6 +12,7 @@ from pathlib import Path
 from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.disk import one_line
+from cogi2v_jax.media.download import path_or_address
 from cogi2v_jax.request import SETTINGS, Request
 from cogi2v_jax.terminal import printing
 
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     made = "safetensors file to make; it appears only when complete"
     add("trace", metavar="TRACE", type=Path, help=made)
     what = "stretched to the size, as the reference does"
-    add("--image", metavar="FILE", type=Path, required=True, help=what)
+    add("--image", metavar="FILE", type=path_or_address, required=True, help=what)
     add("--prompt", metavar="TEXT", required=True)
     add("--negative_prompt", metavar="TEXT", default="")
     add("--seed", metavar="N", type=int, default=42)

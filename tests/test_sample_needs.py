@@ -1,6 +1,7 @@
 """What the command line takes from outside (addresses, closed pipes, plain terminals), and what it
 says when the end of a run fails."""
 
+import base64
 import os
 import shlex
 import shutil
@@ -75,14 +76,28 @@ def test_standard_streams_may_be_closed(closed: str) -> None:
 
 def test_a_row_of_a_batch_file_may_have_an_address(address: str, capsys) -> None:
     Path("rows.txt").write_text(f"the cyan triangle grows@@{address}/photo.png\n")
+    data = base64.b64encode(Path("photo.png").read_bytes()).decode()
+    with Path("rows.txt").open("a") as file:
+        file.write(f"the cyan triangle grows@@data:image/png;base64,{data}\n")
     assert main([*QUICK, "--manifest", "rows.txt"]) == 0
-    assert Path("out.mp4").is_file()
+    assert [read_recipe(f"out-{n}.mp4")["image"] for n in range(2)] == ["photo.png", "image"]
 
 
 def test_an_address_without_a_picture_is_named_whole(address: str, capsys) -> None:
     line = failed(capsys, ["--image", f"{address}/none.png", *PROMPT], 1)
     assert line == f"cogi2v: cannot download {address}/none.png: File not found"
     assert files() == set()
+
+
+def test_a_page_is_named_by_its_address_alone(address: str, capsys) -> None:
+    line = failed(capsys, ["--image", f"{address}/", *PROMPT], 1)
+    assert line.endswith(f" common format: got {address}/ (unknown format); try saving it anew")
+
+
+@pytest.mark.parametrize("address", ["gs://b/x.png", " S3://b/x.png"])
+def test_an_address_of_another_kind_keeps_its_slashes(address: str, capsys) -> None:
+    line = failed(capsys, ["--image", address, *PROMPT], 1)
+    assert line.endswith(f": got {address.strip()}; download it first")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,27 @@
-"""Pictures at web addresses, within limits."""
+"""Pictures at addresses: of the web, within limits, and with their data in them."""
 
+import base64
+import binascii
 import os
+import re
 import string
-import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from ..disk import one_line
+from ..names import scheme_of
 
-SCHEMES = ("http://", "https://")
+WEB = ("http", "https")
+# A path alone, or that of this machine; what is at file://elsewhere/ is not here.
+HERE = re.compile(r"file:(?://(?:localhost)?(?=/))?(?!//)(.+)", re.IGNORECASE)
+PASSWORD = re.compile(r"(?<=://)[^/?#\s]*@")  # and the user before it
 LARGEST = 100 * 2**20  # bytes
 SECONDS = 60.0  # for all of it; half of them without a byte are too many
 REDIRECTS = 5
@@ -24,46 +32,94 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     max_redirections = REDIRECTS
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any):
-        if not newurl.startswith(SCHEMES):
+        if scheme_of(newurl) not in WEB or _has_password(newurl):
             fp.close()
             raise urllib.error.URLError(f"it leads to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def path_or_address(text: str) -> Path | str:
-    """A path, or an address as it is: a path would lose one of its slashes."""
-    return text if text.startswith(SCHEMES) else Path(text)
+    """A path, also of a file address, or another address without the blanks around it: a path would
+    lose one of its slashes."""
+    if not scheme_of(text):
+        return Path(text)
+    here = HERE.fullmatch(text.strip())
+    return Path(unquote(here[1], errors="surrogateescape")) if here else text.strip()
 
 
-def local_copy(source: Path | str, folder: Path) -> Path:
-    """A path itself, or the file at an address, in a new folder in `folder`."""
-    if isinstance(source, Path):
-        return source
-    name = PurePosixPath(unquote(urlsplit(source).path)).name or "image"
-    copy = Path(tempfile.mkdtemp(dir=folder), os.fsencode(name)[-200:].decode(errors="ignore"))
-    copy.write_bytes(download(source))
-    return copy
+def shown(address: str) -> str:
+    """An address for a message: in one line, without a password."""
+    if scheme_of(address) == "data":
+        return "a data address"
+    return PASSWORD.sub("...@", one_line(address))
 
 
-def download(address: str) -> bytes:
-    """The bytes at a http or https address. Raises OSError in one line for what can't be fetched,
-    ValueError for more than LARGEST bytes."""
+def file_name(address: str) -> str:
+    """A name for the file at an address."""
+    path = urlsplit(address).path if scheme_of(address) in WEB else ""
+    name = one_line(PurePosixPath(unquote(path)).name)
+    return "image" if name in ("", "..") else os.fsencode(name)[-200:].decode(errors="ignore")
+
+
+def fetch(address: str) -> bytes:
+    """The bytes at a http, https or data address. Raises ValueError for another one, for what is no
+    base64 and for more than LARGEST bytes, OSError for what can't be downloaded, in one line."""
+    scheme = scheme_of(address)
+    if scheme == "data":
+        return _data(address)
+    if scheme not in WEB or _has_password(address):
+        rule = "image must be a file, or at a http, https or data address without a password"
+        raise ValueError(f"{rule}: got {shown(address)}; download it first")
+    done: Future[bytes] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(_download(address))
+        except Exception as error:
+            done.set_exception(error)
+
+    # A timeout of urllib begins anew with every byte, and looking up a name has none.
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    if not done.done():
+        raise OSError(f"cannot download {shown(address)}: it took more than {SECONDS:.0f} s")
+    return done.result()
+
+
+def _data(address: str) -> bytes:
+    """The bytes of a data address, as pages and programs pass pictures."""
+    head, _, text = address.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(f"data address must be base64: got {one_line(address[:40])}...") from None
+
+
+def _has_password(address: str) -> bool:
+    return bool(PASSWORD.match(address, address.find("://") + 3))
+
+
+def _download(address: str) -> bytes:
     end = time.monotonic() + SECONDS
     quoted = quote(address, safe=string.punctuation)  # letters beyond ASCII
-    request = urllib.request.Request(quoted, headers={"User-Agent": "cogi2v-jax"})
     data = bytearray()
     try:
+        request = urllib.request.Request(quoted, headers={"User-Agent": "cogi2v-jax"})
         with urllib.request.build_opener(_Redirects).open(request, timeout=SECONDS / 2) as answer:
-            while block := answer.read1(BLOCK):
+            while len(data) <= LARGEST and (block := answer.read1(BLOCK)):
                 data += block
-                if len(data) > LARGEST:
-                    most = f"image must have at most {LARGEST >> 20} MiB"
-                    raise ValueError(f"{most}: got more from {address}")
-                if time.monotonic() > end:
-                    raise TimeoutError(f"it took more than {SECONDS:.0f} s")
-    except (OSError, HTTPException, UnicodeError) as error:
+                if time.monotonic() > end:  # nobody waits any more
+                    raise TimeoutError
+    except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
-        why = getattr(error, "reason", None) or str(error) or type(error).__name__
-        raise OSError(f"cannot download {address}: {one_line(str(why))}") from None
+        why = str(getattr(error, "reason", None) or str(error) or type(error).__name__)
+        why = PASSWORD.sub("...@", one_line(why.partition("\n")[0]))
+        raise OSError(f"cannot download {shown(address)}: {why}") from None
+    if len(data) > LARGEST:
+        most = f"image must have at most {LARGEST >> 20} MiB"
+        raise ValueError(f"{most}: got more from {shown(address)}")
     return bytes(data)

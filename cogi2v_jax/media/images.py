@@ -1,9 +1,8 @@
 """Picture files and arrays -> pixels."""
 
-import base64
-import binascii
 import io
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..disk import A_POINTER, is_pointer
 from ..request import FITS
 from .colours import NoColour, to_srgb
-from .download import SCHEMES, download
+from .download import fetch, file_name, path_or_address, shown
 
 MAX_SIDE = 32768
 # PIL's limit for files, above which it suspects a decompression bomb; here for arrays too.
@@ -26,13 +25,13 @@ HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")  # brands
 
 
 def read_image(source: Any) -> Image.Image:
-    """A picture as an upright 8-bit sRGB image in memory: from a path, a http, https or data
-    address, the bytes of a file, an open file, a PIL image or an array (channels last).
+    """A picture as an upright 8-bit sRGB image in memory: from a path, a http, https, data or
+    file address, the bytes of a file, an open file, a PIL image or an array (channels last).
 
     Arrays are unsigned integers, or floats in [0, 1], [h w] or [h w 1|3|4]. An animated file gives
     its first frame; `to_srgb` says how colours are read. Raises FileNotFoundError for a missing
-    path, OSError for an address that can't be fetched, ValueError for a broken picture and for a
-    size beyond the limits (checked before decoding).
+    path, OSError for an address that can't be fetched, ValueError for another address, a broken
+    picture and a size beyond the limits (checked before decoding).
     """
     if isinstance(source, Image.Image):
         return _rgb(source, "a PIL image")
@@ -46,11 +45,11 @@ def read_image(source: Any) -> Image.Image:
         if not isinstance(data, bytes):
             raise ValueError(f"image must be a file opened as binary: got {type(data).__name__}")
         return _decode(data, str(getattr(source, "name", "a file")))
-    if isinstance(source, str) and source.startswith(SCHEMES):
-        return _decode(download(source), source)
-    if isinstance(source, str) and source.startswith("data:"):
-        return _decode(_data(source), "a data address")
-    if not isinstance(source, str | os.PathLike):
+    if isinstance(source, str):
+        source = path_or_address(source)
+    if isinstance(source, str):
+        return _decode(fetch(source), shown(source))
+    if not isinstance(source, os.PathLike):
         return _rgb(_from_array(np.asarray(source)), "an array")
     path = Path(source)
     if not path.exists():
@@ -61,15 +60,17 @@ def read_image(source: Any) -> Image.Image:
     return _decode(path, str(path))
 
 
-def _data(address: str) -> bytes:
-    """The bytes of a data address, as pages and programs pass pictures."""
-    head, _, text = address.partition(",")
-    try:
-        if not head.endswith(";base64"):
-            raise ValueError
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(f"data address must be base64: got {address[:40]}...") from None
+def local_copy(source: Path | str, folder: Path) -> Path:
+    """The path of a picture: itself, or of a copy in a new folder in `folder` where `source` is an
+    address. Raises as `read_image`."""
+    if isinstance(source, Path):
+        read_image(source)
+        return source
+    data = fetch(source)
+    _decode(data, shown(source))
+    copy = Path(tempfile.mkdtemp(dir=folder), file_name(source))
+    copy.write_bytes(data)
+    return copy
 
 
 def _decode(source: Path | bytes, name: str) -> Image.Image:
@@ -142,7 +143,9 @@ def decoding(what: str, name: str | os.PathLike) -> Iterator[None]:
             got = f"{name} ({error}); scale it down"
             raise ValueError(f"{what} must have at most {MAX_PIXELS} pixels: got {got}") from error
         except Exception as error:
-            got = f"{name} ({error}); try saving it anew"
+            # PIL's own words name an object in memory.
+            why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+            got = f"{name} ({why}); try saving it anew"
             raise ValueError(f"{what} must be whole and in a common format: got {got}") from error
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from ..devices import hosts
 from ..devices.sharding import to_host
 from ..disk import process_folder
+from ..media.images import local_copy
 from ..media.recipe import recipe_of
 from ..media.rows import Row, read_manifest
 from ..media.videos import check_output, write_video
@@ -55,7 +56,10 @@ class Validation:
     def __init__(self, run: Run, folder: Path):
         self.run, self.folder = run, folder / "validation"
         recipe = run.recipe
-        self.rows: list[Row] = read_manifest(Path(recipe.validation)) if recipe.validation else []
+        rows = read_manifest(Path(recipe.validation)) if recipe.validation else []
+        # Fetched once: a recipe of a video needs the file.
+        images = [local_copy(row.image, process_folder()) for row in rows]
+        self.rows = [row._replace(image=image) for row, image in zip(rows, images, strict=True)]
         for row in self.rows:
             prepare(run.models, self._request(row))
         if self.rows and hosts.leads():

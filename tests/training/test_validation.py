@@ -1,5 +1,6 @@
 """Sampling with weights as they are in training."""
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def test_a_video_in_training_is_that_of_the_weights_that_are_written(
 @FIRST
 def test_a_batch_file_becomes_videos_of_its_steps(studio: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
-    rows.write_text(f"prompt,image,seed\nthe red circle,{EXAMPLE_IMAGE},3\na,{EXAMPLE_IMAGE},\n")
+    data = "data:;base64," + base64.b64encode(EXAMPLE_IMAGE.read_bytes()).decode()
+    rows.write_text(f'prompt,image,seed\nthe red circle,"{data}",3\na,{EXAMPLE_IMAGE},\n')
     keys = {"validation": str(rows), "validate_every": 2, "image_latent_scale": "trainer"}
     run = Run(studio.recipe(tmp_path, **keys), quiet)
     validation = Validation(run, tmp_path)
