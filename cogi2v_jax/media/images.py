@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..disk import A_POINTER, is_pointer
 from ..request import FITS
-from .colours import NoColour, to_srgb
+from .colours import NoColour, is_raw, to_srgb
 from .download import fetch, file_name, path_or_address, shown
 
 MAX_SIDE = 32768
@@ -155,6 +155,9 @@ def _rgb(image: Image.Image, name: str | os.PathLike) -> Image.Image:
         rule = f"sides of 1 to {MAX_SIDE} and at most {MAX_PIXELS} pixels"
         raise ValueError(f"image must have {rule}: got {width}x{height} in {name}")
     with decoding("image", name):
+        if is_raw(image):
+            way = "export it as TIFF or JPEG first"
+            raise NoColour(f"image must be developed: got {name}, a raw photo; {way}")
         return to_srgb(image)
 
 

@@ -2,7 +2,9 @@
 
 import io
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -47,11 +49,34 @@ def test_a_tiff_is_scaled_by_its_own_sample_format(
     assert np.abs(levels(tmp_path / "x.tiff").astype(int) - GREY / 2).max() <= 1
 
 
-def write_tiff(path: Path, values: np.ndarray, bits: int, sample_format: int) -> None:
+@pytest.mark.parametrize(("dtype", "white"), [("u1", 255), ("<u2", 65535), ("<f4", 1)])
+def test_a_tiff_may_have_0_for_white(dtype: str, white: int, tmp_path: Path) -> None:
+    values = (GREY / 255 * white).astype(dtype)
+    format = 3 if dtype == "<f4" else 1
+    write_tiff(tmp_path / "x.tiff", values, values.itemsize * 8, format, {262: 0})
+    assert np.abs(levels(tmp_path / "x.tiff").astype(int) - (255 - GREY)).max() <= 1
+
+
+@pytest.mark.parametrize("tag", [{254: 1}, {50706: 1}])
+def test_a_raw_photo_is_refused_by_its_name(tag: dict[int, int], tmp_path: Path) -> None:
+    write_tiff(tmp_path / "x.dng", GREY, 8, 1, tag)
+    with pytest.raises(ValueError, match=r"developed: got .*x.dng, a raw photo; export") as refused:
+        read_image(tmp_path / "x.dng")
+    one_line(refused)
+
+
+def write_tiff(
+    path: Path,
+    values: np.ndarray,
+    bits: int,
+    sample_format: int,
+    others: Mapping[int, int] = MappingProxyType({}),
+) -> None:
     """An uncompressed grey TIFF, whose tags PIL does not choose."""
     data, (rows, columns) = values.tobytes(), values.shape
     tags = [(256, columns), (257, rows), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1)]
     tags += [(278, rows), (279, len(data)), (339, sample_format)]
+    tags = sorted((dict(tags) | dict(others)).items())
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
     path.write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))

@@ -19,17 +19,20 @@ def pixels(image) -> np.ndarray:
     return np.asarray(image)
 
 
-def png_claiming(width, height) -> bytes:
+def png_file(width, height, rows=b"\0", bits=8, kind=2, hidden=None) -> bytes:
+    """A PNG file of packed rows, with a transparent colour."""
+
     def chunk(kind, data):
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + (chunk(b"tRNS", struct.pack(f">{len(hidden)}H", *hidden)) if hidden else b"")
+        + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
     )
 
@@ -109,6 +112,31 @@ def test_a_colour_keyed_png_is_blended_with_white(tmp_path):
         tmp_path / "x.png", transparency=(1, 2, 3)
     )
     np.testing.assert_array_equal(pixels(read_image(tmp_path / "x.png")), 255)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "samples", "others"),
+    [
+        (2, 0, bytes([0b10_01_00_11]), [85, 0, 255]),
+        (4, 0, bytes([0xA5, 0x0F]), [85, 0, 255]),
+        (16, 0, struct.pack(">4H", 6000, 6001, 0, 65535), [23, 0, 255]),
+        (
+            16,
+            2,
+            struct.pack(">12H", *[6000] * 3, *[9000] * 3, *[0] * 3, *[65535] * 3),
+            [35, 0, 255],
+        ),
+    ],
+)
+def test_a_hidden_colour_of_any_depth_is_blended_with_white(bits, kind, samples, others):
+    hidden = {2: [2], 4: [10], 16: [6000] * (1 + kind)}[bits]
+    seen = pixels(read_image(png_file(4, 1, b"\0" + samples, bits, kind, hidden)))
+    assert seen[0, :, 0].tolist() == [255, *others]
+
+
+def test_grey_with_premultiplied_alpha_is_blended_with_white():
+    image = Image.merge("LA", [Image.new("L", (4, 4), 100), Image.new("L", (4, 4), 51)])
+    assert np.abs(pixels(read_image(image.convert("La"))).astype(int) - 224).max() <= 1
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -243,10 +271,10 @@ def broken_files():
         "header_only.png": png.getvalue()[:20],
         "text.png": b"this is not a picture\n" * 9,
         "empty.png": b"",
-        "bomb.png": png_claiming(100_000, 100_000),
-        "long.png": png_claiming(40_000, 10),
-        "large.png": png_claiming(20_000, 20_000),
-        "flat.png": png_claiming(0, 10),
+        "bomb.png": png_file(100_000, 100_000),
+        "long.png": png_file(40_000, 10),
+        "large.png": png_file(20_000, 20_000),
+        "flat.png": png_file(0, 10),
     }
 
 
@@ -272,7 +300,7 @@ def test_a_file_that_is_no_whole_picture_is_refused_in_one_line(tmp_path, name):
 
 @pytest.mark.parametrize("size", [(40_000, 10), (15_000, 12_000)])
 def test_a_size_beyond_the_limits_is_refused_before_a_pixel_is_decoded(tmp_path, monkeypatch, size):
-    (tmp_path / "x.png").write_bytes(png_claiming(*size))
+    (tmp_path / "x.png").write_bytes(png_file(*size))
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="pixels"):
         read_image(tmp_path / "x.png")
@@ -280,7 +308,7 @@ def test_a_size_beyond_the_limits_is_refused_before_a_pixel_is_decoded(tmp_path,
 
 def test_a_bomb_is_refused_where_pils_own_limit_was_lifted(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    (tmp_path / "x.png").write_bytes(png_claiming(20_000, 20_000))
+    (tmp_path / "x.png").write_bytes(png_file(20_000, 20_000))
     with pytest.raises(ValueError, match="20000x20000") as caught:
         read_image(tmp_path / "x.png")
     one_line(caught)
