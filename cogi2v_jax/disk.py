@@ -24,6 +24,7 @@ LONGEST = 300  # digits of an integer in JSON; a float holds at most 308
 SHA256 = re.compile(r"[0-9a-f]{64}")
 POINTER = b"version https://git-lfs"  # the beginning of one
 A_POINTER = "a git-lfs pointer; fetch the file with git lfs pull"
+SHOWN = 200  # characters of a text in a message
 PART = ".part-"  # in the names of files and folders that are being written
 
 at_end = ExitStack()  # what is removed when the process ends; close it before `os._exit`
@@ -90,13 +91,14 @@ def check_target(
         raise ValueError(f"{what} must have a name of 1 to 200 bytes: got {path}")
     if suffix and path.suffix.lower() != suffix:
         raise ValueError(f"{what} must end in {suffix}: got {path}")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        way = f"make {path.parent} or choose another"
+    real = Path(os.path.realpath(path))  # a link is followed, as `replace_when_done` does
+    if not real.parent.is_dir() or not os.access(real.parent, os.W_OK | os.X_OK):
+        way = f"make {real.parent} or choose another"
         raise ValueError(f"{what} must be in an existing, writable folder: got {path}; {way}")
     if not folder and path.exists() and not path.is_file():
         found = f"{path}, which is a folder or a device"
         raise ValueError(f"{what} must be a file or a new name: got {found}")
-    if {source.resolve() for source in inputs} & {path.resolve(), path.parent.resolve()}:
+    if {source.resolve() for source in inputs} & {real, real.parent}:
         raise ValueError(f"{what} must be outside of what is read: got {path}")
 
 
@@ -197,6 +199,11 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def quoted(text: str) -> str:
+    """The text in quotes, and only its beginning where it is long: for a message."""
+    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}..."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none. The message may quote a
     file: escaped as by `one_line`."""
@@ -207,7 +214,9 @@ def first_line(error: BaseException) -> str:
 def replace_when_done(target: Path) -> Iterator[Path]:
     """A path on the target's disk to write a file or a folder to. It replaces the target, whole, if
     nothing was raised; otherwise the target stays as it was. Its folder is for temporary files. A
-    folder is replaced by a folder alone: a file in its place raises OSError."""
+    folder is replaced by a folder alone: a file in its place raises OSError. Of a link, what it
+    leads to is replaced."""
+    target = Path(os.path.realpath(target))
     prefix = f".{target.name}{PART}"
     with tempfile.TemporaryDirectory(
         prefix=prefix, dir=target.parent, ignore_cleanup_errors=True

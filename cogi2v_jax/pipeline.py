@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8, UInt32
 
 from .config import CheckpointConfig
 from .devices.sharding import put, split, to_host
+from .disk import quoted
 from .media.images import fit_image, read_image
 from .models.tokenizer import tokenize
 from .models.vae_tiles import decode_tiled, encode_tiled, sides
@@ -236,9 +237,9 @@ def tokenize_prompts(
     for prompt, row, count in zip(prompts, ids, counts, strict=True):
         if row.max() >= (size := config.text_encoder.vocab_size):
             what = f"token ids must be below {size}, the size of T5's table"
-            raise ValueError(f"{what}: got {row.max()} in {prompt!r}")
+            raise ValueError(f"{what}: got {row.max()} in {quoted(prompt)}")
         limit = f"{length} tokens for {config.title}, its end mark included"
-        what = f"prompt must be at most {limit}: got {count} in {prompt!r}"
+        what = f"prompt must be at most {limit}: got {count} in {quoted(prompt)}"
         if count > length and config.transformer.use_learned_positional_embeddings:
             raise ValueError(what)
         if count > length:

@@ -21,7 +21,7 @@ from .media.download import path_or_address
 from .media.images import local_copy
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
-from .media.videos import ENLARGED, check_output, enlarge, gif_steps, write_video
+from .media.videos import ENLARGED, check_name, check_output, enlarge, gif_steps, write_video
 from .request import SETTINGS, Request, Video
 from .terminal import printing
 
@@ -185,6 +185,7 @@ def _planned(options: argparse.Namespace, folder: Path) -> list[tuple[Video, Pat
         seeds = range(first, first + options.num_videos_per_prompt)
         videos += [Video(images[row.image], row.prompt, negative, seed) for seed in seeds]
     outputs = [options.output or Path("out.mp4")]
+    check_name(outputs[0])
     if len(videos) > 1:
         (path,), width = outputs, len(str(len(videos) - 1))
         stems = [f"{path.stem}-{number:0{width}d}" for number in range(len(videos))]

@@ -129,6 +129,8 @@ IMPOSSIBLE = [
     ("--attention flash", "attention must be auto, xla, .*: got 'flash'"),
     ("--output nowhere/out.mp4", "output must be in an existing, writable folder: got nowhere"),
     ("--output photo.png/out.mp4", "output must be in an existing, writable folder"),
+    ("--output .mp4 --num_videos_per_prompt 2", "output must have a name before its suffix: got"),
+    ("--output ''", "output must have a name before its suffix: got"),
     ("--output out.avi", "output must end in .mp4, .gif, or .png"),
     ("--output taken.mp4", "output must be a file or a new name: got taken.mp4"),
     ("--decode_latents gone.latents.safetensors", "latents must exist: found no gone"),

@@ -36,14 +36,22 @@ class FfmpegError(OSError):
     """An ffmpeg that does not start or fails, in one line."""
 
 
+def check_name(path: Path) -> None:
+    """Raises ValueError for an output without a name: nothing, or a suffix alone."""
+    if path.name.lower() in WRITERS:
+        raise ValueError(f"output must have a name before its suffix: got {path}")
+
+
 def check_output(path: str | os.PathLike) -> Path:
     """The path, if write_video can write there. Called before any slow work.
 
     `x.mp4` and `x.gif` are files; `x.png`, `x` and `x/` all mean a folder `x` of png frames. Raises
-    ValueError for another suffix, a parent folder that is missing or read-only, and a folder with
-    other files than frames written before; FfmpegError where ffmpeg cannot write an mp4.
+    ValueError for another suffix, a suffix alone, a parent folder that is missing or read-only,
+    and a folder with other files than frames written before; FfmpegError where ffmpeg cannot write
+    an mp4.
     """
     path = Path(path)
+    check_name(path)
     if path.suffix.lower() not in WRITERS:
         rule = "end in .mp4, .gif, or .png or nothing for a folder of frames"
         raise ValueError(f"output must {rule}: got {path}")
@@ -58,7 +66,7 @@ def check_output(path: str | os.PathLike) -> Path:
             FRAME_NAME.fullmatch(name) for name in names - {"recipe.json"}
         )
         # The folder is replaced, which a mount point (a container's /out) can't be.
-        if (names and not ours) or os.path.ismount(target):
+        if (names and not ours) or os.path.ismount(os.path.realpath(target)):
             rule = "be new, empty or hold only frames written before"
             raise ValueError(f"output folder must {rule}: got {target}; name one inside it")
     return path

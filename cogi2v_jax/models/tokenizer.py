@@ -14,7 +14,7 @@ from tokenizers.normalizers import Precompiled
 from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Steps
 
-from ..disk import first_line, is_text, parse_json, read_json, refuse_pointer
+from ..disk import first_line, is_text, parse_json, quoted, read_json, refuse_pointer
 
 PAD, EOS, UNKNOWN = 0, 1, 2
 EXTRA_IDS = 100  # marks like <extra_id_0> behind the vocabulary, where no file says how many
@@ -123,7 +123,7 @@ def tokenize(
     counts = []
     for row, prompt in zip(ids, prompts, strict=True):
         if not is_text(prompt):
-            raise ValueError(f"prompt must be Unicode text: got {prompt!r}")
+            raise ValueError(f"prompt must be Unicode text: got {quoted(prompt)}")
         tokens = encode(prompt)
         counts.append(len(tokens) + 1)
         tokens = [*tokens[: length - 1], EOS]

@@ -7,7 +7,7 @@ import pytest
 from pictures import KINDS, clip, one_line
 
 from cogi2v_jax.media import videos
-from cogi2v_jax.media.videos import FfmpegError, check_output, write_video
+from cogi2v_jax.media.videos import FfmpegError, check_output, read_frames, write_video
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_bad_output_names_are_refused(tmp_path, name):
     one_line(caught)
 
 
-@pytest.mark.parametrize("name", ["", ".", "/"])
+@pytest.mark.parametrize("name", ["", ".", "/", ".mp4", "frames/.PNG", ".gif/"])
 def test_a_path_without_a_name_is_refused(name):
     with pytest.raises(ValueError, match="name"):
         check_output(name)
@@ -61,6 +61,27 @@ def test_a_folder_where_a_file_should_go_is_refused_and_the_other_way_round(tmp_
         one_line(caught)
 
 
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "frames"])
+@pytest.mark.parametrize("had_one", [False, True], ids=["dangling", "over an older one"])
+def test_what_a_link_leads_to_is_written(tmp_path, name, had_one):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    if had_one:
+        write_video(tmp_path / "disk" / name, clip(3), 8, {})
+    assert write_video(tmp_path / name, clip(2), 8, {}) == tmp_path / name
+    assert (tmp_path / name).is_symlink()
+    assert len(read_frames(tmp_path / "disk" / name)) == 2
+
+
+def test_a_link_out_of_any_folder_is_refused(tmp_path):
+    (tmp_path / "x.gif").symlink_to(tmp_path / "gone" / "x.gif")
+    with pytest.raises(
+        ValueError, match=rf"got {tmp_path}/x.gif; make {tmp_path}/gone or"
+    ) as caught:
+        check_output(tmp_path / "x.gif")
+    one_line(caught)
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -82,8 +103,11 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path, names):
 
 def test_a_mount_point_is_refused_for_it_cannot_be_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
-    with pytest.raises(ValueError, match="inside it"):
-        check_output(tmp_path)
+    link = tmp_path.with_name(f"{tmp_path.name}-link")
+    link.symlink_to(tmp_path)
+    for path in (tmp_path, link):
+        with pytest.raises(ValueError, match="inside it"):
+            check_output(path)
 
 
 def test_a_missing_ffmpeg_shows_before_any_slow_work(tmp_path, monkeypatch):
