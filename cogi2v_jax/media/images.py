@@ -17,6 +17,7 @@ from ..disk import A_POINTER, is_pointer
 from ..request import FITS
 from .colours import NoColour, is_raw, to_srgb
 from .download import fetch, file_name, path_or_address, shown
+from .png import is_cut
 
 MAX_SIDE = 32768
 # PIL's limit for files, above which it suspects a decompression bomb; here for arrays too.
@@ -75,12 +76,21 @@ def local_copy(source: Path | str, folder: Path) -> Path:
 
 def _decode(source: Path | bytes, name: str) -> Image.Image:
     """A picture file, or its bytes."""
-    if isinstance(source, bytes):
-        head, file = source[:32], io.BytesIO(source)
-    else:
-        with source.open("rb") as opened:
-            head = opened.read(32)
-        file = source
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        _check_head(file.read(32), name)
+        file.seek(0)
+        with decoding("image", name):
+            image = Image.open(file)
+        with image:
+            seen = _rgb(image, name)
+        with decoding("image", name):
+            if image.format == "PNG" and is_cut(file):
+                raise OSError("image file is truncated")
+        return seen
+
+
+def _check_head(head: bytes, name: str) -> None:
+    """Raises ValueError for a file that begins with `head` and can't be read here."""
     if head[4:8] == b"ftyp" and head[8:12] in HEIF and b"avif" not in head:
         if not find_spec("pillow_heif"):
             way = "pip install pillow-heif, or save it as JPEG"
@@ -92,10 +102,6 @@ def _decode(source: Path | bytes, name: str) -> Image.Image:
         register_heif_opener()
     if is_pointer(head):
         raise ValueError(f"image must be a picture file: got {name}, {A_POINTER}")
-    with decoding("image", name):
-        image = Image.open(file)
-    with image:
-        return _rgb(image, name)
 
 
 def fit_image(image: Image.Image, height: int, width: int, fit: str) -> np.ndarray:

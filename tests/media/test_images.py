@@ -19,7 +19,7 @@ def pixels(image) -> np.ndarray:
     return np.asarray(image)
 
 
-def png_file(width, height, rows=b"\0", bits=8, kind=2, hidden=None) -> bytes:
+def png_file(width, height, rows=b"\0", bits=8, kind=2, hidden=None, interlaced=0) -> bytes:
     """A PNG file of packed rows, with a transparent colour."""
 
     def chunk(kind, data):
@@ -27,7 +27,7 @@ def png_file(width, height, rows=b"\0", bits=8, kind=2, hidden=None) -> bytes:
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         )
 
-    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, interlaced)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)
@@ -43,6 +43,25 @@ def test_a_lossless_file_is_read_as_it_was_written(tmp_path, suffix):
     Image.fromarray(picture()).save(path, lossless=True)
     np.testing.assert_array_equal(pixels(read_image(path)), picture())
     np.testing.assert_array_equal(pixels(read_image(str(path))), picture())
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "bits", "kind", "interlaced", "size"),
+    [
+        (8, 8, 8, 2, 0, 8 * (1 + 24)),
+        (3, 2, 1, 0, 0, 2 * (1 + 1)),
+        (5, 9, 16, 6, 0, 9 * (1 + 40)),
+        (1, 1, 8, 2, 1, 1 + 3),
+        (5, 3, 8, 0, 1, 2 + 2 + 0 + 2 + 4 + 2 * 3 + 6),
+    ],
+)
+def test_a_png_file_is_whole_with_all_bytes_of_its_rows(
+    width, height, bits, kind, interlaced, size
+):
+    kinds = {"bits": bits, "kind": kind, "interlaced": interlaced}
+    assert read_image(png_file(width, height, bytes(size), **kinds)).size == (width, height)
+    with pytest.raises(ValueError, match="must be whole"):
+        read_image(png_file(width, height, bytes(size - 1), **kinds))
 
 
 def test_a_jpeg_is_read_closely(tmp_path):
@@ -270,6 +289,8 @@ def broken_files():
         "truncated.png": png.getvalue()[: len(png.getvalue()) // 2],
         "header_only.png": png.getvalue()[:20],
         "text.png": b"this is not a picture\n" * 9,
+        "few_rows.png": png_file(8, 64, b"\0" * 20 * 25),
+        "few_passes.png": png_file(8, 8, b"\0" * 107, interlaced=1),
         "empty.png": b"",
         "bomb.png": png_file(100_000, 100_000),
         "long.png": png_file(40_000, 10),
