@@ -249,6 +249,8 @@ def _of_module(settings: Mapping[str, Any], name: str, patterns: str, module: st
     return number
 
 
+# A model's name in a path or a hub id; some leave out the X before 1.5.
+NAME = re.compile(r"cogvideo(?:x|1\.5)[^/\\]*", re.IGNORECASE)
 # 1.5 anywhere in a name, or 15 and 1-5 right behind "CogVideoX".
 SECONDS_NAME = re.compile(r"1[._]5|x[-_]?1-?5(?!\d)", re.IGNORECASE)
 
@@ -258,10 +260,10 @@ def _other_model(file: LoraFile, config: CheckpointConfig, misfits: bool) -> str
     its shapes; else ""."""
     ours = GENERATIONS[config.family]
     for base in file.bases:
-        # Only from "cogvideox" on: folders before it may have any number in their names.
-        stated = re.search(r"cogvideox[^/]*", base, re.IGNORECASE)
-        generation = SECOND if stated and SECONDS_NAME.search(stated[0]) else FIRST
-        if stated and generation != ours:
+        # The last one: folders before it may be a trainer's, and have any number in their names.
+        named = NAME.findall(base)
+        generation = SECOND if named and SECONDS_NAME.search(named[-1]) else FIRST
+        if named and generation != ours:
             return f"it says that it was made for {base}, of {generation}, and this is {ours}"
     if not misfits:
         return ""

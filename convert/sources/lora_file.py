@@ -1,6 +1,7 @@
 """LoRA files: their tensors, and what the header and files beside them say."""
 
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from cogi2v_jax.disk import one_line, parse_json, read_json, sha256
+from cogi2v_jax.disk import first_line, one_line, parse_json, read_json, refuse_pointer, sha256
 from cogi2v_jax.names import LORA_SUFFIXES
 from cogi2v_jax.weights.hub import locate_lora, report
 from cogi2v_jax.weights.needed_files import BESIDE_LORA, LORA_FILE
@@ -24,6 +25,10 @@ BASES = (
     "ss_sd_model_name",
     "modelspec.architecture",
 )
+STEP = re.compile(r"checkpoint-\d+")  # a trainer's folder in that of the run
+# A card's front matter, closed or not, and the lines of a base in it.
+FRONT = re.compile(r"\s*---[ \t]*\n(.*?)(?:^(?:---|\.\.\.)[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+BASE = re.compile(rf"^({'|'.join(BASES)})[ \t]*:(?=\s).*(?:\n[ \t\]-].*)*", re.MULTILINE)
 
 
 class LoraFile(NamedTuple):
@@ -40,8 +45,9 @@ class LoraFile(NamedTuple):
 
 
 def open_lora(lora: Path | str, say: Callable[[str], None] = report) -> LoraFile:
-    """Opens a file, or the one in a folder or of a hub id. Raises FileNotFoundError, OSError or
-    ValueError, in one line, for what is no file of tensors."""
+    """Opens a file, or the one in a folder or of a hub id. `say` is told what is fetched, and of a
+    card that can't be read. Raises FileNotFoundError, OSError or ValueError, in one line, for what
+    is no file of tensors."""
     path = _locate(locate_lora(lora, say))
     name = f"{path.absolute().parent.name}/{path.name}" if path.name == LORA_FILE else path.name
     name = name if isinstance(lora, Path) else lora
@@ -57,7 +63,7 @@ def open_lora(lora: Path | str, say: Callable[[str], None] = report) -> LoraFile
     shapes = {tensor: entry.shape for tensor, entry in file.entries.items()}
     beside = read_json(path.with_name(BESIDE)) if path.with_name(BESIDE).is_file() else {}
     settings = _settings(path, file.note) or beside
-    sources = settings, beside, file.note, _read_card(path.parent)
+    sources = settings, beside, file.note, _read_card(path, say)
     stated = [base for source in sources for key in BASES for base in _texts(source.get(key))]
     bases = tuple(dict.fromkeys(stated))
     return LoraFile(path, name, sha256(path), shapes, file.read, settings, bases)
@@ -94,14 +100,22 @@ def _texts(value: Any) -> list[str]:
     return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
-    """The front matter of the model card that trainers write beside a file; {} where there is none
-    that can be read."""
-    cards = (path for path in folder.iterdir() if path.name.lower() == CARD.lower())
-    try:
-        text = next(cards).read_text(encoding="utf-8-sig")
-        front = re.match(r"---[ \t]*\n(.*?\n)---[ \t]*(\n|$)", text, re.DOTALL)
-        read = yaml.safe_load(front[1]) if front else {}
-    except (StopIteration, OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+def _read_card(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The bases in the front matter of the model card that trainers write beside a file, or beside
+    the folder of its step; {} where there is none. Whatever else is in the card may be wrong."""
+    folder = path.absolute().parent
+    folders = (folder, folder.parent) if STEP.fullmatch(folder.name) else (folder,)
+    inside = (file for each in folders for file in each.iterdir())
+    card = next((file for file in inside if file.name.lower() == CARD.lower()), None)
+    if card is None:
         return {}
-    return read if isinstance(read, dict) else {}
+    try:
+        refuse_pointer(card)
+        head = card.read_bytes()[:2]
+        encoding = "utf-16" if head in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
+        front = FRONT.match(card.read_text(encoding, errors="replace"))
+        entries = BASE.finditer(front[1] if front else "")
+        return {entry[1]: yaml.safe_load(entry[0])[entry[1]] for entry in entries}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        say(f"the base of the LoRA is not known: cannot read {card}: {first_line(error)}")
+        return {}

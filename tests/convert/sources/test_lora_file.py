@@ -17,7 +17,7 @@ from cogi2v_convert.tables.transformer import table
 from safetensors.numpy import save_file
 from tolerances import relative_error
 
-from cogi2v_jax import loading
+from cogi2v_jax import disk, loading
 from cogi2v_jax.arguments import parse_loras
 from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.weights.lora import Lora
@@ -296,6 +296,8 @@ CARDS = {
     "quotes": 'base_model: "THUDM/A"',
     "a list": "base_model:\n- THUDM/A\n- 'THUDM/B'",
     "a flow list": "tags: [x]\nbase_model: [THUDM/A, THUDM/B]",
+    "a flow list of lines": "base_model: [\n  THUDM/A,\n  THUDM/B\n]",
+    "a word beside what is no YAML": "instance_prompt: a dog: running\nbase_model: THUDM/A",
 }
 
 
@@ -311,6 +313,38 @@ def test_a_card_states_its_bases_in_every_form_of_yaml(
     save_file({"a": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
     expected = ("THUDM/A", "THUDM/B") if "list" in form else ("THUDM/A",)
     assert open_lora(tmp_path / "a.safetensors").bases == expected
+
+
+WHOLE = "---\nbase_model: THUDM/A\nlicense: other\n---\n# Café\n"
+STRANGE = {
+    "a blank line before": f" \n{WHOLE}".encode(),
+    "closed by dots": WHOLE.replace("other\n---", "other\n...").encode(),
+    "not closed": WHOLE.replace("other\n---", "other\n").encode(),
+    "latin-1": WHOLE.encode("latin-1"),
+    "UTF-16": WHOLE.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("card", STRANGE)
+@pytest.mark.parametrize("step", ["", "checkpoint-500"])
+def test_a_card_states_its_base_in_every_encoding_and_beside_every_step(
+    card: str, step: str, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_bytes(STRANGE[card])
+    file = tmp_path / step / "a.safetensors"
+    file.parent.mkdir(exist_ok=True)
+    save_file({"a": np.zeros(1, np.float32)}, file)
+    assert open_lora(file).bases == ("THUDM/A",)
+
+
+@pytest.mark.parametrize("card", [disk.POINTER.decode(), "---\nbase_model: [\n---\n"])
+def test_a_card_that_can_not_be_read_is_named(card: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(card)
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "a.safetensors")
+    said: list[str] = []
+    assert open_lora(tmp_path / "a.safetensors", said.append).bases == ()
+    (line,) = said
+    assert line.startswith(f"the base of the LoRA is not known: cannot read {tmp_path}/README.md: ")
 
 
 @pytest.mark.parametrize("card", ["", "---\n", "---\na: [\n---\n", "---\n- a\n---\n", "a: 1\n"])
