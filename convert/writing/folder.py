@@ -17,14 +17,16 @@ from cogi2v_jax.weights.checkpoint import MANIFEST
 @contextmanager
 def make_folder(destination: Path | str, wait: bool = False) -> Iterator[Path]:
     """A folder to fill, which is renamed to the destination if nothing is raised, and removed
-    otherwise. What a killed process left of it is removed first. A destination at gs:// is filled
-    here and copied there. Raises FileExistsError where the destination exists, or where another
-    process is filling it; `wait` waits for that process first."""
+    otherwise. What a killed process left of it is removed first. A link is followed. A destination
+    at gs:// is filled here and copied there. Raises FileExistsError where the destination exists,
+    or where another process is filling it; `wait` waits for that process first."""
     if bucket.is_bucket(destination):
         with bucket.uploading(destination, MANIFEST) as folder:
             yield folder
         return
     destination = Path(destination)
+    if destination.is_symlink():  # a folder can't be renamed to one
+        destination = Path(os.path.realpath(destination))
     _check_free(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,8 @@ def _check_free(destination: Path) -> None:
     # Programs in the current folder would stay in the old one when another takes its name.
     if destination.is_dir() and destination.samefile(Path.cwd()):
         raise FileExistsError(f"{destination} must be a new name: got the current folder")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    is_folder = destination.is_dir() and not destination.is_symlink()  # a link to itself is one
+    if os.path.lexists(destination) and (not is_folder or any(destination.iterdir())):
         raise FileExistsError(f"{destination} must not exist yet: found it")
 
 

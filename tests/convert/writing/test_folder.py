@@ -149,6 +149,26 @@ def test_a_folder_that_can_not_be_made_is_named(
     assert left(tmp_path) == {"source", "file"}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_to_the_folder_that_is_filled(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    if there:
+        (tmp_path / "disk" / "real").mkdir()
+    (tmp_path / "link").symlink_to("disk/real")
+    with make_folder(tmp_path / "link") as folder:
+        (folder / "file").touch()
+    assert left(tmp_path) == {"disk", "link"}
+    assert left(tmp_path / "disk") == {"real"}
+    assert left(tmp_path / "link") == {"file"}
+
+
+def test_a_link_to_itself_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(FileExistsError, match="must not exist yet"), make_folder(tmp_path / "link"):
+        pytest.fail("the work was done")
+    assert left(tmp_path) == {"link"}
+
+
 # concurrent
 
 
