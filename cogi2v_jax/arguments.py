@@ -63,7 +63,7 @@ def _parse_lora(file: object, weight: Any = None) -> tuple[Path | str, float]:
     text, (head, _, tail) = os.path.expanduser(str(file)), str(file).rpartition(":")
     if weight is None and head and not Path(text).exists():  # a name may have a colon of its own
         text, weight = os.path.expanduser(head), tail
-    is_id = HUB_ID.fullmatch(text) and Path(text).suffix not in LORA_SUFFIXES
+    is_id = HUB_ID.fullmatch(text) and Path(text).suffix.lower() not in LORA_SUFFIXES
     path = text if is_id and not Path(text).exists() else Path(text)
     if isinstance(path, Path) and not path.exists():
         must = "lora must be an existing file or folder, or a hub id"

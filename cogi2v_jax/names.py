@@ -6,7 +6,7 @@ from . import config
 
 HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.*)?")  # owner/name@revision
 ADDRESS = re.compile(r"\s*(?:([a-z][a-z0-9+.-]*)://|(data|file):)", re.IGNORECASE)
-LORA_SUFFIXES = (".safetensors", ".pt", ".bin", ".pth", ".ckpt")
+LORA_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")  # preferred ones first
 
 
 def scheme_of(text: str) -> str:

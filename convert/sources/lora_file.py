@@ -1,5 +1,6 @@
 """LoRA files: their tensors, and what the header and files beside them say."""
 
+import math
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Mapping
@@ -14,9 +15,11 @@ from cogi2v_jax.names import LORA_SUFFIXES
 from cogi2v_jax.weights.hub import locate_lora, report
 from cogi2v_jax.weights.needed_files import BESIDE_LORA, LORA_FILE
 
-from .tensor_files import DTYPES, NARROW, open_file
+from .tensor_files import DTYPES, INTEGERS, NARROW, open_file
 
 HEADER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
+HEADERS = (HEADER, "lora_config")  # the other one is of finetrainers
+ALPHAS = ("lora_alpha", "network_alpha", "ss_network_alpha", "alpha")  # of other programs
 BESIDE, CARD = BESIDE_LORA
 BASES = (
     "base_model_name_or_path",
@@ -51,18 +54,22 @@ def open_lora(lora: Path | str, say: Callable[[str], None] = report) -> LoraFile
     path = _locate(locate_lora(lora, say))
     name = f"{path.absolute().parent.name}/{path.name}" if path.name == LORA_FILE else path.name
     name = name if isinstance(lora, Path) else lora
-    if path.suffix not in LORA_SUFFIXES:
+    if path.suffix.lower() not in LORA_SUFFIXES:
         raise ValueError(f"lora must end in {', '.join(LORA_SUFFIXES)}: got {path}")
     file = open_file(path)
     codes = [code for code in DTYPES if code not in NARROW]
     for tensor, entry in file.entries.items():
-        if entry.dtype not in codes:
+        is_number = entry.dtype in INTEGERS and math.prod(entry.shape) == 1
+        if entry.dtype not in codes and not is_number:
             must = f"must hold tensors of {', '.join(codes)}"
             got = one_line(f"{tensor} of {entry.dtype}")
             raise ValueError(f"{path} {must}: got {got}")
     shapes = {tensor: entry.shape for tensor, entry in file.entries.items()}
     beside = read_json(path.with_name(BESIDE)) if path.with_name(BESIDE).is_file() else {}
     settings = _settings(path, file.note) or beside
+    kind = "DORA" if settings.get("use_dora") else str(settings.get("peft_type") or "LORA").upper()
+    if kind != "LORA":
+        say(f"lora {name}: it says that it is a {one_line(kind)}: its pairs are merged as a LoRA's")
     sources = settings, beside, file.note, _read_card(path, say)
     stated = [base for source in sources for key in BASES for base in _texts(source.get(key))]
     bases = tuple(dict.fromkeys(stated))
@@ -83,16 +90,21 @@ def _locate(path: Path) -> Path:
 
 
 def _settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings for the transformer, from what diffusers writes into the header."""
-    try:
-        return {
-            key.removeprefix("transformer."): value
-            for key, value in parse_json(header.get(HEADER, "{}")).items()
-            if not key.startswith("text_encoder")
-        }
-    except (ValueError, AttributeError) as error:
-        must = f"must have a JSON object as {HEADER} in its header"
-        raise ValueError(f"{path} {must}: {error}") from None
+    """PEFT's settings for the transformer, from what diffusers or a trainer writes into the header,
+    or the alpha there."""
+    for name in HEADERS:
+        try:
+            stated = parse_json(header.get(name, "{}"))
+            flat = {key.removeprefix("transformer."): value for key, value in stated.items()}
+            if own := dict(flat.pop("transformer", {})) or {
+                key: value for key, value in flat.items() if not key.startswith("text_encoder")
+            }:
+                return own
+        except (ValueError, TypeError, AttributeError) as error:
+            must = f"must have a JSON object as {name} in its header"
+            raise ValueError(f"{path} {must}: {error}") from None
+    alphas = [header[name] for name in ALPHAS if header.get(name, "None") != "None"]
+    return {"lora_alpha": alphas[0]} if alphas else {}
 
 
 def _texts(value: Any) -> list[str]:

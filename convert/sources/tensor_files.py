@@ -30,7 +30,17 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     **NARROW,
 }
-BYTES = "U8"  # not for weights: a tokenizer's model, a note in JSON, or GGUF's blocks
+# Not for weights: alphas and counters; bytes are a tokenizer's model, a note in JSON, or GGUF's
+# blocks.
+BYTES = "U8"
+INTEGERS: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    BYTES: np.dtype(np.uint8),
+}
+STORED = DTYPES | INTEGERS
 TORCH = {  # by torch's names
     "torch.float64": "F64",
     "torch.float32": "F32",
@@ -38,6 +48,10 @@ TORCH = {  # by torch's names
     "torch.bfloat16": "BF16",
     "torch.float8_e4m3fn": "F8_E4M3",
     "torch.float8_e5m2": "F8_E5M2",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
     "torch.uint8": BYTES,
 }
 # Keys under which programs save their tensors.
@@ -102,7 +116,7 @@ class Safetensors:
         """A tensor, or its rows from `start` to `stop`."""
         code = self.entries[name].dtype
         shape, offset = self._stored[name]
-        dtype = DTYPES.get(code, np.dtype(np.uint8))
+        dtype = STORED.get(code, np.dtype(np.uint8))
         row = math.prod(shape[1:])
         stop = (shape[0] if shape else 1) if stop is None else stop
         taken = (stop - start, *shape[1:]) if shape else ()
@@ -139,7 +153,7 @@ class Pickled:
             ) from None
         except Exception as error:  # a broken file raises anything
             raise ValueError(f"{path} must be a whole torch file: {first_line(error)}") from None
-        self.note: dict[str, str] = {}
+        self.note = _note(saved)
         tensors = _tensors(path, saved)
         empty = [name for name, tensor in tensors.items() if not tensor.numel()]
         if 2 * len(empty) > len(tensors):
@@ -165,8 +179,7 @@ class Pickled:
         tensor = (tensor[start:stop] if tensor.ndim else tensor).contiguous()
         # Torch can't give numpy bfloat16 and float8: pass the bits as integers.
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        values = tensor.view(bits[tensor.element_size()]).numpy()
-        return values if code == BYTES else values.view(DTYPES[code])
+        return tensor.view(bits[tensor.element_size()]).numpy().view(STORED[code])
 
 
 class Gguf:
@@ -240,6 +253,13 @@ def _of_blocks(path: Path, name: str, kind: str, stored: tuple[int, ...]) -> Ent
         return Entry(blocks.shape_of(kind, stored), kind)
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(name)} {error}") from None
+
+
+def _note(saved: Any) -> dict[str, str]:
+    """The texts and numbers beside the tensors, as a header of safetensors has them."""
+    values = saved.items() if isinstance(saved, dict) else ()
+    noted = {key: value for key, value in values if isinstance(value, str | int | float)}
+    return {str(key): str(value) for key, value in noted.items()}
 
 
 def _tensors(path: Path, saved: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from .transformer import table
 # down, B up.
 ENDS = (
     # PEFT and diffusers; the name of the adapter may come before "weight".
-    re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:\.[^.]+)?\.weight"),
+    re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:(?:\..+)?\.weight)?"),
     # Diffusers before PEFT; kohya; CogVideoX-Fun.
     re.compile(r"(?P<module>.+)\.lora[._](?P<side>down|up)\.weight"),
     # Attention processors.
@@ -20,11 +20,13 @@ ENDS = (
     ),
     # SAT, where one tensor of a layer holds several weights; "index" is which.
     re.compile(r"(?P<module>.+)\.matrix_(?P<side>A|B)\.(?P<index>\d+)"),
-    re.compile(r"(?P<module>.+)\.(?P<side>alpha)"),
+    re.compile(r"(?P<module>.+)\.(?:lora_|network_)?(?P<side>alpha)"),
 )
 SIDES = {"A": "A", "down": "A", "B": "B", "up": "B", "alpha": "alpha"}
 # What programs write before the name of a module.
-WRAPPERS = re.compile(r"(?:(?:base_model|model|diffusion_model|module|transformer|unet)\.)*")
+WRAPPERS = re.compile(
+    r"(?:(?:base_model|model|diffusion_model|module|pipe|dit|transformer|transformer3d|unet)\.)*"
+)
 SAT_LAYERS = re.compile(r"layers\.(\d+)\.(.+)")
 SAT = {
     "attention.query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -45,7 +47,7 @@ KINDS.append("transformer_blocks.{}.attn1.to_qkv")  # of a network whose project
 def _flat(kind: str) -> re.Pattern[str]:
     """Kohya's name of a module, with underscores in place of dots."""
     name = kind.replace(".", "_").replace("{}", r"(\d+)")
-    return re.compile(r"lora_(?:(?:unet|transformer)_+)?" + name)
+    return re.compile(r"(?:lora|lycoris)_(?:(?:unet|transformer)_+)?" + name)
 
 
 FLAT = [(_flat(kind), kind) for kind in KINDS]
@@ -59,6 +61,10 @@ REASONS = (
     (
         re.compile(r"lora_[AB]\..*bias$|lora[._](up|down)\.bias$|\.diff_b$"),
         "is a change of a bias, which isn't read",
+    ),
+    (
+        re.compile(r"(^|\.)(lora_scale|scaling)$"),
+        "is a scale, which isn't read: give it as the LoRA's weight",
     ),
     (re.compile(r"lokr_|hada_|oft_|ia3_|\.diff$"), "is of another kind of adapter than a LoRA"),
 )

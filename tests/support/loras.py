@@ -144,15 +144,18 @@ def pickled(folder: Path, made: Pairs, rank: int) -> Path:
     return path
 
 
+def kohya_pairs(made: Pairs, prefix: str) -> dict[str, torch.Tensor]:
+    return {
+        f"{prefix}_{name.replace('.', '_')}.lora_{side}.weight": pair[side == "up"]
+        for name, pair in made.items()
+        for side in ("down", "up")
+    }
+
+
 def kohya(folder: Path, made: Pairs, rank: int) -> Path:
-    tensors = {}
-    for name, (a, b) in made.items():
-        flat = f"lora_unet__{name.replace('.', '_')}"
-        tensors |= {
-            f"{flat}.lora_down.weight": a,
-            f"{flat}.lora_up.weight": b,
-            f"{flat}.alpha": torch.tensor(rank / 2),
-        }
+    tensors = kohya_pairs(made, "lora_unet_")
+    stems = {name.partition(".")[0] for name in tensors}
+    tensors |= {f"{stem}.alpha": torch.tensor(rank / 2) for stem in stems}
     return save(folder / "a.safetensors", tensors)
 
 
@@ -160,6 +163,44 @@ def halves(folder: Path, made: Pairs, rank: int) -> Path:
     """Trained and saved in bfloat16, which must represent the values of the pairs."""
     tensors = {name: tensor.bfloat16() for name, tensor in peft(made).items()}
     return save(folder / "a.safetensors", tensors, header(r=rank, lora_alpha=rank / 2))
+
+
+def finetrainers(folder: Path, made: Pairs, rank: int) -> Path:
+    note = {"lora_config": json.dumps({"r": rank, "lora_alpha": rank / 2})}
+    return save(folder / "a.safetensors", peft(made), note)
+
+
+def by_part(folder: Path, made: Pairs, rank: int) -> Path:
+    stated = {"transformer": {"r": rank, "lora_alpha": rank / 2}, "text_encoder": {"r": 99}}
+    return save(folder / "a.safetensors", peft(made), {"lora_adapter_metadata": json.dumps(stated)})
+
+
+def kohya_header(folder: Path, made: Pairs, rank: int) -> Path:
+    note = {"ss_network_alpha": str(rank / 2)}
+    return save(folder / "a.safetensors", kohya_pairs(made, "lycoris"), note)
+
+
+def integer_alphas(folder: Path, made: Pairs, rank: int) -> Path:
+    dtypes = (torch.int64, torch.int32, torch.int16)
+    tensors = {
+        f"dit.{name}.alpha": torch.tensor(rank // 2, dtype=dtypes[number % 3])
+        for number, name in enumerate(made)
+    }
+    return save(folder / "a.sft", peft(made, "pipe.transformer.", ".my.adapter") | tensors)
+
+
+def pickled_alpha(folder: Path, made: Pairs, rank: int) -> Path:
+    named = peft(made, "transformer3d.").items()
+    tensors = {name.removesuffix(".weight"): tensor for name, tensor in named}
+    torch.save({"state_dict": tensors, "alpha": rank // 2}, folder / "a.pt")
+    return folder / "a.pt"
+
+
+def other_alphas(folder: Path, made: Pairs, rank: int) -> Path:
+    names = (".lora_alpha", ".network_alpha")
+    tensors = {name + names[len(name) % 2]: torch.tensor(rank / 2) for name in made}
+    torch.save(peft(made, "") | tensors, folder / "a.bin")
+    return folder / "a.bin"
 
 
 FORMATS = (
@@ -173,6 +214,12 @@ FORMATS = (
     pickled,
     kohya,
     halves,
+    finetrainers,
+    by_part,
+    kohya_header,
+    integer_alphas,
+    pickled_alpha,
+    other_alphas,
 )
 
 # Of the attention's weights alone.

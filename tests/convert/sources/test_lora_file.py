@@ -206,6 +206,7 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
 
 OF_TEXT = "is of a text encoder, which stays as it is"
 OF_NONE = "is of no linear weight of this network"
+SCALE = "is a scale, which isn't read: give it as the LoRA's weight"
 DORA, BIAS = "is a DoRA's magnitude, which isn't read: ", "is a change of a bias, which isn't read"
 ADAPTER = "is of another kind of adapter than a LoRA"
 NO_LORA = "is not a LoRA's tensor"
@@ -217,6 +218,7 @@ UNMATCHED = {
     "transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": BIAS,
     "transformer.transformer_blocks.0.attn1.to_q.lora_B.default.bias": BIAS,
     "transformer.transformer_blocks.0.attn1.to_q.lokr_w1": ADAPTER,
+    "transformer.transformer_blocks.0.attn1.to_q.lora_scale": SCALE,
     "transformer.transformer_blocks.0.attn1.norm_q.lora_A.weight": OF_NONE,
     "transformer.transformer_blocks.0.attn2.to_q.lora_A.weight": OF_NONE,
     "transformer.layers.0.attention.query_key_value.matrix_A.3": OF_NONE,
@@ -235,9 +237,22 @@ def test_unused_tensors_are_listed_with_their_reasons(
     assert_same(found.checked(), attention, 1.0, config)
     assert {row.key for row in found.rows.values() if not row.place} == UNMATCHED.keys()
     assert all(found.rows[key].reason.startswith(reason) for key, reason in UNMATCHED.items())
-    assert found.line().startswith("lora a.safetensors: 24 of 36 tensors matched, rank 4, ")
-    assert len(found.unmatched()) == 12
-    assert found.unmatched(3)[2] == "  ! and 10 more"
+    assert found.line().startswith("lora a.safetensors: 24 of 37 tensors matched, rank 4, ")
+    assert len(found.unmatched()) == 13
+    assert found.unmatched(3)[2] == "  ! and 11 more"
+
+
+@pytest.mark.parametrize("stated", [{"use_dora": True}, {"peft_type": "LOKR"}])
+def test_settings_of_another_adapter_are_named(
+    stated: dict[str, Any], attention: loras.Pairs, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stated))
+    said: list[str] = []
+    open_lora(loras.save(tmp_path / "a.safetensors", loras.peft(attention)), said.append)
+    kind = stated.get("peft_type", "DORA")
+    assert said == [
+        f"lora a.safetensors: it says that it is a {kind}: its pairs are merged as a LoRA's"
+    ]
 
 
 def test_at_most_twenty_unused_tensors_are_listed(
