@@ -48,7 +48,9 @@ def by_keys(keys: Iterable[str]) -> str | None:
 
 def by_tensors(names: Iterable[str]) -> str | None:
     """The relative, or LoRA, that weights with one of these names are of."""
-    marks = {"lora": LORA} | {mark: str(one) for one in RELATIVES for mark in one.tensors}
+    marks = {"lora": LORA, ".matrix_a.": LORA} | {
+        mark: str(one) for one in RELATIVES for mark in one.tensors
+    }
     return next(
         (what for name in names for mark, what in marks.items() if mark in name.lower()), None
     )

@@ -16,6 +16,7 @@ FOUND = {
     "traj_extractor.conv_in.weight": "Tora",
     "mixins.mgf.0.flow_gamma_spatial.weight": "Tora",
     "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": "a LoRA",
+    "model.diffusion_model.transformer.layers.0.attention.dense.matrix_A.0": "a LoRA",
     "lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight": "a LoRA",
 }
 

@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 CHECKPOINT = Kind(
     "model", "be a diffusers folder", choose_files, ("transformer/config.json", "config.json")
 )
-LORA = Kind("lora", "hold one safetensors file", choose_lora, (LORA_FILE, *BESIDE_LORA))
+LORA = Kind("lora", "hold one file of a LoRA", choose_lora, (LORA_FILE, *BESIDE_LORA))
 
 
 def report(line: str) -> None:

@@ -4,7 +4,9 @@ a conversion reads, one precision of every part and safetensors rather than bin.
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
+from ..names import LORA_SUFFIXES
 from .checkpoint import CONFIG_FILES, MANIFEST
 from .pieces import NETWORKS
 
@@ -14,16 +16,31 @@ FILE = re.compile(r"[^.]+?(?:\.(?P<variant>\w+))?(?P<shard>-\d{5}-of-\d{5})?(\.s
 INDEX = re.compile(r"[^.]+(\.safetensors|\.bin)\.index(?:\.(?P<variant>\w+))?\.json")
 # "" is the file without a variant, which programs load by default.
 PREFERRED = ("", "bf16", "fp32", "fp16")
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the preferred one of several
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the preferred one of several, with any suffix
 # What is known of a LoRA beside its file: PEFT's settings, and its card.
 BESIDE_LORA = ("adapter_config.json", "README.md")
+# Stems of what a trainer writes beside the weights.
+BESIDE = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|dl_state_dict|training_args|random_states|rng_state)"
+    r"(_\d+)*|.*optim_states"
+)
+
+
+def list_loras(names: Iterable[str]) -> list[str]:
+    """The files of a folder that may be its LoRA: of the first suffix that any has, that of the
+    default name, else all."""
+    files = [path for name in sorted(names) if not BESIDE.fullmatch((path := Path(name)).stem)]
+    for suffix in LORA_SUFFIXES:
+        if found := [path for path in files if path.suffix.lower() == suffix]:
+            default = [path for path in found if path.stem == Path(LORA_FILE).stem]
+            return [path.name for path in default or found]
+    return []
 
 
 def choose_lora(names: Iterable[str]) -> list[str]:
     """The file of a LoRA and what is beside it; empty for a folder with none or several."""
     top = [name for name in names if "/" not in name]
-    files = [name for name in top if name.endswith(".safetensors")]
-    files = [LORA_FILE] if LORA_FILE in files else files
+    files = list_loras(top)
     return [*files, *(name for name in BESIDE_LORA if name in top)] if len(files) == 1 else []
 
 

@@ -2,7 +2,6 @@
 at a time."""
 
 import json
-import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,18 +11,13 @@ import numpy as np
 
 from cogi2v_jax.disk import one_line, read_json
 from cogi2v_jax.weights.checkpoint import MANIFEST
-from cogi2v_jax.weights.needed_files import SUFFIXES
+from cogi2v_jax.weights.needed_files import BESIDE, SUFFIXES
 
 from .parts import Tensor
 from .tensor_files import DTYPES, NARROW
 
 # Safetensors' names of the dtypes that are written.
 CODES = {dtype: code for code, dtype in DTYPES.items() if code not in NARROW}
-# Stems of what a trainer writes beside the weights.
-BESIDE = re.compile(
-    r"(optimizer|scheduler|scaler|sampler|dl_state_dict|training_args|random_states|rng_state)"
-    r"(_\d+)*"
-)
 STEMS = {  # of the names of weight files and indexes
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",

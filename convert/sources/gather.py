@@ -16,9 +16,10 @@ from cogi2v_jax.disk import one_line, read_json
 from cogi2v_jax.models import tokenizer
 from cogi2v_jax.weights.checkpoint import CONFIG_FILES, MANIFEST
 from cogi2v_jax.weights.hub import locate, report
+from cogi2v_jax.weights.needed_files import BESIDE
 from cogi2v_jax.weights.pieces import NETWORKS
 
-from .diffusers import BESIDE, STEMS, find_weights, list_weights
+from .diffusers import STEMS, find_weights, list_weights
 from .parts import WIDE, Tensor, Weights, of_files, parts_of
 from .tensor_files import open_file, plain_names
 
@@ -240,4 +241,4 @@ def sat_files(folder: Path) -> list[Path]:
             return True
         return latest.read_text(errors="replace").strip() == file.parent.name
 
-    return [file for file in files if is_latest(file) and "optim_states" not in file.name]
+    return [file for file in files if is_latest(file)]

@@ -1,6 +1,7 @@
 """LoRA files: their tensors, and what the header and files beside them say."""
 
 import math
+import os
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Mapping
@@ -13,8 +14,9 @@ import yaml
 from cogi2v_jax.disk import first_line, one_line, parse_json, read_json, refuse_pointer, sha256
 from cogi2v_jax.names import LORA_SUFFIXES
 from cogi2v_jax.weights.hub import locate_lora, report
-from cogi2v_jax.weights.needed_files import BESIDE_LORA, LORA_FILE
+from cogi2v_jax.weights.needed_files import BESIDE_LORA, LORA_FILE, list_loras
 
+from .gather import sat_files
 from .tensor_files import DTYPES, INTEGERS, NARROW, open_file
 
 HEADER = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
@@ -81,12 +83,13 @@ def _locate(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"lora must be an existing file or folder: found no {path}")
-    files = sorted(path.glob("*.safetensors"))
-    chosen = [file for file in files if file.name == LORA_FILE] or files
-    if len(chosen) != 1:
-        must = f"lora folder must hold {LORA_FILE} or one safetensors file"
-        raise FileNotFoundError(f"{must}: found {len(files)} in {path}")
-    return chosen[0]
+    files = [path / name for name in list_loras(os.listdir(path))] or sat_files(path)
+    if len(files) != 1:
+        steps = [each for each in sorted(path.iterdir()) if STEP.fullmatch(each.name)]
+        way = f"; give one of its {len(steps)} steps, as {steps[0]}" if steps else ""
+        must = f"lora folder must hold {LORA_FILE} or one file of a LoRA"
+        raise FileNotFoundError(f"{must}: found {len(files)} in {path}{way}")
+    return files[0]
 
 
 def _settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:

@@ -152,8 +152,39 @@ def test_in_a_folder_the_default_name_or_the_only_file_is_opened(
     (tmp_path / "pytorch_lora_weights.safetensors").rename(tmp_path / "another.safetensors")
     with pytest.raises(
         FileNotFoundError,
-        match=r"must hold pytorch_lora_weights.safetensors or one safetensors file: found 2 in ",
+        match=r"must hold pytorch_lora_weights.safetensors or one file of a LoRA: found 2 in ",
     ):
+        open_lora(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_lora_weights.bin", "A.SAFETENSORS"])
+def test_in_a_folder_a_file_of_any_suffix_is_found_beside_a_trainer_s(
+    name: str, attention: loras.Pairs, tmp_path: Path
+) -> None:
+    save = torch.save if name.endswith(".bin") else lambda tensors, path: loras.save(path, tensors)
+    save(loras.peft(attention), tmp_path / name)
+    for beside in ("optimizer.bin", "scheduler.bin", "optimizer.pt", "adapter_config.json"):
+        (tmp_path / beside).write_text("{}")
+    assert open_lora(tmp_path).path == tmp_path / name
+
+
+@pytest.mark.parametrize("given", ["", "3"])
+def test_in_a_run_of_sat_or_deepspeed_the_latest_step_is_opened(
+    given: str, attention: loras.Pairs, tmp_path: Path
+) -> None:
+    for step in ("2", "3"):
+        (tmp_path / step).mkdir()
+        file = loras.sat(tmp_path / step, attention, RANK)
+        (file.parent / "zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    (tmp_path / "latest").write_text("3")
+    assert open_lora(tmp_path / given).path == file
+
+
+def test_a_folder_of_steps_says_what_to_give(tmp_path: Path) -> None:
+    for step in (1000, 500):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    way = f"found 0 in {tmp_path}; give one of its 2 steps, as {tmp_path}/checkpoint-"
+    with pytest.raises(FileNotFoundError, match=way):
         open_lora(tmp_path)
 
 
