@@ -4,12 +4,13 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .names import HUB_ID, LORA_SUFFIXES
+from .names import LORA_SUFFIXES, parse_hub
 from .request import SWITCH, Kind, Settings
 
 
@@ -38,10 +39,10 @@ def _read(kind: Kind, text: str) -> Any:
 
 
 def parse_loras(loras: Any) -> list[tuple[Path | str, float]]:
-    """The paths, or as texts the hub ids, and weights of LoRAs, given as FILE, FILE:WEIGHT or
-    (FILE, WEIGHT), one or many, where FILE may be a folder or a hub id. Raises FileNotFoundError
-    for a path that doesn't exist, ValueError for a weight that is not a finite number and for what
-    is no file."""
+    """The paths, or as texts the hub ids and addresses, and weights of LoRAs, given as FILE,
+    FILE:WEIGHT or (FILE, WEIGHT), one or many, where FILE may be a folder, a hub id or an address
+    of the hub. Raises FileNotFoundError for a path that doesn't exist, ValueError for a weight that
+    is not a finite number and for what is no file."""
     # A tuple of two files is two LoRAs; within a list every pair is a file and its weight.
     if isinstance(loras, str | os.PathLike) or (
         _is_pair(loras) and isinstance(loras[1], float | int)
@@ -61,13 +62,19 @@ def _parse_lora(file: object, weight: Any = None) -> tuple[Path | str, float]:
         raise ValueError(f"loras must be FILE, FILE:WEIGHT or (FILE, WEIGHT): got {file!r}")
     # Not pathlib's expanduser, which raises for a user that doesn't exist.
     text, (head, _, tail) = os.path.expanduser(str(file)), str(file).rpartition(":")
-    if weight is None and head and not Path(text).exists():  # a name may have a colon of its own
+    # A name may have a colon of its own, and so has an address.
+    if weight is None and head and not Path(text).exists() and not tail.startswith("//"):
         text, weight = os.path.expanduser(head), tail
-    is_id = HUB_ID.fullmatch(text) and Path(text).suffix.lower() not in LORA_SUFFIXES
-    path = text if is_id and not Path(text).exists() else Path(text)
-    if isinstance(path, Path) and not path.exists():
-        must = "lora must be an existing file or folder, or a hub id"
-        raise FileNotFoundError(f"{must}: found no {path}")
+    path, place = Path(text), parse_hub(text)
+    if not path.exists():
+        is_file = path.suffix.lower() in LORA_SUFFIXES
+        if place is None or (is_file and not place.file):
+            on_hub = re.fullmatch(r"([^./~][^/]*/[^/]+)/(.+)", text) if is_file else None
+            at = "https://huggingface.co/{}/blob/main/{}".format(*on_hub.groups()) if on_hub else ""
+            way = f"; for a file on the hub give {at}" if at else ""
+            must = "lora must be an existing file or folder, or a hub id"
+            raise FileNotFoundError(f"{must}: found no {text}{way}")
+        path = text
     try:
         number = float(1 if weight is None else weight)
     except (TypeError, ValueError, OverflowError):

@@ -1,12 +1,25 @@
 """Hub ids, addresses, suffixes of LoRA files, and the names of the published checkpoints."""
 
 import re
+from typing import NamedTuple
+from urllib.parse import unquote
 
 from . import config
 
 HUB_ID = re.compile(r"[^./~@][^/@]*/[^/@]+(@.*)?")  # owner/name@revision
 ADDRESS = re.compile(r"\s*(?:([a-z][a-z0-9+.-]*)://|(data|file):)", re.IGNORECASE)
+ON_HUB = re.compile(
+    r"https?://(?:www\.)?(?:huggingface|hf)\.co/(?P<repository>[^/?#]+/[^/?#]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?"
+)
 LORA_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")  # preferred ones first
+
+
+class HubPlace(NamedTuple):
+    """A repository on the hub, as owner/name or owner/name@revision, and a file of it or ""."""
+
+    id: str
+    file: str = ""
 
 
 def scheme_of(text: str) -> str:
@@ -15,9 +28,20 @@ def scheme_of(text: str) -> str:
     return (found[1] or found[2]).lower() if found else ""
 
 
+def parse_hub(text: str) -> HubPlace | None:
+    """What a hub id or an address of huggingface.co means; None for any other text."""
+    if not (address := ON_HUB.fullmatch(text)):
+        return HubPlace(text) if HUB_ID.fullmatch(text) else None
+    revision = unquote(address["revision"] or "main")
+    at = "" if revision == "main" else f"@{revision}"
+    return HubPlace(f"{address['repository']}{at}", unquote(address["file"] or ""))
+
+
 def find_name(model: str) -> str | None:
-    """The one of `config.names()` that a name or a hub id means, or None. As on the hub, case
-    doesn't matter, and THUDM is the former name of zai-org."""
-    asked = model.lower().replace("thudm/", "zai-org/")
+    """The one of `config.names()` that a name, a hub id or its address means, or None. As on the
+    hub, case doesn't matter, and THUDM is the former name of zai-org."""
+    place = parse_hub(model)
+    asked = place.id if place and not place.file else model
+    asked = asked.lower().replace("thudm/", "zai-org/")
     hubs = {name: config.toml(name)["source"].get("hub", name).lower() for name in config.names()}
     return next((name for name, hub in hubs.items() if asked in (name, hub)), None)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from .. import __version__
 from ..config import CheckpointConfig, toml
 from ..disk import replace_when_done
-from ..names import HUB_ID, find_name
+from ..names import find_name, parse_hub
 from ..weights.hub import report
 from .metrics import read_metrics
 from .recipe import Recipe
@@ -155,8 +155,8 @@ def _hub_id(model: str) -> str | None:
     """The repository of a base; None for a folder here and for the model in the package."""
     if name := find_name(model):
         return toml(name)["source"].get("hub")
-    is_hub = HUB_ID.fullmatch(model) and not Path(model).exists()
-    return model.partition("@")[0] if is_hub else None
+    place = parse_hub(model)
+    return place.id.partition("@")[0] if place and not Path(model).exists() else None
 
 
 def shorten(path: str) -> str:

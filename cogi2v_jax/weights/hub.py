@@ -5,16 +5,17 @@ import glob
 import os
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import config
 from ..config import CheckpointConfig
 from ..disk import check_space, first_line, one_line
-from ..names import HUB_ID, find_name
+from ..names import HubPlace, find_name, parse_hub
 from . import bucket
 from .checkpoint import MANIFEST, read_config
-from .needed_files import BESIDE_LORA, LORA_FILE, choose_files, choose_lora
+from .needed_files import BESIDE_LORA, LORA_FILE, choose_beside, choose_files, choose_lora
 
 EMBEDDED = Path(__file__).parent.parent / "assets"
 
@@ -43,9 +44,9 @@ def locate(
     say: Callable[[str], None] = report,
     must: str = "model must be a folder",
 ) -> Path:
-    """The folder or file of a checkpoint's name, a hub id (with or without "@revision") or a path.
-    `must` begins the error for a name that is none of them. Raises FileNotFoundError, ValueError or
-    OSError, in one line."""
+    """The folder or file of a checkpoint's name, a hub id (with or without "@revision"), its
+    address or a path. `must` begins the error for a name that is none of them. Raises
+    FileNotFoundError, ValueError or OSError, in one line."""
     text = os.fspath(name)
     if text in config.names():
         source = config.toml(text)["source"]
@@ -53,12 +54,15 @@ def locate(
     if bucket.is_bucket(text):
         return bucket.download(text, MANIFEST, say)
     path = Path(os.path.expanduser(text))  # pathlib's raises for a user that doesn't exist
-    if path.exists():
+    if text and path.exists():
         return path
-    if isinstance(name, str) and HUB_ID.fullmatch(text):
-        return fetch(text, say)
+    if isinstance(name, str) and (place := parse_hub(text)):
+        if place.file:
+            way = "download it and give its path, or give the address of the repository"
+            raise FileNotFoundError(f"{must}: got a file on the hub, {text}; {way}")
+        return fetch(place.id, say)
     known = ", ".join(config.names())
-    raise FileNotFoundError(f"{must}, a hub id or one of {known}: found no {text}")
+    raise FileNotFoundError(f"{must}, a hub id or one of {known}: found no {text or repr(text)}")
 
 
 def known_config(name: str | os.PathLike[str]) -> CheckpointConfig | None:
@@ -73,9 +77,14 @@ def known_config(name: str | os.PathLike[str]) -> CheckpointConfig | None:
 
 
 def locate_lora(lora: Path | str, say: Callable[[str], None] = report) -> Path:
-    """The path of a LoRA itself, or the folder that its hub id is downloaded into. Raises as
-    `fetch`."""
-    return lora if isinstance(lora, Path) else fetch(lora, say, LORA)
+    """The path of a LoRA itself, or the folder that its hub id, or the file that its address, is
+    downloaded into. Raises as `fetch`."""
+    if isinstance(lora, Path):
+        return lora
+    id, file = parse_hub(lora) or HubPlace(lora)
+    choose = partial(choose_beside, file)
+    kind = LORA._replace(must=f"hold {file}", choose=choose, stated=(file,)) if file else LORA
+    return fetch(id, say, kind) / file
 
 
 class Listing(NamedTuple):

@@ -44,6 +44,14 @@ def choose_lora(names: Iterable[str]) -> list[str]:
     return [*files, *(name for name in BESIDE_LORA if name in top)] if len(files) == 1 else []
 
 
+def choose_beside(file: str, names: Iterable[str]) -> list[str]:
+    """A LoRA's file and what is beside it; empty where there is no such file."""
+    folder = file.rpartition("/")[0]
+    beside = [f"{folder}/{name}".lstrip("/") for name in BESIDE_LORA]
+    names = set(names)
+    return [file, *(name for name in beside if name in names)] if file in names else []
+
+
 def choose_files(names: Iterable[str]) -> list[str]:
     """All files of a converted folder; the files of a diffusers folder, or of a folder with one
     part, that a conversion reads. Empty for any other folder."""

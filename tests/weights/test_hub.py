@@ -294,6 +294,35 @@ def test_a_lora_may_be_given_as_a_hub_id_with_a_weight(hub, orbit):
     assert [(lora.name, lora.weight) for lora in models.loras] == [("someone/orbit", 0.5)]
 
 
+def test_an_address_of_a_lora_s_file_fetches_it_and_what_is_beside_it(hub, orbit, monkeypatch):
+    (orbit / "checkpoint-500" / "adapter_config.json").write_text('{"lora_alpha": 2}')
+    address = "https://huggingface.co/someone/orbit"
+    asked = f"{address}/blob/main/checkpoint-500/pytorch_lora_weights.safetensors"
+    lora = open_lora(asked, lambda line: None)
+    assert hub.fetched() == {
+        f"checkpoint-500/{name}" for name in (lora.path.name, "adapter_config.json")
+    }
+    assert lora.settings == {"lora_alpha": 2}
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert open_lora(asked, lambda line: None).sha256 == lora.sha256
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    must = r"lora someone/orbit must hold x\.bin: got README\.md"
+    with pytest.raises(FileNotFoundError, match=must):
+        open_lora(f"{address}/resolve/main/x.bin", lambda line: None)
+
+
+def test_an_address_of_a_model_is_its_hub_id(hub):
+    address = "https://huggingface.co/someone/finetune"
+    assert locate(address, lambda line: None) == fetch("someone/finetune", lambda line: None)
+    with pytest.raises(FileNotFoundError, match=r"must be a folder: got a file on the hub, .*vae"):
+        locate(f"{address}/blob/main/vae/x.safetensors", lambda line: None)
+
+
+def test_no_name_is_no_folder():
+    with pytest.raises(FileNotFoundError, match="found no ''"):
+        locate("")
+
+
 def test_a_repository_with_several_loras_says_what_to_do(hub, orbit):
     (orbit / "pytorch_lora_weights.safetensors").rename(orbit / "another.safetensors")
     with pytest.raises(FileNotFoundError, match=r"lora someone/orbit must hold one file of a "):

@@ -188,6 +188,9 @@ def test_a_folder_of_steps_says_what_to_give(tmp_path: Path) -> None:
         open_lora(tmp_path)
 
 
+ADDRESS = "https://huggingface.co/someone/orbit"
+
+
 def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +200,8 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     asked = [
         "someone/orbit",
         "someone/orbit@v2:0.5",
+        f"{ADDRESS}/resolve/main/a.safetensors",
+        f"{ADDRESS}:0.5",
         "a",
         "a:0.5",
         "a:-.25",
@@ -211,6 +216,8 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     assert parse_loras(asked) == [
         ("someone/orbit", 1.0),
         ("someone/orbit@v2", 0.5),
+        (f"{ADDRESS}/resolve/main/a.safetensors", 1.0),
+        (ADDRESS, 0.5),
         (Path("a"), 1.0),
         (Path("a:0.5"), 1.0),
         (Path("a"), -0.25),
@@ -227,12 +234,16 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
             parse_loras([wrong])
     names = ("c", "c:1", "c/b.safetensors", "a/b/c", "b", "b:d:1", ":1")
     names += ("~nobody-of-this-name/c", "~no-one:1")
+    names += ("https://example.com/a.safetensors", "https://example.com/a:0.5")
     for missing in (*names, ("a", None, "a")):
         with pytest.raises(
             (FileNotFoundError, ValueError),
             match="lora must be an existing file or folder, or a hub id: found no",
         ):
             parse_loras([missing])
+    way = f"found no someone/orbit/c/d.bin; for a file on the hub give {ADDRESS}/blob/main/c/d.bin"
+    with pytest.raises(FileNotFoundError, match=way):
+        parse_loras(["someone/orbit/c/d.bin:0.5"])
 
 
 OF_TEXT = "is of a text encoder, which stays as it is"
