@@ -4,7 +4,7 @@ Contents decide what each source is, not names."""
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,24 @@ from .parts import WIDE, Tensor, Weights, of_files, parts_of
 from .tensor_files import open_file, plain_names
 
 MUST = "SRC must be a folder, a file"
-ZERO_3 = re.compile(r".*zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt")
+# What has to be put together first, by the end of a file's path; and by what.
+SPLIT = (
+    (
+        re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$"),
+        "DeepSpeed's ZeRO stage 3",
+        "merge them with its zero_to_fp32.py and give the file that it makes",
+    ),
+    (
+        re.compile(r"/zero/[^/]+/(fp32|exp_avg|exp_avg_sq|step)\.pt$"),
+        "DeepSpeed's universal checkpoint",
+        "give the checkpoint that it was made of",
+    ),
+    (
+        re.compile(r"\.distcp$"),
+        "torch's distributed checkpoint",
+        "merge them with torch.distributed.checkpoint.format_utils.dcp_to_torch_save",
+    ),
+)
 NO_FOLDER = "must be a diffusers or converted folder: found no transformer/ in it"
 
 
@@ -218,27 +235,39 @@ def _recognise(given: Given, path: Path) -> dict[str, Given]:
 
 def sat_files(folder: Path) -> list[Path]:
     """SAT's or DeepSpeed's checkpoints at most two folders deep, without optimizer states; where a
-    file `latest` names one of several steps, only that step. Raises ValueError for what several
-    processes saved, each its own part."""
-    levels = ("", "*/", "*/*/")
-    found = [file for level in levels for file in sorted(folder.glob(f"{level}*.pt"))]
+    file `latest` names one of several steps, only that step. Raises ValueError for a step that is
+    not there, and for what several processes saved, each its own part."""
+    ends = [f"{level}*.{end}" for end in ("pt", "distcp") for level in ("", "*/", "*/*/")]
+    found = [file for end in ends for file in sorted(folder.glob(end))]
+    for pattern, what, way in SPLIT:
+        if split := [file for file in found if pattern.search(file.as_posix())]:
+            must = "must hold whole tensors"
+            raise ValueError(f"{folder} {must}: got {what}, as {split[0]}; {way}")
     files = [file for file in found if not BESIDE.fullmatch(file.stem)]
-    if split := [file for file in files if ZERO_3.fullmatch(file.name)]:
-        way = "merge them with its zero_to_fp32.py and give the file that it makes"
-        got = f"DeepSpeed's ZeRO stage 3, as {split[0]}"
-        raise ValueError(f"{folder} must hold whole tensors: got {got}; {way}")
-    if split := [file for level in levels for file in folder.glob(f"{level}*.distcp")]:
-        way = "merge them with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
-        got = f"torch's distributed checkpoint, as {split[0]}"
-        raise ValueError(f"{folder} must hold whole tensors: got {got}; {way}")
     if split := [file for file in files if file.name.startswith("mp_rank_01_")]:
         must = "must hold the checkpoint of one process, not split over several"
         raise ValueError(f"{folder} {must}: got {split[0]}; merge it with SAT first")
+    steps: dict[Path, set[str]] = {}  # of each run; the folder that was given is its own choice
+    for file in files:
+        if file.parent != folder:
+            steps.setdefault(file.parent.parent, set()).add(file.parent.name)
+    latest = {run: _latest(run, names) for run, names in steps.items()}
+    return [
+        file
+        for file in files
+        if file.parent == folder or file.parent.name in latest[file.parent.parent]
+    ]
 
-    def is_latest(file: Path) -> bool:
-        latest = file.parent.parent / "latest"
-        if not latest.is_file():
-            return True
-        return latest.read_text(errors="replace").strip() == file.parent.name
 
-    return [file for file in files if is_latest(file)]
+def _latest(run: Path, steps: Set[str]) -> Set[str]:
+    """The one of a run's steps that its file `latest` names, or all where there is no such file.
+    Raises ValueError where it names none of them."""
+    path = run / "latest"
+    if not path.is_file():
+        return steps
+    text = path.read_text(errors="replace").strip()
+    if (name := Path(text).name) not in steps:
+        there = ", ".join(sorted(steps))
+        way = "give the folder of a step"
+        raise ValueError(f"{path} must name a step beside it, {there}: got {text!r}; {way}")
+    return {name}

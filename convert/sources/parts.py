@@ -37,18 +37,22 @@ RENAMED = {
 }
 MUST = "must hold a transformer, a VAE or a T5 encoder of this family"
 # Tensors beside the weights: the tokenizer in a T5 file, scales of activations, notes of
-# quantisation; and the decoder of a complete T5.
+# quantisation, a trainer's counters, loss and noise levels; and the decoder of a complete T5.
 NO_WEIGHTS = re.compile(
-    r"(^|\.)(scaled_fp8|spiece_model|logit_scale|scale_input|input_scale|comfy_quant)$"
+    r"(^|\.)(scaled_fp8|spiece_model|logit_scale|scale_input|input_scale|comfy_quant)$|"
+    r"^(global_step|step|epoch|iteration|loss)$|^(loss|denoiser)\."
 )
 DECODER = re.compile(r"decoder\.|lm_head\.")
 # Names that only a quantisation has which is not read.
 QUANTISED = (
-    (re.compile(r"\.quant_state\.bitsandbytes__|\.quant_map$|\.SCB$"), "bitsandbytes"),
+    (re.compile(r"\.quant_state\.bitsandbytes__|\.(quant_map|absmax|SCB)$"), "bitsandbytes"),
     (re.compile(r"\.(qzeros|g_idx)$"), "GPTQ or AWQ"),
     (re.compile(r"\.(wscales|smooth_factor|proj_down)$"), "SVDQuant"),
     (re.compile(r"\._data(\._data)?$"), "quanto"),
-    (re.compile(r"_qweight$"), "GGUF of another kind"),
+    (re.compile(r"\.W_q$"), "HQQ"),
+    (re.compile(r"[.:_]qdata$"), "torchao"),
+    (re.compile(r"\.weight_scale_inv$"), "float8 in blocks"),
+    (re.compile(r"\.[A-Z0-9_]+_qweight$"), "GGUF of another kind"),
 )
 # The values in ComfyUI's note of a quantised layer for which the weight is float8 times a scale.
 PLAIN = {"format": ("float8_e4m3fn", "float8_e5m2"), "full_precision_matrix_mult": (True, False)}
@@ -100,7 +104,8 @@ class Weights:
         where = one_line(f"{self.file.path}: {stored.name}")
         if code not in READ:
             kinds = f"{', '.join(DTYPES)} or GGUF's Q4_0 to Q8_0 and Q2_K to Q6_K"
-            raise ValueError(f"{where} must be one of {kinds}: got {one_line(code)}")
+            way = "take the bf16 file instead"
+            raise ValueError(f"{where} must be one of {kinds}: got {one_line(code)}; {way}")
         if stored.scale:
             scale = self.file.entries[stored.scale]
             rows = (shape[:1], (*shape[:1], *(1 for _ in shape[1:])))  # one scale an output
@@ -164,14 +169,14 @@ def _of_part(
     all files of the part. Raises ValueError, in one line, for a quantisation that can't be
     read."""
     _check_quantisation(file)
-    own = {name.removeprefix(prefix): name for name in names}
+    own = {name.removeprefix(prefix): name for name in names if not NO_WEIGHTS.search(name)}
     if rename := RENAMED.get((naming, part)):
         stored = {
             name: tensor._replace(name=own[tensor.name]) for name, tensor in rename(own).items()
         }
         return Weights(file, naming, stored)
     scales = _scales(own)
-    unused = set(scales.values()) | {own[name] for name in own if NO_WEIGHTS.search(name)}
+    unused = set(scales.values())
     if part == "text_encoder":
         unused |= {own[name] for name in own if DECODER.match(name)}
     stored = {
@@ -217,7 +222,8 @@ def parts_of(files: Sequence[WeightFile], path: Path) -> dict[str, list[Weights]
     others = (name for name in sorted(names) if owner(name) is None)
     if other := next((name for name in others if not NO_WEIGHTS.search(name)), None):
         parts = ", ".join(part for part, _ in found.values())
-        raise ValueError(f"{path} must hold nothing but {parts}: got {one_line(other)}")
+        way = f"save the {parts} alone in a file"
+        raise ValueError(f"{path} must hold nothing but {parts}: got {one_line(other)}; {way}")
 
     def weights(file: WeightFile, prefix: str) -> Weights:
         own = [name for name in file.entries if owner(name) == prefix]

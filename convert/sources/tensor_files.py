@@ -160,11 +160,12 @@ class Pickled:
             way = "merge its processes' files with its zero_to_fp32.py and give the file it makes"
             got = f"{len(empty)} empty ones, as DeepSpeed's ZeRO stage 3 saves"
             raise ValueError(f"{path} must hold whole tensors: got {got}; {way}")
-        names = plain_names(tensors, path).items()
+        for name, tensor in tensors.items():
+            if tensor.is_meta or tensor.layout != torch.strided:
+                got = "on the device meta, without values" if tensor.is_meta else tensor.layout
+                raise ValueError(f"{path} must hold whole tensors: got {one_line(name)} {got}")
         self._tensors = {
-            name: tensors[inside]
-            for name, inside in names
-            if tensors[inside].layout == torch.strided
+            name: tensors[inside] for name, inside in plain_names(tensors, path).items()
         }
         self.entries = {
             name: Entry(tuple(tensor.shape), TORCH.get(str(tensor.dtype), str(tensor.dtype)))

@@ -218,7 +218,7 @@ FAULTS = {
     ),
     "integers": (
         recast(torch.int8),
-        r"proj_out.bias must be one of F64, .* or GGUF's Q4_0 .*: got I8$",
+        r"proj_out.bias must be one of F64, .* or GGUF's Q4_0 .*: got I8; take",
     ),
     "a .bin of something else": (
         other_bin,

@@ -80,6 +80,30 @@ def test_a_sat_folder_gives_the_leaves_of_the_same_diffusers_folder(
     assert_same(convert(tmp_path, base[family], sat), merged(expected, family, *parts))
 
 
+def of_steps(saved, made: Path, latest: str) -> Path:
+    """SAT's folder of the steps 0 and 1."""
+    steps = strange.save_sat(saved["1.0"], made, "transformer") / "transformer"
+    (steps / "latest").write_text(latest)
+    return steps
+
+
+@pytest.mark.parametrize(("given", "latest"), [("", "./1"), ("1", "0"), ("1", "gone")])
+def test_a_step_is_the_one_that_latest_names_or_that_is_given(given, latest, saved, base, tmp_path):
+    tensors = load_file(weights(saved["1.0"], "transformer"))
+    source = gather([base["1.0"], of_steps(saved, tmp_path, latest) / given])
+    assert_reads(source, "transformer", tensors)
+
+
+@pytest.mark.parametrize("latest", ["9", ""])
+def test_a_latest_step_that_is_not_there_is_refused_with_those_that_are(
+    latest, saved, base, tmp_path
+):
+    steps = of_steps(saved, tmp_path, f"{latest}\n")
+    must = f"{steps}/latest must name a step beside it, 0, 1: got '{latest}'; give the folder of"
+    with pytest.raises(ValueError, match=must):
+        gather([base["1.0"], steps])
+
+
 def test_a_sat_file_is_recognised_by_the_names_in_it(saved, base, expected, tmp_path):
     sat = strange.save_sat(saved["1.5"], tmp_path / "sat", "transformer", "vae")
     transformer = (sat / "transformer/1/mp_rank_00_model_states.pt").rename(

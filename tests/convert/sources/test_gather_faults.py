@@ -152,7 +152,10 @@ REFUSED = {
         one_file(twice),
         r"must hold one transformer: got more, under '' and 'model.diffusion_model.'",
     ),
-    "a further network": (one_file(beside), r"must hold nothing but transformer: got text_model.x"),
+    "a further network": (
+        one_file(beside),
+        r"must hold nothing but transformer: got text_model.x; save the transformer alone",
+    ),
     "a tensor more": (
         one_file(lambda tensors: tensors.update(new=torch.zeros(3))),
         r"transformer: new has no rule$",
@@ -242,7 +245,13 @@ def two_steps(folder, saved):
     (strange.save_sat(saved, folder, "transformer") / "transformer/latest").unlink()
 
 
+def universal(folder, saved):
+    (folder / "zero" / "proj_out.bias").mkdir(parents=True)
+    torch.save(torch.zeros(1), folder / "zero" / "proj_out.bias" / "fp32.pt")
+
+
 FOLDERS = {
+    "a universal checkpoint": (universal, r"got DeepSpeed's universal checkpoint, as .*fp32\.pt; "),
     "split over processes": (
         split,
         r"must hold the checkpoint of one process, not split over several",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import loras
 import pytest
+import strange
 import torch
 import twins
 from cogi2v_convert.__main__ import main
@@ -197,6 +198,26 @@ def test_counters_beside_the_tensors_are_no_tensors(saved, base, tmp_path):
     assert_reads(gather([base["1.0"], tmp_path / "x.pt"]), "vae", tensors)
 
 
+BESIDE = {
+    "global_step": torch.tensor(3),
+    "loss": torch.tensor(0.5),
+    "loss.logvar": torch.zeros(()),
+    "denoiser.sigmas": torch.zeros(1000),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("naming", ["diffusers", "SAT"])
+def test_what_a_trainer_counts_beside_the_weights_is_left_out(
+    naming, prefix, saved, base, tmp_path
+):
+    tensors = load_file(weights(saved["1.0"], "transformer"))
+    of_sat = renamed(strange.sat_transformer(tensors), lambda n: n.removeprefix(strange.SAT_PREFIX))
+    named = renamed(of_sat if naming == "SAT" else tensors, lambda name: prefix + name)
+    save_file(named | BESIDE, tmp_path / "x.safetensors")
+    assert_reads(gather([base["1.0"], tmp_path / "x.safetensors"]), "transformer", tensors)
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_two_sets_in_a_part_s_folder_are_refused(step, saved, tmp_path, capsys):
     source = Path(shutil.copytree(saved["1.0"], tmp_path / "source"))
@@ -262,6 +283,16 @@ def quantised(folder: Path, tensors: Tensors) -> Path:
     return folder / "x"
 
 
+def averaged(folder: Path, tensors: Tensors) -> Path:
+    """With the average that LitEma keeps, whose names have no dots."""
+    names = {f"model_ema.{name.replace('.', '')}": name for name in tensors}
+    average = {name: tensors[of].clone() for name, of in names.items()}
+    counted = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+    named = renamed(tensors, lambda name: f"model.diffusion_model.{name}")
+    save_file(named | average | counted, folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
 BYTES = torch.zeros(4, 1, dtype=torch.uint8)
 REFUSED = {
     "two sets": (
@@ -287,6 +318,26 @@ REFUSED = {
     "SVDQuant": (beside(wscales=BYTES.float()), r"got those of SVDQuant"),
     "quanto": (beside(weight___data=BYTES), r"got those of quanto"),
     "another kind of GGUF": (beside(IQ4_NL_qweight=BYTES), r"got those of GGUF of another kind"),
+    "NF4 alone": (beside(weight__absmax=torch.zeros(4)), r"got those of bitsandbytes"),
+    "HQQ": (beside(W_q=BYTES), r"got those of HQQ"),
+    "torchao": (beside(weight__qdata=BYTES), r"got those of torchao"),
+    "float8 in blocks": (beside(weight_scale_inv=BYTES.float()), r"got those of float8 in blocks"),
+    "int8": (
+        beside(weight=torch.zeros(16, 96, dtype=torch.int8)),
+        r"proj_out\.weight must be one of .*: got I8; take the bf16 file instead",
+    ),
+    "an average beside the weights": (
+        averaged,
+        r"must hold nothing but transformer: got model_ema\.decay; save the transformer alone in a",
+    ),
+    "tensors without values": (
+        pickled(lambda tensors: {k: v.to("meta") for k, v in tensors.items()}),
+        r"x\.pt must hold whole tensors: got \S+ on the device meta, without values$",
+    ),
+    "a sparse tensor": (
+        pickled(lambda t: t | {"proj_out.weight": t["proj_out.weight"].to_sparse()}),
+        r"x\.pt must hold whole tensors: got proj_out\.weight torch\.sparse_coo$",
+    ),
     "a quantised folder": (
         quantised,
         r"/x: transformer must not be quantised: got .*'bitsandbytes'",
