@@ -14,9 +14,18 @@ from tokenizers.normalizers import Precompiled
 from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from tokenizers.pre_tokenizers import Sequence as Steps
 
-from ..disk import first_line, is_text, parse_json, quoted, read_json, refuse_pointer
+from ..disk import (
+    first_line,
+    is_text,
+    one_line,
+    parse_json,
+    quoted,
+    read_json,
+    refuse_pointer,
+)
 
 PAD, EOS, UNKNOWN = 0, 1, 2
+MARKS = ["<pad>", "</s>", "<unk>"]  # of these ids
 EXTRA_IDS = 100  # marks like <extra_id_0> behind the vocabulary, where no file says how many
 NEITHER = "must hold spiece.model or tokenizer.json: found neither"
 MOST = 4096  # ids behind the vocabulary
@@ -25,8 +34,8 @@ MOST = 4096  # ids behind the vocabulary
 def encoder(folder: Path) -> Callable[[str], list[int]]:
     """A function from text to ids without EOS, from the folder's `spiece.model`, or from its
     `tokenizer.json`, which is all that newer transformers save. Marks like </s> in a text become
-    their own ids. Raises ValueError for a file that is no tokenizer, FileNotFoundError if the
-    folder has neither."""
+    their own ids. Raises ValueError for a file that is no tokenizer of T5's kind, FileNotFoundError
+    if the folder has neither."""
     for name, read in _readers():
         if (folder / name).is_file():
             tokenizer = read(folder / name)
@@ -66,7 +75,7 @@ def _from_json(path: Path) -> Tokenizer:
         raise ValueError(f"{path} must be a tokenizer: {first_line(error)}") from None
     tokenizer.no_padding()  # the file keeps the settings of the call before it was saved
     tokenizer.no_truncation()
-    return tokenizer
+    return _checked(path, tokenizer)
 
 
 def _from_pieces(path: Path) -> Tokenizer:
@@ -90,6 +99,16 @@ def _from_pieces(path: Path) -> Tokenizer:
     kinds = {kinds.UNKNOWN, kinds.CONTROL, kinds.USER_DEFINED}
     tokenizer.add_special_tokens([p.piece for p in model.pieces if p.type in kinds])
     tokenizer.add_tokens(_marks_behind(len(model.pieces), path.parent))
+    return _checked(path, tokenizer, model.trainer_spec.model_type == model.trainer_spec.UNIGRAM)
+
+
+def _checked(path: Path, tokenizer: Tokenizer, is_unigram: bool = True) -> Tokenizer:
+    """Raises ValueError for the tokenizer of another kind of model, as LLaMA's."""
+    marks = [tokenizer.id_to_token(id) for id in (PAD, EOS, UNKNOWN)]
+    if marks != MARKS or not is_unigram or not isinstance(tokenizer.model, Unigram):
+        must = f"must be a unigram tokenizer that begins with {' '.join(MARKS)}, as T5's"
+        got = " ".join(map(str, marks)) if marks != MARKS else "another kind of model, as BPE"
+        raise ValueError(one_line(f"{path} {must}: got {got}"))
     return tokenizer
 
 

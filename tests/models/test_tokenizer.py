@@ -3,7 +3,9 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,10 +43,11 @@ FRAGMENTS = [*WORDS.split(), *SPACES]
 BLOCKS = [(0, 0x250), (0x300, 0x370), (0, 0x3100), (0xF900, 0xFFFF), (0x10000, 0x1FFFF)]
 
 
-@pytest.fixture(scope="module")
-def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with many pieces, trained like T5's: the embedded one rarely splits a word."""
-    folder = tmp_path_factory.mktemp("larger")
+T5_IDS = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+
+
+def train(folder: Path, **settings: object) -> Path:
+    """A sentencepiece model of the licence's text."""
     text = (Path(__file__).parents[2] / "LICENSE").read_text().splitlines()
     SentencePieceTrainer.train(
         sentence_iterator=iter(text),
@@ -52,9 +55,15 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=500,
         normalization_rule_name="nmt_nfkc",
         minloglevel=2,
-        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
+        **settings,
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with many pieces, trained like T5's: the embedded one rarely splits a word."""
+    return train(tmp_path_factory.mktemp("larger"), **T5_IDS)
 
 
 @pytest.mark.parametrize("length", [1, 10, 226])
@@ -124,6 +133,46 @@ def test_a_file_that_is_no_tokenizer_is_refused(name: str, content: bytes, tmp_p
     with pytest.raises(ValueError, match=f"{name} must be a") as refused:
         tokenize(tmp_path, ["a"], 10)
     assert "\n" not in str(refused.value)
+
+
+LLAMA = {"unk_id": 0, "bos_id": 1, "eos_id": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [
+        (LLAMA, r"<unk> <s> </s>"),
+        (T5_IDS | {"model_type": "bpe"}, r"another kind of model, as BPE"),
+    ],
+)
+def test_a_tokenizer_of_another_kind_is_refused(
+    settings: dict[str, object], got: str, tmp_path: Path
+) -> None:
+    must = rf"spiece\.model must be a unigram tokenizer .* <pad> </s> <unk>, as T5's: got {got}$"
+    with pytest.raises(ValueError, match=must):
+        check_files(train(tmp_path, **settings))
+
+
+def to_words(value: dict[str, Any]) -> None:
+    words = {token: id for id, (token, _) in enumerate(value["model"]["vocab"])}
+    value["model"] = {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}
+
+
+def in_reverse(value: dict[str, Any]) -> None:
+    value["model"]["vocab"].reverse()
+    value["added_tokens"] = []
+
+
+@pytest.mark.parametrize("change", [in_reverse, to_words])
+def test_a_tokenizer_of_another_kind_in_json_is_refused(
+    change: Callable[[dict[str, Any]], None], larger: Path, tmp_path: Path
+) -> None:
+    T5Tokenizer.from_pretrained(larger).save_pretrained(tmp_path)
+    value = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(value)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="must be a unigram tokenizer"):
+        encoder(tmp_path)
 
 
 def test_a_prompt_that_is_no_text_is_refused() -> None:
