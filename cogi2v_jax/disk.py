@@ -77,9 +77,13 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     than `needed` bytes free for `what`."""
     free, nearest = free_space(folder)
     if needed > free:
-        raise OSError(
-            f"{nearest} must have {needed / 1e9:.1f} GB free for {what}: got {free / 1e9:.1f} GB"
-        )
+        got = show_size(free)
+        raise OSError(f"{nearest} must have {show_size(needed)} free for {what}: got {got}")
+
+
+def show_size(count: int) -> str:
+    """A number of bytes for a person; below 0.1 GB in MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def check_target(
@@ -166,9 +170,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises FileNotFoundError or ValueError in one line."""
     refuse_pointer(path)
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} must hold {path.name}: found none") from None
+    except NotADirectoryError:
+        must = f"must be a folder with {path.name}"
+        raise FileNotFoundError(f"{path.parent} {must}: got a file") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} must be a JSON file: {error}") from None
     if not isinstance(value, dict):

@@ -53,7 +53,7 @@ def to_flax(
     files = [file for part in NETWORKS for file in source.parts[part]]
     with make_folder(destination, wait) as folder, Digests(files, known) as digests:
         conversion = Conversion(source, matches, folder, dtype, progress)
-        check_space(folder, conversion.meter.total, str(destination))
+        check_space(folder.parent, conversion.meter.total, str(destination))
         _copy_settings(source.settings, source.folder, source.tokenizer_files, folder)
         for part in NETWORKS:
             conversion.write_part(part)

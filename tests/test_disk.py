@@ -40,6 +40,9 @@ def test_a_lack_of_space_is_one_line_naming_the_nearest_folder_that_exists(
     line = rf"^{tmp_path} must have 3.0 GB free for weights: got 2.0 GB$"
     with pytest.raises(OSError, match=line):
         check_space(tmp_path / "new" / "folder", 3 * 10**9, "weights")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * 10**6))
+    with pytest.raises(OSError, match=r"must have 5.3 MB free for weights: got 2.0 MB$"):
+        check_space(tmp_path, 53 * 10**5, "weights")
 
 
 def test_a_checksum_is_that_of_the_files_bytes(tmp_path: Path) -> None:
@@ -223,6 +226,15 @@ def test_an_unreadable_file_is_one_line_naming_it(
 def test_a_json_file_is_read_as_its_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"é": [1, null]}', encoding="utf-8")
     assert read_json(tmp_path / "config.json") == {"é": [1, None]}
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8-sig")
+    assert read_json(tmp_path / "config.json") == {}
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").touch()
+    must = rf"^{tmp_path}/photo.png must be a folder with checkpoint.json: got a file$"
+    with pytest.raises(FileNotFoundError, match=must):
+        read_json(tmp_path / "photo.png" / "checkpoint.json")
 
 
 def test_json_is_read_as_deep_and_as_long_as_any_reader_can_take() -> None:

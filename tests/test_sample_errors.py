@@ -195,7 +195,7 @@ def test_a_full_disk_is_found_before_anything_is_sampled(requests, monkeypatch, 
     monkeypatch.setattr(disk, "free_space", lambda folder: (60_000, folder))
     line = failed(capsys, [], 1)
     # 49,152 bytes of latents and 110,592 of frames, which an mp4 squeezes.
-    assert line == "cogi2v: . must have 0.0 GB free for latents and videos: got 0.0 GB"
+    assert line == "cogi2v: . must have 0.1 MB free for latents and videos: got 0.1 MB"
     assert requests == []
     monkeypatch.setattr(disk, "free_space", lambda folder: (61_000, folder))
     assert main([]) == 0

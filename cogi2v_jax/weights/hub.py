@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .. import config
 from ..config import CheckpointConfig
-from ..disk import check_space, first_line, one_line
+from ..disk import check_space, first_line, one_line, show_size
 from ..names import HubPlace, find_name, parse_hub
 from . import bucket
 from .checkpoint import MANIFEST, read_config
@@ -145,7 +145,7 @@ def fetch(hub_id: str, say: Callable[[str], None], kind: Kind = CHECKPOINT) -> P
     check_space(
         Path(constants.HF_HUB_CACHE), found.missing, f"{repository} (HF_HOME sets another place)"
     )
-    size = f"{found.missing / 1e9:.1f} GB" if found.missing else "nothing new"
+    size = show_size(found.missing) if found.missing else "nothing new"
     licence = one_line(_licence(repository, found.about))
     say(f"fetching {hub_id} from the hub, {size} (its licence: {licence})")
     try:

@@ -67,7 +67,7 @@ class UnitWriter:
     ) -> None:
         size = size_of(found)
         # Before every unit: on a full disk, orbax prints its own errors as well.
-        check_space(self.folder, size + size // 16 + MARGIN, f"a layer of the {part}")
+        check_space(self.folder.parent, size + size // 16 + MARGIN, f"a layer of the {part}")
         write_unit(self.folder, part, layer, leaves)
         leaves.clear()  # before they are read back: two layers in memory at most
         unit = unit_path(self.folder, part, layer)

@@ -56,7 +56,7 @@ def write_trained(
     cast = np.dtype(jnp.dtype(dtype))
     size = sum(map(math.prod, expected.values())) * cast.itemsize
     with make_folder(destination) as folder:
-        check_space(folder, size, str(destination))
+        check_space(folder.parent, size, str(destination))
         _link_others(base, record, folder, part)
         writer = UnitWriter(folder, Meter(size, progress))
         writer.write_units(part, _units(config, part, leaves, cast))

@@ -17,6 +17,7 @@ from cogi2v_convert.sources.lora_file import open_lora
 from folders import left
 
 from cogi2v_jax.config import named
+from cogi2v_jax.disk import show_size
 from cogi2v_jax.loading import load
 from cogi2v_jax.sample import main
 from cogi2v_jax.weights.hub import ask, fetch, locate
@@ -129,7 +130,8 @@ def test_only_the_needed_files_of_a_repository_are_fetched_and_once(hub):
         == twins.FILES
     )
     assert hub.fetched() == set(twins.FILES)
-    assert said == ["fetching someone/finetune from the hub, 0.0 GB (its licence: it names none)"]
+    size = show_size(sum((repository / name).stat().st_size for name in twins.FILES))
+    assert said == [f"fetching someone/finetune from the hub, {size} (its licence: it names none)"]
     hub.asked.clear()
     assert fetch("someone/finetune", said.append) == folder
     assert hub.fetched() == set()
@@ -201,9 +203,10 @@ def test_the_licence_is_named_before_the_download(repository, card, licence, hub
 def test_without_free_space_nothing_is_fetched(hub, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(0, 0, 5))
+    size = show_size(ask("someone/finetune").missing)
     line = refused("someone/finetune", OSError)
     what = "someone/finetune (HF_HOME sets another place)"
-    assert line.startswith(f"{tmp_path} must have 0.0 GB free for {what}: got 0.0 GB")
+    assert line.startswith(f"{tmp_path} must have {size} free for {what}: got 0.0 MB")
     assert hub.fetched() == set()
 
 
@@ -284,7 +287,7 @@ def test_of_a_lora_s_repository_its_file_and_its_card_are_fetched(hub, orbit, mo
     file = open_lora("someone/orbit", said.append)
     assert hub.fetched() == {"pytorch_lora_weights.safetensors", "README.md"}
     assert (file.name, file.bases) == ("someone/orbit", ("THUDM/CogVideoX-5b-I2V",))
-    assert said == ["fetching someone/orbit from the hub, 0.0 GB (its licence: it names none)"]
+    assert said == ["fetching someone/orbit from the hub, 0.0 MB (its licence: it names none)"]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert open_lora("someone/orbit", said.append).sha256 == file.sha256
 
