@@ -86,7 +86,7 @@ def _locate(path: Path) -> Path:
     files = [path / name for name in list_loras(os.listdir(path))] or sat_files(path)
     if len(files) != 1:
         steps = [each for each in sorted(path.iterdir()) if STEP.fullmatch(each.name)]
-        way = f"; give one of its {len(steps)} steps, as {steps[0]}" if steps else ""
+        way = f"; give one of its steps, as {steps[0]}" if steps else ""
         must = f"lora folder must hold {LORA_FILE} or one file of a LoRA"
         raise FileNotFoundError(f"{must}: found {len(files)} in {path}{way}")
     return files[0]
@@ -120,11 +120,11 @@ def _read_card(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     the folder of its step; {} where there is none. Whatever else is in the card may be wrong."""
     folder = path.absolute().parent
     folders = (folder, folder.parent) if STEP.fullmatch(folder.name) else (folder,)
-    inside = (file for each in folders for file in each.iterdir())
-    card = next((file for file in inside if file.name.lower() == CARD.lower()), None)
-    if card is None:
-        return {}
     try:
+        inside = (file for each in folders for file in each.iterdir())
+        card = next((file for file in inside if file.name.lower() == CARD.lower()), None)
+        if card is None:
+            return {}
         refuse_pointer(card)
         head = card.read_bytes()[:2]
         encoding = "utf-16" if head in (BOM_UTF16_LE, BOM_UTF16_BE) else "utf-8-sig"
@@ -132,5 +132,6 @@ def _read_card(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
         entries = BASE.finditer(front[1] if front else "")
         return {entry[1]: yaml.safe_load(entry[0])[entry[1]] for entry in entries}
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        say(f"the base of the LoRA is not known: cannot read {card}: {first_line(error)}")
+        reason = first_line(error)
+        say(f"lora {path.name}: its card, which may name its base, is not read: {reason}")
         return {}
