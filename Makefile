@@ -37,8 +37,8 @@ test-newest: .venv/test ## install without PyTorch on Python 3.13 or 3.12; sampl
 	--image cogi2v_jax/assets/example.png --prompt 'the cyan triangle grows' --num_inference_steps 2
 	$(NEWEST)/bin/cogi2v-convert verify cogi2v-tiny $(NEWEST)/trace.safetensors
 
-# Hours on two cores. Stopped at any moment, the same command goes on. It keeps the T5 and the VAE's
-# encoder of the embedded model that is there.
+# Three hours on two cores. Stopped at any moment, the same command goes on. T5 and the VAE are those
+# of the embedded model that is there.
 embedded: trained/diffusers ## train the embedded model anew
 
 trained/clips: | .venv/test
@@ -48,14 +48,18 @@ trained/clips: | .venv/test
 	--motions left right up down grows shrinks spins spins still
 	mv $@.part $@
 
-trained/vae/model: | trained/clips
-	$(BIN)/python -m cogi2v_jax.prepare trained/clips trained/pixels --model cogi2v-tiny --pixels
-	$(BIN)/python -m cogi2v_jax.train vae-tiny data=trained/pixels output=trained/vae
+trained/latents: | trained/clips
+	$(BIN)/python -m cogi2v_jax.prepare trained/clips $@.part --model cogi2v-tiny
+	mv $@.part $@
 
-trained/transformer/model: | trained/vae/model
-	$(BIN)/python -m cogi2v_jax.prepare trained/clips trained/latents --model trained/vae/model
-	$(BIN)/python -m cogi2v_jax.train cogi2v-tiny model=trained/vae/model data=trained/latents \
-	output=trained/transformer
+TRAIN = $(BIN)/python -m cogi2v_jax.train cogi2v-tiny data=trained/latents
+
+trained/first/model: | trained/latents
+	$(TRAIN) output=trained/first
+
+trained/transformer/model: | trained/first/model
+	$(TRAIN) output=trained/transformer init=trained/first/model \
+	steps=3200 learning_rate=1e-2 warmup=50
 
 trained/diffusers: | trained/transformer/model
 	rm -rf trained/float32 trained/bfloat16
