@@ -28,10 +28,10 @@ SETTINGS = {
 MODULE = ("-m", "cogi2v_jax.sample")
 # The same with a shorter heartbeat: a process is lost after 10 s instead of 30 s.
 IMPATIENT = """
-import sys
+import functools, sys
 from cogi2v_jax import sample
 from cogi2v_jax.devices import hosts
-hosts.join.__defaults__ = (10, False)
+hosts.join = functools.partial(hosts.join, heartbeat=10)
 sys.exit(sample.main())
 """
 

@@ -235,7 +235,9 @@ def test_a_weight_follows_a_colon_and_a_name_may_contain_one(
     names = ("c", "c:1", "c/b.safetensors", "a/b/c", "b", "b:d:1", ":1")
     names += ("~nobody-of-this-name/c", "~no-one:1")
     names += ("https://example.com/a.safetensors", "https://example.com/a:0.5")
-    for missing in (*names, ("a", None, "a")):
+    with pytest.raises(ValueError, match=r"loras must be FILE, .*: got \('a', None, 'a'\)"):
+        parse_loras([("a", None, "a")])
+    for missing in names:
         with pytest.raises(
             (FileNotFoundError, ValueError),
             match="lora must be an existing file or folder, or a hub id: found no",
