@@ -21,9 +21,8 @@ from ..pipeline import generate, prepare
 from ..request import Request
 from ..weights.checkpoint import Models
 from ..weights.lora import Factors, Lora
-from ..weights.pieces import PIECES
+from ..weights.pieces import PIECES, leaf_names
 from .run import Run
-from .state import take_apart
 
 
 @dataclass
@@ -39,13 +38,16 @@ class TrainedModels(Models):
         if PIECES[name][0] != self.part or shapes is None:
             return super().piece(name, shapes, workspace, ahead)
         prefix = PIECES[name][1]
-        structure, _, leaves = take_apart(shapes, lambda name: False)
-        return structure.network(
-            {
-                name: jax.device_put(self.leaves[prefix + name].astype(leaf.dtype), leaf.sharding)
-                for name, leaf in leaves.items()
-            }
-        )
+        graph, state = nnx.split(shapes)
+        filled = {
+            leaf: jax.device_put(self.leaves[prefix + leaf].astype(shape.dtype), shape.sharding)
+            for leaf, shape in leaf_names(shapes).items()
+        }
+        named = [  # with their axes, for which programs are compiled
+            (path, leaf.replace(filled[".".join(map(str, path))]))
+            for path, leaf in nnx.to_flat_state(state)
+        ]
+        return nnx.merge(graph, nnx.from_flat_state(named))
 
 
 class Validation:
