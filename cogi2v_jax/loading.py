@@ -27,7 +27,6 @@ from .weights.checkpoint import (
     FORMAT,
     MANIFEST,
     Models,
-    check_loras,
     check_models,
     open_folder,
     read_config,
@@ -79,18 +78,19 @@ def load(
     keep_compilations()
     files = _open_loras(loras, say)  # before a model is fetched, which may take an hour
     folder = locate(path_or_name, say)
-    merged = _match_loras(files, read_config(folder), jnp.dtype(dtype), say) if files else []
-    settings = {"attention": attention, "mesh": mesh, "vae_tiling": vae_tiling, "loras": merged}
+    found = _match_loras(files, read_config(folder), say) if files else []
+    settings = {"attention": attention, "mesh": mesh, "vae_tiling": vae_tiling, "loras": found}
     return open_folder(_convert(folder, say), jnp.dtype(dtype), **settings)
 
 
 def adapt(models: Models, loras: Iterable[Any] = (), say: Say = _say) -> None:
     """Replaces the LoRAs of `models`: files, folders or hub ids, as "FILE", "FILE:WEIGHT" or
     (FILE, WEIGHT), which are summed. Weights with other LoRAs in them are read again when they are
-    needed; no program is compiled. Calls `say` with a line for each file and for each tensor that
-    fits no weight. Raises ValueError or OSError in one line, and then changes nothing."""
+    needed; only beside int8 weights other ranks may be another program. Calls `say` with a line for
+    each file and for each tensor that fits no weight. Raises ValueError or OSError in one line, and
+    then changes nothing."""
     check_models(models)
-    models.loras = _match_loras(_open_loras(loras, say), models.config, models.dtype, say)
+    models.loras = _match_loras(_open_loras(loras, say), models.config, say)
 
 
 def _open_loras(loras: Iterable[Any], say: Say) -> list[tuple[Any, float]]:
@@ -100,14 +100,11 @@ def _open_loras(loras: Iterable[Any], say: Say) -> list[tuple[Any, float]]:
     return [(open_lora(lora, say), weight) for lora, weight in parse_loras(loras)]
 
 
-def _match_loras(
-    files: list[tuple[Any, float]], of: CheckpointConfig, dtype: jnp.dtype, say: Say
-) -> list[Lora]:
+def _match_loras(files: list[tuple[Any, float]], of: CheckpointConfig, say: Say) -> list[Lora]:
     from cogi2v_convert.lora_match import match  # pyright: ignore[reportMissingImports]
 
     found = [match(file, of, weight) for file, weight in files]
     loras = [matched.checked() for matched in found]
-    check_loras(of, dtype, loras)
     for matched in found:
         say("\n".join([matched.line(), *matched.unmatched()]))
     return loras

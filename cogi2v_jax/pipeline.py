@@ -217,7 +217,8 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
 def target_of(models: Models, request: Resolved) -> RequestTarget:
     """What the programs of a request are compiled for on this machine."""
     machine = this_machine(models, len(request.videos), request.guided)
-    return RequestTarget(models.config, models.dtype, *machine, request, models.attention)
+    settings = (*machine, request, models.attention)
+    return RequestTarget(models.config, models.dtype, *settings, ranks=models.ranks)
 
 
 def videos_at_once(models: Models, request: Request) -> int:

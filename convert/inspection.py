@@ -11,7 +11,7 @@ from cogi2v_jax.arguments import parse_loras
 from cogi2v_jax.config import CheckpointConfig, names
 from cogi2v_jax.disk import one_line
 from cogi2v_jax.lookalikes import by_tensors
-from cogi2v_jax.weights.checkpoint import MANIFEST, check_loras, int8_errors
+from cogi2v_jax.weights.checkpoint import MANIFEST, int8_errors
 from cogi2v_jax.weights.hub import known_config, locate
 from cogi2v_jax.weights.hub import report as say
 from cogi2v_jax.weights.pieces import NETWORKS, abstract, leaf_names
@@ -108,10 +108,9 @@ def _describe_file(part: str, given: Given) -> tuple[str, bool]:
 def describe_lora(lora: str, model: str, keys: bool) -> tuple[list[str], bool]:
     """Describes a LoRA (a file, a folder or a hub id) for a model (a folder, or a name or hub id of
     `config.names()`), of which only the configuration is read. Returns the lines, and whether it
-    can be added; `keys` lists each tensor. Raises as `open_lora` and `check_loras`."""
+    can be added; `keys` lists each tensor. Raises as `open_lora`."""
     config = _config_of(model)
     found = lora_match.match(open_lora(parse_loras([lora])[0][0]), config)
-    check_loras(config, FLOAT32, [found.lora] if found.lora else [])
     lines = [f"{found.line()} ({found.title})", *found.unmatched(len(found.rows))]
     lines += [f"  ! {one_line(fault)}" for fault in found.general]
     used = [row for row in found.rows.values() if keys and row.place]

@@ -62,12 +62,13 @@ product.defvjp(_product_forward, _product_backward)
 
 
 class LowRank(nnx.Module):
-    """The trained change of a frozen kernel, scale * down @ up (LoRA, arXiv 2106.09685)."""
+    """The change of a frozen kernel, scale * down @ up (LoRA, arXiv 2106.09685), of arrays or of
+    their shapes."""
 
     def __init__(
         self,
-        down: Float[Array, "*layers inputs rank"],
-        up: Float[Array, "*layers rank outputs"],
+        down: Float[Any, "*layers inputs rank"],
+        up: Float[Any, "*layers rank outputs"],
         scale: float,
     ):
         self.down, self.up = (nnx.Param(factor, axes=(None, None)) for factor in (down, up))
@@ -80,7 +81,7 @@ class LowRank(nnx.Module):
 
 class Linear(nnx.Module):
     """x @ kernel + bias, rounded once. An `int8` kernel is multiplied by a float32 `scale` for each
-    output. In training `lora` may be a LowRank, which is added."""
+    output. `lora` may be a LowRank, which is added: in training, and beside an int8 kernel."""
 
     def __init__(
         self,

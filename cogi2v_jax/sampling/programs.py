@@ -5,7 +5,7 @@ shapes alone, for machines that are not there."""
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ..models.positions import Positions, positions, sinusoid, token_count
 from ..models.vae import strips_within
 from ..request import LatentShape, Resolved
 from ..weights.checkpoint import Models
+from ..weights.lora import Ranks
 from ..weights.pieces import (
     bytes_per_device,
     can_replicate,
@@ -116,10 +117,11 @@ class Target:
     dtype: jnp.dtype
     mesh: Mesh
     memory: int
+    ranks: Ranks = field(default=(), kw_only=True)  # of branches beside int8 kernels, for LoRAs
 
     def network(self, name: str) -> nnx.Module:
         """The shapes and shardings of a piece."""
-        return shard_piece(self.config, name, self.dtype, self.mesh, self.memory)
+        return shard_piece(self.config, name, self.dtype, self.mesh, self.memory, self.ranks)
 
     def call(self, function: Callable[..., Any], *args: Any, **static: Any) -> Call:
         """A function of stages.py with its arguments. The target adds the network, and of the

@@ -91,7 +91,7 @@ def write_card(
         f"{what}, which makes a video of an image and a prompt. "
         f"Trained with cogi2v-jax {__version__}.",
         f"## Use\n\n`{name}` stands for the folder of these files.",
-        _usage(recipe, config, hub or model),
+        _usage(recipe, hub or model),
         f"## Training\n\n{_figures(read_metrics(metrics))}",
         *([f"![The loss over the steps]({picture.name})"] if picture else []),
         f"The recipe:\n\n```toml\n{dataclasses.replace(recipe, **plain).to_toml()}```",
@@ -101,11 +101,10 @@ def write_card(
         part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _usage(recipe: Recipe, config: CheckpointConfig, base: str) -> str:
+def _usage(recipe: Recipe, base: str) -> str:
     """Commands for ours and code for diffusers, which loads the model `base`."""
     is_lora, name = recipe.method == "lora", Path(recipe.output).absolute().name
-    # A LoRA is not merged into int8 kernels.
-    model = base if "transformer" in config.int8 else shorten(recipe.model)
+    model = shorten(recipe.model)
     ours = f"--model {model} --lora_path {name}" if is_lora else f"--model {name}/{MODEL}"
     if recipe.image_latent_scale != "reference":
         ours += f" --image_latent_scale {recipe.image_latent_scale}"

@@ -87,9 +87,6 @@ class Run:
         if full and part in config.int8:
             way = "train a LoRA on it, or convert its source without int8"
             raise ValueError(f"model must not be in int8 to train all weights of it; {way}")
-        if recipe.validation and "transformer" in config.int8:
-            way = "it would be merged into int8 kernels; sample from a floating-point model"
-            raise ValueError(f"validation must be left out of a LoRA on an int8 model: {way}")
         self.memory = memory_limit() // (COPIES if full else 1)
         network = piece(config, part, jnp.dtype(jnp.float32) if full else self.models.dtype)
         split_networks = {} if can_replicate(network, self.memory) else {part: network}

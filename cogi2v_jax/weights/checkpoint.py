@@ -33,7 +33,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 from ..config import PARTS, CheckpointConfig
 from ..devices.mesh import Sizes, make_mesh
 from ..disk import first_line, one_line, process_folder, read_json
-from .lora import Leaves, Lora, check_leaves, read_merged, select_loras
+from .lora import Leaves, Lora, Ranks, ranks_beside, read_merged, select_loras
 from .pieces import (
     NETWORKS,
     PIECES,
@@ -239,7 +239,8 @@ class Models:
     attention: str = "auto"
     mesh: str = "auto"  # a name of configs/meshes.toml, sizes spelled out, or "auto"
     vae_tiling: bool = False  # whether the VAE works in the reference's blended tiles
-    # Added to the transformer's weights when they are loaded; may be set at any time.
+    # Added to the transformer's weights when they are loaded (beside those that are int8); may be
+    # set at any time.
     loras: Sequence[Lora] = ()
     # Pieces on the devices, the least recently used first, and the LoRAs merged into them.
     _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)
@@ -254,7 +255,7 @@ class Models:
         stage none is, and the result is None where one would have to be."""
         if shapes is None:
             mesh = make_mesh(Sizes(), jax.local_devices()[:1])
-            shapes = shard_piece(self.config, name, self.dtype, mesh, memory_limit())
+            shapes = shard_piece(self.config, name, self.dtype, mesh, memory_limit(), self.ranks)
         with self._loading:
             network = self._resident.pop(name, None)
             loras = select_loras(self.loras, transformer_leaves(name, shapes))
@@ -276,6 +277,12 @@ class Models:
             return network
 
     @property
+    def ranks(self) -> Ranks:
+        """The layers of the transformer in which LoRAs are a branch beside an int8 kernel."""
+        shapes = piece(self.config, "transformer", self.dtype)
+        return ranks_beside(self.loras, transformer_leaves("transformer", shapes))
+
+    @property
     def loaded(self) -> list[str]:
         """The names of the pieces on the devices, the least recently used first."""
         return list(self._resident)
@@ -288,12 +295,6 @@ def check_models(models: Any) -> None:
     """Raises ValueError for what is no loaded checkpoint."""
     if not isinstance(models, Models):
         raise ValueError(f"models must be what cogi2v_jax.load returns: got {models!r}")
-
-
-def check_loras(config: CheckpointConfig, dtype: jnp.dtype, loras: Sequence[Lora]) -> None:
-    """Raises ValueError for LoRAs that cannot be added to the weights of a checkpoint."""
-    for name in PIECES:
-        check_leaves(loras, transformer_leaves(name, piece(config, name, dtype)))
 
 
 def restore(

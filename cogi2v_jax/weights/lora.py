@@ -1,7 +1,9 @@
-"""LoRA (Hu et al., arXiv 2106.09685): low-rank changes of the transformer's weights, added while
-the weights are loaded. The network and its programs stay the same: another LoRA compiles nothing,
-costs no time in a step, and is sharded as the weights are."""
+"""LoRA (Hu et al., arXiv 2106.09685): low-rank changes of the transformer's weights. They are added
+to floating-point kernels while these are loaded: the network and its programs stay the same,
+another LoRA compiles nothing and costs no time in a step. An int8 kernel stays as it is, and its
+changes are a branch beside it (a `LowRank`), of one program for all LoRAs of like rank."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -53,15 +55,25 @@ def select_loras(loras: Iterable[Lora], leaves: Iterable[str]) -> list[Lora]:
     return [lora for lora in loras if any(leaf in leaves for leaf, _ in lora.factors)]
 
 
-def check_leaves(loras: Iterable[Lora], leaves: Mapping[str, Any]) -> None:
-    """Raises ValueError where a LoRA changes a leaf that is not floating-point, as those of
-    quantised weights. `leaves` are arrays or shapes under full names."""
+# Linear layers with a branch for LoRAs, and its rank.
+Ranks = tuple[tuple[str, int], ...]
+DOWN, UP = ".lora.down", ".lora.up"  # what the factors of a branch are called after its layer
+
+
+def ranks_beside(loras: Iterable[Lora], leaves: Mapping[str, Any]) -> Ranks:
+    """The branches that hold all these LoRAs beside the int8 kernels among `leaves` (arrays or
+    shapes), each of a multiple of RANK."""
+    ranks: dict[str, int] = {}
     for lora in loras:
-        for leaf, _ in lora.factors:
-            if leaf in leaves and not jnp.issubdtype(leaves[leaf].dtype, jnp.floating):
-                got = f"{leaf} of {leaves[leaf].dtype}"
-                rule = f"lora {lora.name} must change floating-point weights: got {got}"
-                raise ValueError(f"{rule}; load the model without quantisation")
+        own: dict[str, int] = {}
+        for (name, _), factors in lora.factors.items():
+            if name in leaves and leaves[name].dtype == jnp.int8:
+                own[name] = max(own.get(name, 0), len(factors.up))
+        ranks |= {name: ranks.get(name, 0) + rank for name, rank in own.items()}
+    return tuple(
+        (name.removesuffix(".kernel"), math.ceil(rank / RANK) * RANK)
+        for name, rank in sorted(ranks.items())
+    )
 
 
 Leaves = Mapping[str, jax.ShapeDtypeStruct]
@@ -74,18 +86,40 @@ def read_merged(
     read: Callable[[Leaves], dict[str, Array]],
 ) -> dict[str, Array]:
     """The leaves of a layer (None: those that are not stacked) as `read` returns them, with all
-    LoRAs added in order. Changed leaves are read and summed in float32 and rounded once."""
-    changed = {name for name in leaves for lora in loras if (name, layer) in lora.factors}
-    if not changed:
-        return read(leaves)
-    wide = {name: leaves[name].update(dtype=jnp.float32) for name in changed}
-    merged = read({**leaves, **wide})
+    LoRAs added in order. Changed leaves are read and summed in float32 and rounded once; those
+    with a branch are not changed, and the branch has the LoRAs' factors."""
+    beside = {name.removesuffix(DOWN) for name in leaves if name.endswith(DOWN)}
+    stored = {name: leaf for name, leaf in leaves.items() if not name.endswith((DOWN, UP))}
+    changed = {name for name in stored for lora in loras if (name, layer) in lora.factors}
+    changed -= {f"{name}.kernel" for name in beside}
+    assert all(jnp.issubdtype(leaves[name].dtype, jnp.floating) for name in changed)
+    merged = read(stored | {name: stored[name].update(dtype=jnp.float32) for name in changed})
     for name in changed:
         for lora in loras:
             if (name, layer) in lora.factors:
                 merged[name] = _added(merged[name], lora.factors[name, layer], lora.weight)
         merged[name] = _rounder(leaves[name].sharding, leaves[name].dtype)(merged[name])
+    for name in beside:
+        names = name + DOWN, name + UP
+        pair = _concatenated(loras, (f"{name}.kernel", layer), *(leaves[one] for one in names))
+        merged |= dict(zip(names, pair, strict=True))
     return merged
+
+
+def _concatenated(
+    loras: Sequence[Lora], of: LeafLayer, down: jax.ShapeDtypeStruct, up: jax.ShapeDtypeStruct
+) -> tuple[Array, Array]:
+    """The factors of a branch with these shapes: those of all LoRAs, with weight and scale in the
+    second one, then zeros."""
+    downs, ups = np.zeros(down.shape, np.float32), np.zeros(up.shape, np.float32)
+    first = 0
+    for lora in loras:
+        if factors := lora.factors.get(of):
+            rows = slice(first, first + len(factors.up))
+            downs[:, rows] = factors.down
+            ups[rows] = np.float32(lora.weight * factors.scale) * factors.up
+            first = rows.stop
+    return put(downs.astype(down.dtype), down.sharding), put(ups.astype(up.dtype), up.sharding)
 
 
 def _added(kernel: Float[Array, "i o"], factors: Factors, weight: float) -> Float[Array, "i o"]:

@@ -1,5 +1,6 @@
 """What a stage loads, as shapes and shardings: no orbax, no files."""
 
+import functools
 import math
 from functools import cache
 from typing import Any
@@ -12,9 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from ..config import CheckpointConfig
 from ..devices.hosts import host_memory
 from ..devices.sharding import parameter_shardings
+from ..models.layers import LowRank
 from ..models.t5 import T5
 from ..models.transformer import Transformer
 from ..models.vae import VAE
+from .lora import Ranks
 
 NETWORKS = {"transformer": Transformer, "vae": VAE, "text_encoder": T5}
 # Pieces: a part of the folder, and the prefix of its leaves. The transformer's modulation is
@@ -51,18 +54,36 @@ def piece(config: CheckpointConfig, name: str, dtype: jnp.dtype) -> nnx.Module:
 
 @cache
 def shard_piece(
-    config: CheckpointConfig, name: str, dtype: jnp.dtype, mesh: Mesh, memory: int
+    config: CheckpointConfig,
+    name: str,
+    dtype: jnp.dtype,
+    mesh: Mesh,
+    memory: int,
+    ranks: Ranks = (),
 ) -> nnx.Module:
     """One of PIECES with shapes and shardings for parameters, on devices of `memory` bytes each. T5
     is always split, so that its weights are never gathered; other pieces are replicated where they
-    fit."""
+    fit. `ranks` are the layers of the transformer that have a branch for LoRAs."""
     network = piece(config, name, dtype)
+    if name == "transformer" and ranks:
+        network = _with_branches(network, ranks, dtype)
     shardings = parameter_shardings(
         network, mesh, name != "text_encoder" and can_replicate(network, memory)
     )
     graph, state = nnx.split(network)
     leaves = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
     return nnx.merge(graph, leaves)
+
+
+def _with_branches(network: nnx.Module, ranks: Ranks, dtype: jnp.dtype) -> nnx.Module:
+    network = nnx.clone(network)
+    for name, rank in ranks:
+        layer: Any = functools.reduce(getattr, name.split("."), network)
+        *stack, inputs, outputs = layer.kernel.shape
+        down = jax.ShapeDtypeStruct((*stack, inputs, rank), dtype)
+        up = jax.ShapeDtypeStruct((*stack, rank, outputs), dtype)
+        layer.lora = LowRank(down, up, 1.0)
+    return network
 
 
 def can_replicate(network: nnx.Module, memory: int) -> bool:

@@ -1,7 +1,6 @@
 """The plot and the card of a run."""
 
 import ast
-import dataclasses
 import json
 import re
 import shlex
@@ -132,11 +131,10 @@ def test_the_card_has_the_figures_of_the_run(metrics: Path, tmp_path: Path) -> N
 
 
 def test_a_card_says_what_a_lora_needs_beside_itself(metrics: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(named(NAMED), int8=("transformer",))
     recipe = recipe_of(model="/models/5b-int8", image_latent_scale="trainer")
-    write_card(tmp_path / "README.md", recipe, config, metrics, None)
+    write_card(tmp_path / "README.md", recipe, named(NAMED), metrics, None)
     text = (tmp_path / "README.md").read_text()
-    assert "--lora_path orbit --image_latent_scale trainer\n" in text
+    assert "--model 5b-int8 --lora_path orbit --image_latent_scale trainer\n" in text
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "vae"])

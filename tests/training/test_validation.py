@@ -1,18 +1,23 @@
 """Sampling with weights as they are in training."""
 
 import base64
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cogi2v_convert.conversion import to_flax
+from footage import library
 from recipes import read_recipe
 from tolerances import TOLERANCE, assert_close, relative_error
 
 import cogi2v_jax
 from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.sample import EXAMPLE_IMAGE
+from cogi2v_jax.training.clips import Bucket, list_clips
 from cogi2v_jax.training.output import write_output
+from cogi2v_jax.training.preparation import prepare
 from cogi2v_jax.training.run import Run
 from cogi2v_jax.training.validation import Validation, with_leaves
 
@@ -28,6 +33,13 @@ def changed(run: Run) -> Any:
     rng = np.random.default_rng(0)
     leaves = run.begin().leaves
     return {n: leaf + 0.05 * rng.normal(size=leaf.shape) for n, leaf in leaves.items()}
+
+
+def write(run: Run, leaves: Any, folder: Path) -> None:
+    """Writes the result of a run as if these leaves had been trained."""
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "seconds": 1.0}\n')
+    write_output(run, leaves, folder, quiet)
 
 
 def request(**settings: Any) -> cogi2v_jax.Request:
@@ -48,9 +60,7 @@ def test_a_video_in_training_is_that_of_the_weights_that_are_written(
     leaves = changed(run)
     ours = cogi2v_jax.generate(with_leaves(run, leaves, "x"), request())
     base = cogi2v_jax.generate(run.models, request())
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "seconds": 1.0}\n')
-    write_output(run, leaves, tmp_path / "out", quiet)
+    write(run, leaves, tmp_path / "out")
     if method == "lora":
         written = cogi2v_jax.load(studio.model, "float32", loras=[tmp_path / "out"], say=quiet)
     else:
@@ -59,6 +69,27 @@ def test_a_video_in_training_is_that_of_the_weights_that_are_written(
     assert_close(ours.latents, theirs.latents, TOLERANCE["latents"])
     assert (np.abs(ours.video.astype(int) - theirs.video) <= 1).all()
     assert np.abs(ours.video.astype(int) - base.video).max() > 1
+
+
+@pytest.mark.slow
+@FIRST
+def test_a_lora_on_int8_weights_is_sampled_in_training_as_after_it(
+    studio: Any, tmp_path: Path
+) -> None:
+    model = Path(to_flax(studio.model, tmp_path / "int8", "int8"))
+    clips = list_clips(library(tmp_path / "clips", 4, height=48, width=80))
+    data, bucket = tmp_path / "data", [Bucket(9, 48, 80)]
+    prepare(cogi2v_jax.load(model, "float32", say=quiet), clips, data, bucket, 8.0)
+    recipe = studio.recipe(tmp_path / "out")
+    run = Run(dataclasses.replace(recipe, model=str(model), data=str(data)), quiet)
+    leaves = changed(run)
+    ours = cogi2v_jax.generate(with_leaves(run, leaves, "x"), request())
+    write(run, leaves, tmp_path / "out")
+    written = cogi2v_jax.load(model, "float32", loras=[tmp_path / "out"], say=quiet)
+    theirs = cogi2v_jax.generate(written, request())
+    assert_close(ours.latents, theirs.latents, TOLERANCE["latents"])
+    base = cogi2v_jax.generate(run.models, request())
+    assert relative_error(ours.latents, base.latents) > 0.01
 
 
 @FIRST

@@ -2,6 +2,7 @@
 costs."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import twins
+from cogi2v_convert.conversion import to_flax
 from cogi2v_convert.sources.matching import targets
 from jax import monitoring
 from PIL import Image
@@ -27,9 +29,10 @@ from cogi2v_jax.media.recipe import recipe_of
 from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.sample import main
 from cogi2v_jax.sampling import programs
+from cogi2v_jax.training.validation import TrainedModels
 from cogi2v_jax.weights import checkpoint
-from cogi2v_jax.weights.checkpoint import check_loras, restore
-from cogi2v_jax.weights.lora import RANK, Factors, Lora, check_leaves
+from cogi2v_jax.weights.checkpoint import restore
+from cogi2v_jax.weights.lora import RANK, Lora
 from cogi2v_jax.weights.pieces import PIECES, leaf_names, shard_piece, shardings
 
 SIZES = {"1.0": (48, 80, 17), "1.5": (64, 48, 17)}
@@ -253,21 +256,91 @@ def test_the_folder_is_not_changed(folder: Path, pipe: Any, tmp_path: Path) -> N
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+# beside int8 weights
+
+
+@pytest.fixture(scope="module")
+def int8_folder(pipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = twins.save(pipe, tmp_path_factory.mktemp("source"))
+    return Path(to_flax(source, tmp_path_factory.mktemp("converted") / "int8", "int8"))
+
+
+def two_loras(pipe: Any, folder: Path) -> list[tuple[Path, float]]:
+    """One of all kinds of layers, and one of attention alone with a larger rank."""
+    files = []
+    for weight, rank, modules in ((0.5, 3, ALL), (-1.0, RANK + 6, loras.ATTENTION)):
+        made = loras.pairs(pipe.transformer, modules, rank=rank, seed=rank)
+        files.append((loras.save(folder / f"{rank}.safetensors", loras.peft(made)), weight))
+    return files
+
+
+def with_merged(models: Models, found: list[Lora]) -> Models:
+    """The same checkpoint with the numbers of its int8 kernels in float32, and LoRAs in them."""
+    leaves = {name: leaf.astype(np.float32) for name, leaf in merged(models).items()}
+    for name in [name for name in leaves if f"{name.removesuffix('kernel')}scale" in leaves]:
+        scale = leaves.pop(f"{name.removesuffix('kernel')}scale")
+        leaves[name] = leaves[name] * scale[:, None]
+    for lora in found:
+        for (name, layer), (down, up, scale) in lora.factors.items():
+            row = leaves[name] if layer is None else leaves[name][layer]
+            row += np.float32(lora.weight * scale) * (down @ up)
+    config = dataclasses.replace(models.config, int8=("text_encoder",))
+    put = {name: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    return TrainedModels(models.folder, config, models.dtype, part="transformer", leaves=put)
+
+
+def test_loras_beside_int8_weights_give_what_merged_ones_give(
+    int8_folder: Path, pipe: Any, family: str, image: Image.Image, tmp_path: Path
+) -> None:
+    models = cogi2v_jax.load(int8_folder, "float32")
+    base = latents(models, request_of(family, image))
+    found = cogi2v_jax.load(int8_folder, "float32", loras=two_loras(pipe, tmp_path)).loras
+    theirs = latents(with_merged(models, [*found]), request_of(family, image))
+    models.loras = found
+    blocks = [f"blocks.{name}" for name in ("attn.k", "attn.out", "attn.q", "attn.v")]
+    mlp = [(f"blocks.mlp.{name}", RANK) for name in ("down", "up")]
+    assert models.ranks == (*((name, 2 * RANK) for name in blocks), *mlp)
+    ours = latents(models, request_of(family, image))
+    assert_close(ours, theirs, TOLERANCE["latents"])
+    assert relative_error(ours, base) > 0.01
+    models.mesh = "pair=2"
+    assert_close(latents(models, request_of(family, image)), theirs, TOLERANCE["latents"])
+
+
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
-def test_a_lora_of_an_int8_weight_is_refused(models: Models) -> None:
-    factors = Factors(np.zeros((4, 1), np.float32), np.zeros((1, 4), np.float32), 1.0)
-    lora = Lora("a.safetensors", "0", 1.0, {("blocks.attn.q.kernel", 0): factors})
-    check_loras(models.config, FLOAT32, [lora])
-    leaves = {
-        "blocks.attn.q.kernel": jax.ShapeDtypeStruct((3, 4, 4), jnp.int8),
-        "blocks.attn.k.kernel": np.zeros(3, np.int8),
-    }
-    line = (
-        r"lora a.safetensors must change floating-point weights: got blocks.attn.q.kernel of int8"
-    )
-    with pytest.raises(ValueError, match=f"{line}; load"):
-        check_leaves([lora], leaves)
-    check_leaves([lora], {"blocks.attn.k.kernel": leaves["blocks.attn.k.kernel"]})
+def test_beside_int8_weights_only_another_rank_compiles(
+    int8_folder: Path,
+    pipe: Any,
+    family: str,
+    image: Image.Image,
+    tmp_path: Path,
+    compilations: list,
+) -> None:
+    models = cogi2v_jax.load(int8_folder, "bfloat16", loras=two_loras(pipe, tmp_path))
+    results = [latents(models, request_of(family, image))]
+    first, second = models.loras
+    compilations.clear()
+    models.loras = [dataclasses.replace(first, weight=2.0), second]
+    results.append(latents(models, request_of(family, image)))
+    assert compilations == []
+    models.loras = [first]
+    results.append(latents(models, request_of(family, image)))
+    assert compilations != []
+    assert len({result.tobytes() for result in results}) == len(results)
+
+
+@pytest.mark.parametrize("family", ["1.0"], indirect=True)
+def test_on_devices_that_split_int8_weights_each_has_the_whole_branches(
+    int8_folder: Path, pipe: Any, tmp_path: Path
+) -> None:
+    models = cogi2v_jax.load(int8_folder, "float32", loras=two_loras(pipe, tmp_path))
+    mesh = make_mesh(Sizes(context=8), jax.devices())
+    places = models.config, "transformer", FLOAT32, mesh, 1000, models.ranks
+    network = models.piece("transformer", shard_piece(*places))
+    split = {name: leaf.sharding.is_fully_replicated for name, leaf in leaf_names(network).items()}
+    assert not split["blocks.attn.q.kernel"]
+    assert split["blocks.attn.q.lora.down"]
+    assert split["blocks.attn.q.lora.up"]
 
 
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
