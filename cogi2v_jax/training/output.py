@@ -41,13 +41,13 @@ def write_output(run: Run, leaves: Mapping[str, Array], folder: Path, say: Say) 
     if recipe.method == "lora":
         result = folder / LORA_FILE
         header = {"base_model_name_or_path": shorten(recipe.model)}
-        write_lora(result, values, models.config, recipe.alpha, header=header)
+        write_lora(result, values, models.config, recipe.alpha, recipe.output_dtype, header)
     else:
         result, old = folder / MODEL, folder / f".{MODEL}{PART}old"
         if result.exists():  # of an earlier end of this run; it stays until the new one is whole
             result.rename(old)
         try:
-            write_trained(models.folder, result, recipe.part, values)
+            write_trained(models.folder, result, recipe.part, values, recipe.output_dtype)
         except BaseException:
             if old.exists() and not result.exists():
                 old.rename(result)

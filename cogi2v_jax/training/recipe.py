@@ -93,6 +93,7 @@ class Recipe:
     attention: str = _key(TEXT, "auto", free=True)
     kept: str = _key(one_of(*KEPT), "layers", free=True)  # for the backward pass
     # What is written.
+    output_dtype: str = _key(one_of("float32", "bfloat16"), "float32", free=True)  # of the result
     checkpoint_every: int = _key(COUNT, 500, free=True)  # steps
     checkpoints: int = _key(COUNT, 2, free=True)  # that are kept
     validation: str = _key(TEXT, "", free=True)  # a batch file of images and prompts

@@ -22,7 +22,7 @@ from cogi2v_jax.training.checkpoints import Checkpoints
 from cogi2v_jax.training.loop import interrupts, train
 from cogi2v_jax.training.output import write_output
 from cogi2v_jax.training.run import Run
-from cogi2v_jax.weights.checkpoint import MANIFEST
+from cogi2v_jax.weights.checkpoint import MANIFEST, read_unit
 
 PROGRAM = (sys.executable, "-m", "cogi2v_jax.train")
 # Quick to compile, exact products, one device a process.
@@ -230,6 +230,17 @@ def test_a_result_stays_until_the_next_one_is_whole(studio: Any, tmp_path: Path)
     write_output(run, leaves, tmp_path, lambda _: None)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "README.md"}
     assert (tmp_path / "model" / MANIFEST).exists()
+
+
+@FIRST
+def test_results_are_written_in_the_dtype_that_is_asked_for(studio: Any, tmp_path: Path) -> None:
+    for method in ("lora", "vae"):
+        recipe = studio.recipe(tmp_path / method, method=method, output_dtype="bfloat16")
+        run = Run(recipe, lambda *_, **__: None)
+        (tmp_path / method).mkdir()
+        write_output(run, run.begin().leaves, tmp_path / method, lambda _: None)
+    lora, vae = factors(tmp_path / "lora"), read_unit(tmp_path / "vae" / "model", "vae", None)
+    assert {leaf.dtype.name for leaf in (*lora.values(), *vae.values())} == {"bfloat16"}
 
 
 @FIRST
