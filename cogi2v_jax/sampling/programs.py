@@ -195,6 +195,15 @@ class RequestTarget(Target):
         where = self._positions()
         return jax.tree.map(put, where, self._position_shardings(where))
 
+    def position_shapes(self) -> Positions:
+        """The shapes and shardings of `positions`."""
+        where = jax.eval_shape(self._positions)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            where,
+            self._position_shardings(where),
+        )
+
     def _positions(self) -> Positions:
         return positions(self.config.transformer, self.shape[:3], self.layout.padded)
 
@@ -217,14 +226,9 @@ class RequestTarget(Target):
         with jax_defaults():
             modulation = jax.eval_shape(modulate, self.network("modulation"), *self.time)
         modulation = jax.tree.map(lambda x: self._shaped(x.shape, x.dtype), modulation)
-        where = jax.eval_shape(self._positions)
-        where = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            where,
-            self._position_shardings(where),
-        )
         state, keys = stages.State(latents, latents), self._keys(videos)
-        args = (state, np.int32(0), self.tableau, modulation, noise, keys, latents, text, where)
+        given = noise, keys, latents, text, self.position_shapes()
+        args = (state, np.int32(0), self.tableau, modulation, *given)
         return self.call(stages.denoise, *args, steps=steps)
 
     def calls(self, name: str, videos: int = 1) -> list[Call]:

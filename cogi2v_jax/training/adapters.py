@@ -1,10 +1,11 @@
-"""LoRA in training: which linear layers of the transformer have one, and its parameters."""
+"""LoRA in training: which linear layers of the transformer have one."""
 
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from ..models.layers import Linear, LowRank
 from ..models.transformer import Transformer
@@ -35,14 +36,18 @@ def resolve_targets(network: Transformer, targets: Sequence[str]) -> list[str]:
 
 
 def add_lora(
-    network: Transformer, targets: Sequence[str], *, rank: int, alpha: float, seed: int
+    network: Transformer,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    sharding: NamedSharding | None = None,
 ) -> None:
-    """Adds a LoRA to linear layers: to every layer of the stack where they are stacked. Its float32
-    factors begin as PEFT's do, so that the change begins at zero. Raises ValueError for an unknown
-    target."""
-    layers, names = linear_layers(network), resolve_targets(network, targets)
-    for name, key in zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True):
+    """Adds a LoRA to linear layers, to every layer of the stack where they are stacked; its float32
+    factors are shapes. Raises ValueError for an unknown target."""
+    layers = linear_layers(network)
+    for name in resolve_targets(network, targets):
         *stack, inputs, outputs = layers[name].kernel.shape
-        bound = inputs**-0.5
-        down = jax.random.uniform(key, (*stack, inputs, rank), minval=-bound, maxval=bound)
-        layers[name].lora = LowRank(down, jnp.zeros((*stack, rank, outputs)), alpha / rank)
+        shapes = (*stack, inputs, rank), (*stack, rank, outputs)
+        down, up = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in shapes)
+        layers[name].lora = LowRank(down, up, alpha / rank)

@@ -1,8 +1,9 @@
-"""New weights for a network that is trained from nothing: random kernels of the size that keeps the
-scale of what goes through them, with layers that begin as small changes of what they are added to.
-"""
+"""New weights. For a network that is trained from nothing: random kernels of the size that keeps
+the scale of what goes through them, with layers that begin as small changes of what they are added
+to. For a LoRA: factors that begin as PEFT's do, so that the change begins at zero."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ LOG_VARIANCE = -5.0  # of a new posterior: its latents carry more than noise
 
 
 def new_leaves(leaves: Leaves, seed: int) -> Leaves:
-    """Leaves of the same names, shapes and devices. A leaf depends on the seed and its place among
-    the sorted names."""
+    """Leaves of the same names, shapes and devices as these arrays or shapes. A leaf depends on the
+    seed and its place among the sorted names."""
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     return {
         name: jax.device_put(_new(name, leaves[name], key), leaves[name].sharding)
@@ -26,8 +27,13 @@ def new_leaves(leaves: Leaves, seed: int) -> Leaves:
     }
 
 
-def _new(name: str, leaf: Array, key: Array) -> Array:
+def _new(name: str, leaf: Any, key: Array) -> Array:
     kind, layer = name.rsplit(".", 1)[-1], f".{name.rsplit('.', 1)[0]}"
+    if kind == "down":
+        bound = leaf.shape[-2] ** -0.5
+        return jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
+    if kind == "up":
+        return jnp.zeros(leaf.shape, leaf.dtype)
     spatial = layer.endswith((".scale", ".shift"))  # of a SpatialNorm
     if kind == "scale" or (kind == "bias" and layer.endswith(".scale")):
         return jnp.ones(leaf.shape, leaf.dtype)

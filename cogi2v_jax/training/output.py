@@ -24,7 +24,8 @@ def check_output(run: Run, folder: Path) -> None:
     that are there already have theirs."""
     count = run.recipe.checkpoints + 1  # the next one is written before the oldest is removed
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    check_space(folder, max(0, run.bytes_of_state * count - there), "checkpoints and results")
+    size = run.target.bytes_of_state * count
+    check_space(folder, max(0, size - there), "checkpoints and results")
 
 
 def write_output(run: Run, leaves: Mapping[str, Array], folder: Path, say: Say) -> None:

@@ -1,11 +1,10 @@
 """Everything of a training run that does not change from step to step: the recipe, the data, the
 networks on the mesh, and what the programs are compiled for."""
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +16,25 @@ from jaxtyping import Array, UInt8
 
 from ..arguments import parse_loras
 from ..devices import hosts
-from ..devices.mesh import choose_sizes, make_mesh, sizes_of, work_of
+from ..devices.mesh import sizes_of
 from ..devices.sharding import put, split
 from ..loading import load
-from ..models.attention import ATTENTION
 from ..models.positions import Positions
-from ..models.transformer import LAYER
 from ..request import Request
 from ..sampling.noise import seed_keys
 from ..sampling.programs import RequestTarget
 from ..terminal import Say
 from ..weights.checkpoint import Models, restore
-from ..weights.pieces import (
-    abstract,
-    can_replicate,
-    leaf_names,
-    memory_limit,
-    piece,
-    shard_piece,
-)
+from ..weights.pieces import PIECES, leaf_names, memory_limit
 from . import data, shards
-from .adapters import add_lora, resolve_targets
 from .clips import Bucket
 from .initial import new_leaves
-from .losses import Clips, levels
+from .losses import Clips
 from .preparation import plan_of
 from .recipe import RANDOM, Recipe
-from .state import State, begin, optimizer, take_apart
-from .steps import TRANSFORMER, VAE, Figures, Scales
-
-COPIES = 6  # of trained weights in memory: two of the optimiser, gradients, an average, one in work
-NETWORKS = {"transformer": ("transformer", "modulation"), "vae": ("vae",)}  # pieces of a part
-
-
-@cache  # one function for each name: programs are compiled for it
-def policy(name: str) -> Any:
-    """What `jax.checkpoint` keeps of a layer for its backward pass; None: everything."""
-    policies = jax.checkpoint_policies
-    if name == "host":
-        return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[LAYER, ATTENTION],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return {
-        "all": None,
-        "attention": policies.save_only_these_names(ATTENTION),
-        "layers": policies.nothing_saveable,
-    }[name]
+from .state import Leaves, State, begin
+from .steps import Figures
+from .target import NETWORKS, StepTarget, mesh_for
 
 
 class Run:
@@ -81,75 +50,54 @@ class Run:
         dtype = None if recipe.dtype == "auto" else recipe.dtype
         self.models: Models = load(recipe.model, dtype, recipe.attention, say=say)
         _check_model(self.models, self.prepared)
-        config, part, full = self.models.config, recipe.part, recipe.method != "lora"
+        config, full = self.models.config, recipe.method != "lora"
         if recipe.crop % (ratio := config.vae.spatial_ratio):
             raise ValueError(f"crop must be a multiple of {ratio}: got {recipe.crop}")
-        if full and part in config.int8:
+        if full and recipe.part in config.int8:
             way = "train a LoRA on it, or convert its source without int8"
             raise ValueError(f"model must not be in int8 to train all weights of it; {way}")
-        self.memory = memory_limit() // (COPIES if full else 1)
-        network = piece(config, part, jnp.dtype(jnp.float32) if full else self.models.dtype)
-        split_networks = {} if can_replicate(network, self.memory) else {part: network}
-        work = work_of(config, split_networks, recipe.batch, guided=False)
-        self.mesh: Mesh = make_mesh(choose_sizes(recipe.mesh, work, jax.devices()), jax.devices())
+        devices, memory = jax.devices(), memory_limit()
+        mesh = mesh_for(recipe, config, self.models.dtype, devices, memory)
+        self.target = StepTarget(recipe, config, self.models.dtype, mesh, memory)
         self.seed = put(seed_keys([recipe.seed])[0], split(self.mesh))
         if recipe.method != "vae":
-            self._targets = {bucket: self._target(bucket) for bucket in self._buckets()}
+            self._sampling = {bucket: self._sample(bucket) for bucket in self._buckets()}
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.target.mesh
 
     def begin(self) -> State:
         """Loads the network and returns the state before the first step. The trained leaves are in
         the state alone."""
-        recipe, models = self.recipe, self.models
+        recipe, models, trained = self.recipe, self.models, self.target.trained
         start = models
         if recipe.init not in ("", RANDOM) and recipe.method != "lora":
             start = load(recipe.init, models.dtype, say=lambda _: None)
             if start.config != models.config:
                 raise ValueError(f"init must have the networks of model: got {recipe.init}")
-        dtype = models.dtype if recipe.method == "lora" else jnp.dtype(jnp.float32)
-        network = self._load(start, dtype)
-        if recipe.method == "lora":
-            settings: Any = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
-            add_lora(network, recipe.targets, **settings)
-        self._structure, trained, self._frozen = take_apart(network, recipe.trains)
-        if recipe.init == RANDOM:
-            trained = new_leaves(trained, recipe.seed)
-        elif recipe.init and recipe.method == "lora":
-            trained |= read_lora(recipe, models, trained)
-        return begin(recipe, trained, self.mesh)
+        loaded = self._load(start)
+        self._frozen = {name: loaded[name] for name in self.target.frozen}
+        if recipe.method == "lora" and recipe.init:
+            leaves = read_lora(recipe, models, trained)
+        elif recipe.method == "lora" or recipe.init == RANDOM:
+            leaves = new_leaves(trained, recipe.seed)
+        else:
+            leaves = {name: loaded[name] for name in trained}
+        return begin(recipe, leaves, self.mesh)
 
     def whole(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
         """All leaves of the part, with these trained ones."""
         return {**self._frozen, **leaves}
 
-    def _load(self, models: Models, dtype: jnp.dtype) -> Any:
-        """The network of which leaves are trained."""
-        settings: Any = (dtype, self.mesh, self.memory)
-        parts: list[Any] = [
-            restore(models.folder, models.config, name, shard_piece(models.config, name, *settings))
-            for name in NETWORKS[self.recipe.part]
-        ]
-        network, *others = parts
-        for modulation in others:
-            network.modulation = modulation
-        return network
-
-    @property
-    def bytes_of_state(self) -> int:
-        """Of a checkpoint: the trained leaves, their average, and what the optimiser keeps."""
-        network: Any = abstract(self.models.config, self.recipe.part, jnp.dtype(jnp.float32))
-        leaves = leaf_names(network)
-        if self.recipe.method == "lora":
-            factors = {}
-            for name in resolve_targets(network, self.recipe.targets):
-                *stack, inputs, outputs = leaves[f"{name}.kernel"].shape
-                factors[f"{name}.lora.down"] = (*stack, inputs, self.recipe.rank)
-                factors[f"{name}.lora.up"] = (*stack, self.recipe.rank, outputs)
-            leaves = {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in factors.items()}
-        leaves = {name: leaf for name, leaf in leaves.items() if self.recipe.trains(name)}
-        kept = jax.eval_shape(optimizer(self.recipe).init, leaves)
-        average = leaves if self.recipe.ema else {}
-        whole = jax.tree.leaves((leaves, average, kept))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in whole)
+    def _load(self, models: Models) -> Leaves:
+        """The leaves of the network of which some are trained."""
+        leaves = {}
+        for name in NETWORKS[self.recipe.part]:
+            piece = restore(models.folder, models.config, name, self.target.piece(name))
+            prefix = PIECES[name][1]
+            leaves |= {prefix + leaf: value for leaf, value in leaf_names(piece).items()}
+        return leaves
 
     def name_of(self, clip: int) -> str:
         """The video of a clip, as its list named it."""
@@ -186,61 +134,48 @@ class Run:
 
     def step(self, state: State, rows: data.Rows, number: int) -> tuple[State, Figures]:
         """Step `number`, which overwrites the state before it."""
-        frozen = self._frozen
-        static: dict[str, Any] = {"recipe": self.recipe, "structure": self._structure}
-        static["dtype"] = self.models.dtype
         if self.recipe.method == "vae":
             pixels = self._place(crop(self.recipe, rows.values["pixels"], self._rows, number))
-            program, args = VAE, (state, frozen, pixels, self.seed)
-            static["mesh"] = self.mesh
+            program, static = self.target.program(None)
+            args = (state, self._frozen, pixels, self.seed)
         else:
             names = "moments", "text", "image"
             moments, text, image = (self._place(rows.values[name]) for name in names)
             clips = Clips(moments, text, image, None)
-            target = self._targets[rows.bucket]
-            given = *self._constants, self._positions[rows.bucket], self._scales(target)
-            program, args = TRANSFORMER, (state, frozen, self._vae, clips, self.seed, *given)
-            kept = policy(self.recipe.kept)
-            static["layout"] = dataclasses.replace(target.layout, sequential=False, kept=kept)
-            static["frames"] = target.shape.frames
+            sampling = self._sampling[rows.bucket]
+            program, static = self.target.program(sampling)
+            given = *self._constants, self._positions[rows.bucket], self.target.scales(sampling)
+            args = (state, self._frozen, self._vae, clips, self.seed, *given)
         return program.compile(*args, **static)(*args)
 
     @cached_property
     def _positions(self) -> dict[Bucket, Positions]:
         """Of the tokens of each bucket's clips, on the devices."""
-        return {bucket: target.positions() for bucket, target in self._targets.items()}
-
-    def _scales(self, target: RequestTarget) -> Scales:
-        return Scales(np.float32(self.models.config.vae.scaling_factor), target.image_scale)
+        return {bucket: sampling.positions() for bucket, sampling in self._sampling.items()}
 
     @cached_property
     def _vae(self) -> Any:
-        shapes = shard_piece(
-            self.models.config, "vae", self.models.dtype, self.mesh, memory_limit()
-        )
-        return self.models.piece("vae", shapes)
+        return self.models.piece("vae", self.target.vae)
 
     @cached_property
     def _constants(self) -> tuple[Any, ...]:
         everywhere = split(self.mesh)
-        constants = self.prepared.empty_text, levels(self.models.config)
+        constants = self.prepared.empty_text, self.target.levels()
         return jax.tree.map(lambda x: put(x, everywhere), constants)
 
     def _buckets(self) -> list[Bucket]:
         numbers = sorted({clip.bucket for clip in self.prepared.clips.values()})
         return [self.prepared.buckets[number] for number in numbers]
 
-    def _target(self, bucket: Bucket) -> RequestTarget:
-        """What sampling would be compiled for. Raises ValueError for clips that the network can't
-        compute."""
+    def _sample(self, bucket: Bucket) -> RequestTarget:
+        """What sampling clips of a bucket would be compiled for. Raises ValueError for clips that
+        the network can't compute."""
         sizes: Any = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
         asked = Request("", "", image_latent_scale=self.recipe.image_latent_scale, **sizes)
-        models = self.models
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # `prepare` gave them
-            request = asked.resolve(models.config)
-        settings = models.config, models.dtype, self.mesh, self.memory
-        return RequestTarget(*settings, request, models.attention)
+            request = asked.resolve(self.models.config)
+        return self.target.sampling(request, self.models.attention)
 
 
 def crop(
@@ -265,7 +200,7 @@ def crop(
     return np.stack([cut(clip, row) for clip, row in zip(pixels, rows, strict=True)])
 
 
-def read_lora(recipe: Recipe, models: Models, leaves: dict[str, Array]) -> dict[str, Array]:
+def read_lora(recipe: Recipe, models: Models, leaves: Leaves) -> Leaves:
     """The factors of a LoRA file as leaves to start from. Raises ValueError for one that has other
     factors than the recipe trains."""
     # The type checker can't follow the package's name to its folder, convert/.

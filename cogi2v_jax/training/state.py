@@ -18,7 +18,7 @@ from optax import contrib
 from ..devices.sharding import put, split
 from .recipe import Recipe
 
-Leaves = dict[str, Array]  # by dotted names
+Leaves = dict[str, Any]  # arrays, or their shapes, by dotted names
 WARM = 10  # the average follows the leaves closely for some multiples of so many steps
 
 
@@ -57,13 +57,14 @@ def _name(path: tuple[Any, ...]) -> str:
 def take_apart(
     network: nnx.Module, is_trained: Callable[[str], bool]
 ) -> tuple[Structure, Leaves, Leaves]:
-    """(the structure, the trained leaves in float32, the frozen ones as they are)."""
+    """(the structure, the shapes of trained leaves in float32, those of frozen ones), of a network
+    of shapes."""
     graph, state = nnx.split(network)
     flat = [(path, leaf.get_value()) for path, leaf in nnx.to_flat_state(state)]
     trained, frozen = {}, {}
     for path, leaf in flat:
         if is_trained(name := _name(path)):
-            trained[name] = leaf.astype(jnp.float32)
+            trained[name] = leaf.update(dtype=jnp.float32)
         else:
             frozen[name] = leaf
     return Structure(graph, tuple(path for path, _ in flat)), trained, frozen

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tolerances import relative_error
 
+from cogi2v_jax import Request
 from cogi2v_jax.devices.sharding import to_host
 from cogi2v_jax.training import run as runs
 from cogi2v_jax.training.checkpoints import Checkpoints
@@ -129,6 +130,30 @@ def test_only_lora_leaves_are_trained_and_begin_at_no_change(studio: Any, tmp_pa
     names = {f"blocks.attn.{layer}.lora.{side}" for layer in layers for side in ("down", "up")}
     assert state.leaves.keys() == names
     assert all(not leaf.any() for name, leaf in state.leaves.items() if name.endswith("up"))
+    for name, leaf in state.leaves.items():
+        if name.endswith("down"):
+            assert 0.9 < abs(leaf).max() * leaf.shape[-2] ** 0.5 <= 1
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"ema": 0.9, "batch": 2, "mesh": "data=2"}, {"method": "full", "optimizer": "muon"}],
+    ids=["lora", "full"],
+)
+@pytest.mark.parametrize("family", ["1.5"], indirect=True)
+def test_a_step_is_compiled_from_shapes_alone(
+    studio: Any, keys: dict[str, Any], tmp_path: Path
+) -> None:
+    run = Run(studio.recipe(tmp_path, **keys), quiet)
+    (bucket,) = run.prepared.buckets
+    sizes = {"num_frames": bucket.frames, "height": bucket.height, "width": bucket.width}
+    request = Request("", "", **sizes).resolve(run.models.config)
+    sampling = run.target.sampling(request, "auto")
+    program, static = run.target.program(sampling)
+    program.compile(*run.target.arguments(sampling), **static)
+    kept = len(program._executables)
+    train(run, run.begin(), 1)
+    assert len(program._executables) == kept
 
 
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
@@ -198,7 +223,7 @@ def test_a_state_takes_the_bytes_that_are_asked_of_the_disk(
     run = Run(studio.recipe(tmp_path, **keys), quiet)
     state = run.begin()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - state.step.nbytes
-    assert run.bytes_of_state == held
+    assert run.target.bytes_of_state == held
 
 
 def test_data_of_another_kind_or_model_are_refused(
