@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ..config import CheckpointConfig
 from ..devices.compiling import Program
-from ..devices.mesh import choose_sizes, make_mesh, work_of
+from ..devices.mesh import choose_sizes, make_mesh, sizes_of, work_of
 from ..devices.sharding import split
 from ..models.attention import ATTENTION
 from ..models.transformer import LAYER
@@ -65,11 +65,16 @@ def mesh_for(
     recipe: Recipe, config: CheckpointConfig, dtype: jnp.dtype, devices: Sequence[Any], memory: int
 ) -> Mesh:
     """The mesh that a recipe names, or ("auto") the best one, of devices with `memory` bytes each.
-    Raises ValueError as `choose_sizes` does."""
+    Training has no guidance pairs: devices that are for them share the sequence. Raises ValueError
+    as `choose_sizes` does."""
+    asked = recipe.mesh
+    if asked != "auto":
+        sizes = sizes_of(asked)
+        asked = str(sizes._replace(pair=1, context=sizes.pair * sizes.context))
     network = piece(config, recipe.part, weights_dtype(recipe, dtype))
     is_split = not can_replicate(network, room(recipe, memory))
     work = work_of(config, {recipe.part: network} if is_split else {}, recipe.batch, guided=False)
-    return make_mesh(choose_sizes(recipe.mesh, work, devices), devices)
+    return make_mesh(choose_sizes(asked, work, devices), devices)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ def test_every_way_to_share_work_trains_to_the_same_weights(
     assert_shared(*states, one.begin())
 
 
+def test_devices_of_a_guidance_pair_share_the_sequence(studio: Any, tmp_path: Path) -> None:
+    run = Run(studio.recipe(tmp_path, batch=2, mesh="data=2,pair=3"), quiet)
+    assert dict(run.mesh.shape) | {"copies": 1} == {"copies": 1, "data": 2, "pair": 1, "context": 3}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["1.0"], indirect=True)
 def test_all_weights_of_a_network_train_the_same_when_they_are_split(
