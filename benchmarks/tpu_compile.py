@@ -17,6 +17,11 @@ docs/performance.md says how far measured times were from such figures. Every ro
 libtpu that made it.
 
 Every row is compiled in its own process, because libtpu reads its flags once.
+
+The stage `train` is a step of the model's recipe in configs/training/, with `key=value` changed as
+on its command line, and with the word `int8` on int8 weights:
+
+    python benchmarks/tpu_compile.py --model cogvideox-5b-i2v --mesh v5e-1 --stage train int8
 """
 
 import argparse
@@ -38,9 +43,22 @@ from cogi2v_jax.devices.plan import STAGES
 ROOT = Path(__file__).parent.parent
 PLANS = ROOT / "configs" / "plans.toml"
 MODELS = ("cogvideox-5b-i2v", "cogvideox1.5-5b-i2v")
-WITH_KERNELS = ("denoise",)  # stages; their static seconds need the schedules of kernels
+TRAIN = "train"
+# Steps of training that configs/plans.toml has: model, mesh, and changes of the recipe.
+TRAININGS = (
+    ("cogvideox-5b-i2v", "v5e-1", "int8"),
+    ("cogvideox-5b-i2v", "v5e-1", "kept=host rank=16"),
+    ("cogvideox-5b-i2v", "v5e-8", ""),
+    ("cogvideox-5b-i2v", "v6e-1", ""),
+    ("cogvideox-5b-i2v", "v6e-8", ""),
+    ("cogvideox-5b-i2v", "v5p-8", ""),
+    ("cogvideox-5b-i2v", "v7x-8", ""),
+    ("cogvideox1.5-5b-i2v", "v5e-8", ""),
+    ("cogvideox1.5-5b-i2v", "v6e-8", ""),
+)
+WITH_KERNELS = ("denoise", TRAIN)  # stages; their static seconds need the schedules of kernels
 Row = dict[str, Any]
-Name = tuple[str, str, str]  # of a row: model, mesh and stage
+Name = tuple[str, str, str, str]  # of a row: model, mesh, stage and changes of a recipe
 
 
 def make_environment(schedules: Path | None) -> dict[str, str]:
@@ -63,17 +81,18 @@ def make_environment(schedules: Path | None) -> dict[str, str]:
     }
 
 
-def compile_row(model: str, mesh: str, stage: str, attention: str, hlo: Path | None = None) -> Row:
+def compile_row(name: Name, attention: str, hlo: Path | None = None) -> Row:
     """Compiles one stage in its own process and returns its row. Where libtpu writes the schedules
     of kernels, compiling takes half as long again. Raises RuntimeError with the compiler's last
     lines if it fails for another reason than memory."""
+    model, mesh, stage, changes = name
     with tempfile.TemporaryDirectory(prefix="cogi2v-compile-") as scratch:
         row, schedules = Path(scratch, "row.json"), Path(scratch, "schedules")
         schedules.mkdir()
         command = [sys.executable, "-m", "tpu_stage", f"--model={model}", f"--mesh={mesh}"]
         command += [f"--stage={stage}", f"--attention={attention}"]
         command += [f"--schedules={schedules}", f"--json={row}"]
-        command += [f"--hlo={hlo}"] if hlo else []
+        command += [*([f"--hlo={hlo}"] if hlo else []), *changes.split()]
         environment = make_environment(schedules if stage in WITH_KERNELS else None)
         done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -87,9 +106,10 @@ def read_versions() -> Row:
 
 
 def read_rows() -> dict[Name, Row]:
-    """Reads the rows of configs/plans.toml by model, mesh and stage."""
+    """Reads the rows of configs/plans.toml by their names."""
     rows = tomllib.loads(PLANS.read_text()).get("row", []) if PLANS.exists() else []
-    return {(row["model"], row["mesh"], row["stage"]): row for row in rows}
+    names = ("model", "mesh", "stage", "changes")
+    return {tuple(row.get(name, "") for name in names): row for row in rows}  # pyright: ignore[reportReturnType]
 
 
 def write(rows: Iterable[Row]) -> None:
@@ -117,7 +137,8 @@ def format_cells(row: Row) -> list[str]:
 
     figures = [figure("peak_gib", ".2f"), figure("flops", ".1f", 1e-12)]
     figures += [figure("collective_mib_per_layer", ".1f"), figure("static_seconds", ".2f")]
-    names = [row["model"], row["mesh"], row["stage"], "yes" if row["fits"] else "no"]
+    stage = " ".join([row["stage"], *row.get("changes", "").split()])
+    names = [row["model"], row["mesh"], stage, "yes" if row["fits"] else "no"]
     compiler = f"{row['jax']}, {row['libtpu']}"
     return [*names, *figures, figure("compile_seconds", ".0f"), compiler]
 
@@ -136,6 +157,12 @@ def format_markdown(rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(parts)} |" for parts in lines)
 
 
+def every_name(meshes: Iterable[str]) -> list[Name]:
+    """The rows that configs/plans.toml is to have, in order."""
+    sampling = itertools.product(MODELS, meshes, STAGES, [""])
+    return [*sampling, *((model, mesh, TRAIN, changes) for model, mesh, changes in TRAININGS)]
+
+
 def main() -> None:
     known = tomllib.loads((ROOT / "configs" / "meshes.toml").read_text())["meshes"]
     tpus = [name for name, mesh in known.items() if "topology" in mesh]
@@ -143,7 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--mesh", choices=tpus)
-    parser.add_argument("--stage", "--phase", choices=STAGES)
+    parser.add_argument("--stage", "--phase", choices=(*STAGES, TRAIN))
+    about = "of the recipe, for one --model, one --mesh and the stage train"
+    parser.add_argument("changes", metavar="key=value", nargs="*", help=about)
     parser.add_argument("--attention", default="auto", help="as of cogi2v-sample")
     about = "write the rows there and leave configs/plans.toml alone"
     parser.add_argument("--json", type=Path, help=about)
@@ -157,8 +186,17 @@ def main() -> None:
     if args.markdown:
         print(format_markdown(read_rows().values()))
         return
-    choices = (args.model, MODELS), (args.mesh, tpus), (args.stage, STAGES)
-    wanted = list(itertools.product(*([given] if given else every for given, every in choices)))
+    places = {name: place for place, name in enumerate(every_name(tpus))}
+    asked = args.model, args.mesh, args.stage
+    wanted = [
+        name
+        for name in places
+        if all(given in (None, own) for given, own in zip(asked, name[:3], strict=True))
+    ]
+    if args.changes or not wanted:
+        if None in asked or args.stage != TRAIN:
+            parser.error("key=value must go with one --model, one --mesh and --stage train")
+        wanted = [(*asked, " ".join(args.changes))]
     if args.hlo and len(wanted) > 1:
         rule = "--hlo must go with one --model, one --mesh and one --stage"
         parser.error(f"{rule}: got {len(wanted)} rows")
@@ -168,18 +206,18 @@ def main() -> None:
         rule = "benchmarks/tpu_compile.py must have libtpu (Linux on x86-64)"
         sys.exit(f"{rule}: {missing}; pip install libtpu")
     rows = {} if args.json else read_rows()
-    places = {name: place for place, name in enumerate(itertools.product(MODELS, tpus, STAGES))}
     print(format_line(HEAD), flush=True)
     failures = []
     for name in wanted:
         if args.again or name not in rows:
             try:
-                rows[name] = compile_row(*name, args.attention, args.hlo)
+                rows[name] = compile_row(name, args.attention, args.hlo)
             except RuntimeError as error:
                 failures.append(f"{' '.join(name)}: {error}")
                 continue
             if not args.json:
-                write(rows[name] for name in sorted(rows, key=places.__getitem__))
+                last = len(places)
+                write(rows[name] for name in sorted(rows, key=lambda name: places.get(name, last)))
         print(format_line(format_cells(rows[name])), flush=True)
     if args.json:
         made = list(rows.values())

@@ -127,6 +127,7 @@ class Reader:
     def __init__(self, computations: dict[str, Computation]):
         self._computations = computations
         self._costs: dict[tuple[str, Known], Cost] = {}
+        self._values: dict[tuple[int, str, Known], Known] = {}
 
     def sum_cost(self, name: str, given: Known = None) -> Cost:
         if (name, given) not in self._costs:
@@ -191,7 +192,13 @@ class Reader:
 
     def evaluate(self, inside: Computation, name: str, given: Known) -> Known:
         """Returns an instruction's value: an integer, a tuple, or None for what is not known before
-        the run."""
+        the run. Each is computed once: of a chain of tuples, every one names its elements anew."""
+        key = id(inside), name, given
+        if key not in self._values:
+            self._values[key] = self._evaluate(inside, name, given)
+        return self._values[key]
+
+    def _evaluate(self, inside: Computation, name: str, given: Known) -> Known:
         instruction = inside.instructions[name]
         opcode, operands = instruction.opcode, instruction.operands
         if opcode == "constant":

@@ -3,13 +3,15 @@ the child process of `tpu_compile.py`, which sets the environment that libtpu re
 imported."""
 
 import argparse
+import dataclasses
 import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,19 @@ from jax.experimental import topologies
 from cogi2v_jax import config
 from cogi2v_jax.devices.mesh import make_mesh, sizes_of
 from cogi2v_jax.models.attention import resolve
-from cogi2v_jax.request import Request
+from cogi2v_jax.request import Request, Resolved
 from cogi2v_jax.sampling.programs import RequestTarget
+from cogi2v_jax.training.recipe import read_recipe
+from cogi2v_jax.training.target import StepTarget, mesh_for
 
 DTYPE = jnp.dtype(jnp.bfloat16)
+TRAIN, INT8 = "train", "int8"
+RECIPES = {
+    "cogvideox-5b-i2v": "lora-5b",
+    "cogvideox1.5-5b-i2v": "lora-1.5-5b",
+    "cogi2v-tiny": "lora-tiny",
+}
+TRAINED = ("method", "rank", "batch", "kept")  # keys of a recipe that its row states
 WIRE = 100e9  # bytes/s that a chip sends
 GIB, MIB = 2**30, 2**20
 
@@ -41,32 +52,71 @@ def describe_devices(mesh: str) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
+class Work(NamedTuple):
+    """The programs of a stage, what a row says of them, and by how many layers the sent bytes are
+    divided."""
+
+    row: dict[str, Any]
+    programs: Sequence[Callable[[], jax.stages.Compiled]]
+    layers: int
+
+
+def sampling_work(model: str, mesh: str, memory: int, stage: str, attention: str) -> Work:
+    """Returns the programs of a stage of sampling, at a checkpoint's defaults."""
+    checkpoint = config.named(model)
+    request = Request("photo.jpg", "a prompt").resolve(checkpoint)
+    made = make_mesh(sizes_of(mesh), describe_devices(mesh))
+    target = RequestTarget(checkpoint, DTYPE, made, memory, request, attention)
+    steps = request.num_inference_steps
+    layers = {"text": checkpoint.text_encoder.num_layers}
+    layers |= {"denoise": checkpoint.transformer.num_layers * steps}
+    row = describe(request) | {"steps": steps, "guided": request.guided}
+    return Work(row, [call.compile for call in target.calls(stage)], layers.get(stage, 1))
+
+
+def training_work(
+    model: str, mesh: str, memory: int, attention: str, changes: Sequence[str]
+) -> Work:
+    """Returns the step of a recipe for a model, with changes of its keys; `int8` beside them stands
+    for int8 weights."""
+    keys = [change for change in changes if change != INT8]
+    recipe = read_recipe(RECIPES[model], [f"mesh={mesh}", "dtype=bfloat16", *keys])
+    checkpoint = config.named(model)
+    if INT8 in changes:
+        checkpoint = dataclasses.replace(checkpoint, int8=(recipe.part,))
+    where = mesh_for(recipe, checkpoint, DTYPE, describe_devices(mesh), memory)
+    target = StepTarget(recipe, checkpoint, DTYPE, where, memory)
+    request = Request("photo.jpg", "a prompt").resolve(checkpoint)
+    sampling = target.sampling(request, attention)
+    program, static = target.program(sampling)
+    step = partial(program.compile, *target.arguments(sampling), **static)
+    row = describe(request) | {name: getattr(recipe, name) for name in TRAINED}
+    return Work(row | {"int8": INT8 in changes}, [step], checkpoint.transformer.num_layers)
+
+
+def describe(request: Resolved) -> dict[str, Any]:
+    return {name: getattr(request, name) for name in ("height", "width", "num_frames")}
+
+
 def compile_stage(
-    model: str, mesh: str, stage: str, attention: str, schedules: Path
+    model: str, mesh: str, stage: str, attention: str, changes: Sequence[str], schedules: Path
 ) -> tuple[dict[str, Any], str]:
     """Compiles a stage. Returns its row and the HLO of its programs. The row lacks the figures that
     the compiler did not reach. libtpu writes the schedules of kernels to `schedules`."""
-    checkpoint = config.named(model)
     chip = config.meshes()["generations"][config.meshes()["meshes"][mesh]["generation"]]
-    request = Request("photo.jpg", "a prompt").resolve(checkpoint)
     memory = int(chip["hbm_gib"] * GIB)
-    target = RequestTarget(
-        checkpoint,
-        DTYPE,
-        make_mesh(sizes_of(mesh), describe_devices(mesh)),
-        memory,
-        request,
-        attention,
-    )
-    steps = request.num_inference_steps
+    if stage == TRAIN:
+        work = training_work(model, mesh, memory, attention, changes)
+    else:
+        work = sampling_work(model, mesh, memory, stage, attention)
     row: dict[str, Any] = {"model": model, "mesh": mesh, "stage": stage}
-    row |= {name: getattr(request, name) for name in ("height", "width", "num_frames")}
-    row |= {"steps": steps, "guided": request.guided, "dtype": DTYPE.name}
-    row["attention"] = resolve(attention, DTYPE, target.mesh.devices.flat[0])
+    row |= {"changes": " ".join(changes)} if changes else {}
+    row |= {**work.row, "dtype": DTYPE.name}
+    row["attention"] = resolve(attention, DTYPE, describe_devices(mesh)[0])
     total, kernel_cycles, kernel_flops, peak, texts = tpu_hlo.Cost(), 0.0, 0.0, 0.0, []
     begin = time.perf_counter()
     try:
-        executables = [call.compile() for call in target.calls(stage)]
+        executables = [program() for program in work.programs]
     except jax.errors.JaxRuntimeError as error:
         return row | {"fits": False, "peak_gib": read_needed_gib(error)}, ""
     except ValueError as error:
@@ -75,8 +125,11 @@ def compile_stage(
         return row | {"fits": False}, ""  # known without compiling
     compiled = time.perf_counter() - begin
     for executable in executables:
+        memory_of = executable.memory_analysis()
         # Not the sum of its parts: where a loop overwrites a buffer, temporaries count it twice.
-        peak = max(peak, executable.memory_analysis().peak_memory_in_bytes / GIB)
+        peak = max(peak, memory_of.peak_memory_in_bytes / GIB)
+        if stage == TRAIN:
+            row["host_gib"] = round(memory_of.host_temp_size_in_bytes / GIB, 3)
         texts.append(executable.as_text())
         cost = tpu_hlo.read(texts[-1])
         total.add(cost, 1)
@@ -84,15 +137,13 @@ def compile_stage(
             kernel = tpu_kernel.read(cost.bodies[name])
             kernel_flops += times * kernel.flops
             kernel_cycles += times * tpu_kernel.count_cycles(find_schedule(name, schedules), kernel)
-    layers = {"text": checkpoint.text_encoder.num_layers}
-    layers |= {"denoise": checkpoint.transformer.num_layers * steps}
     clock = 1e9 * chip["clock_ghz"]
     seconds = (total.cycles + kernel_cycles) / clock + total.sent / WIRE
     row |= {
         "fits": peak <= chip["hbm_gib"],
         "peak_gib": round(peak, 3),
         "flops": total.flops + kernel_flops,
-        "collective_mib_per_layer": round(total.sent / layers.get(stage, 1) / MIB, 3),
+        "collective_mib_per_layer": round(total.sent / work.layers / MIB, 3),
         "compile_seconds": round(compiled, 1),
         "static_seconds": round(seconds, 4),
     }
@@ -132,8 +183,10 @@ def main() -> None:
     parser.add_argument("--schedules", type=Path, required=True, help="where libtpu dumps them")
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--hlo", type=Path)
+    parser.add_argument("changes", nargs="*")
     args = parser.parse_args()
-    row, text = compile_stage(args.model, args.mesh, args.stage, args.attention, args.schedules)
+    asked = args.model, args.mesh, args.stage, args.attention, args.changes
+    row, text = compile_stage(*asked, args.schedules)
     args.json.write_text(json.dumps(row))
     if args.hlo:
         args.hlo.write_text(text)

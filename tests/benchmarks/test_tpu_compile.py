@@ -266,7 +266,8 @@ def test_a_row_that_is_there_is_compiled_only_again(
     """Whatever compiler made it; and the file has the order of configs/meshes.toml."""
     newer = {**MADE, "jax": "3"}
 
-    def compile_row(model: str, mesh: str, stage: str, *_: object) -> dict[str, object]:
+    def compile_row(name: tuple[str, ...], *_: object) -> dict[str, object]:
+        model, mesh, stage, _ = name
         return {**ROW, "model": model, "mesh": mesh, "stage": stage, **newer}
 
     monkeypatch.setattr(tpu_compile, "compile_row", compile_row)
@@ -278,14 +279,26 @@ def test_a_row_that_is_there_is_compiled_only_again(
             tpu_compile.main()
         assert ended.value.code == 0
     rows = tpu_compile.read_rows()
-    assert [mesh for _, mesh, _ in rows] == ["v5e-1", "v5e-8", "v6e-1"]
-    assert [mesh for (_, mesh, _), row in rows.items() if row["jax"] == "3"] == compiled
+    assert [mesh for _, mesh, *_ in rows] == ["v5e-1", "v5e-8", "v6e-1"]
+    assert [mesh for (_, mesh, *_), row in rows.items() if row["jax"] == "3"] == compiled
 
 
 def test_the_table_has_a_dash_for_figures_that_the_compiler_did_not_reach() -> None:
     _, _, row, refused = tpu_compile.format_markdown([ROW, REFUSED]).splitlines()
     assert row == f"| {MODEL} | v5e-8 | denoise | yes | 9.50 | 4250.0 | 79.0 | 44.50 | 61 | 1, 2 |"
     assert refused == f"| {MODEL} | v5e-1 | denoise | no | 16.50 | - | - | - | - | 1, 2 |"
+
+
+@pytest.mark.slow
+def test_a_step_of_training_has_a_row() -> None:
+    changes = "int8 rank=8 kept=host optimizer=adamw"
+    row = tpu_compile.compile_row(("cogi2v-tiny", "v5e-1", "train", changes), "xla")
+    assert row["fits"]
+    assert 0 < row["peak_gib"] < 1
+    assert row["static_seconds"] > 0
+    assert row["flops"] > 0
+    assert row["changes"] == changes
+    assert row["host_gib"] > 0
 
 
 @pytest.mark.release

@@ -16,11 +16,17 @@ NAMES: dict[str, dict[str, Any]] = {
     "v5e": {"topology_name": "v5e:1x1", **ONE_CHIP},
     "v5p": {"topology_name": "v5p:2x2x1"},
     "v6e": {"topology_name": "v6e:1x1", **ONE_CHIP},
+    "v5e-8": {"topology_name": "v5e:2x4"},
 }
 
 
 def chip(name: str) -> Mesh:
     """A mesh of one chip, only to compile for. Skips the test if libtpu is not installed."""
+    return Mesh(np.array(chips(name)[:1]).reshape(1, 1, 1), AXES)
+
+
+def chips(name: str) -> list[Any]:
+    """All chips of one of NAMES, likewise."""
     pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu (Linux, x86-64)")
     settings = {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -29,5 +35,4 @@ def chip(name: str) -> Mesh:
     }
     for variable, value in {**settings, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         os.environ.setdefault(variable, value)
-    topology = topologies.get_topology_desc(platform="tpu", **NAMES[name])
-    return Mesh(np.array(topology.devices[:1]).reshape(1, 1, 1), AXES)
+    return list(topologies.get_topology_desc(platform="tpu", **NAMES[name]).devices)

@@ -1,0 +1,33 @@
+"""Steps compiled for machines that are not here."""
+
+import re
+
+import jax.numpy as jnp
+import pytest
+import topologies
+
+from cogi2v_jax import Request
+from cogi2v_jax.config import named
+from cogi2v_jax.training.recipe import Recipe
+from cogi2v_jax.training.target import StepTarget, mesh_for
+
+HALF = jnp.dtype(jnp.bfloat16)
+CONFIG = named("cogi2v-tiny")
+RECIPE = Recipe(
+    method="lora", data="data", output="out", steps=1, warmup=0, batch=2, mesh="data=2,pair=2"
+)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_lora_are_summed_over_chips_in_float32() -> None:
+    mesh = mesh_for(RECIPE, CONFIG, HALF, topologies.chips("v5e-8"), 2**34)
+    target = StepTarget(RECIPE, CONFIG, HALF, mesh, 2**34)
+    sampling = target.sampling(Request("", "").resolve(CONFIG), "xla")
+    program, static = target.program(sampling)
+    text = program.compile(*target.arguments(sampling), **static).as_text()
+    summed = re.findall(r" = (\(.*?\)|\S+) all-reduce(?:-start)?\(", text)
+    shapes = {shape for one in summed for shape in re.findall(r"\w+\[[\d,]*\]", one)}
+    width = CONFIG.transformer.width
+    for sizes in (f"{width},{RECIPE.rank}", f"{RECIPE.rank},{width}"):
+        factors = [shape for shape in shapes if re.search(rf"\b{sizes}\]", shape)]
+        assert {shape.partition("[")[0] for shape in factors} == {"f32"}, shapes
