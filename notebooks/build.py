@@ -12,9 +12,14 @@ KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+COLAB: dict[str, Any] = {
+    "accelerator": "TPU",
+    "colab": {"gpuType": "V5E1", "provenance": []},
+}
 # Metadata that each platform reads when it opens the notebook.
 NOTEBOOKS: dict[str, dict[str, Any]] = {
-    "colab_tpu": {"accelerator": "TPU", "colab": {"gpuType": "V5E1", "provenance": []}},
+    "colab_tpu": COLAB,
+    "lora": COLAB,
     "kaggle_tpu": {
         "kaggle": {"isInternetEnabled": True, "language": "python", "sourceType": "notebook"}
     },

@@ -22,9 +22,11 @@ with warnings.catch_warnings():
 
 from cogi2v_jax.media.recipe import LATENTS
 from cogi2v_jax.media.videos import read_frames
+from cogi2v_jax.weights.needed_files import LORA_FILE
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-NAMES = ("colab_tpu", "kaggle_tpu")
+SAMPLING = ("colab_tpu", "kaggle_tpu")
+NAMES = (*SAMPLING, "lora")
 Run = Callable[..., nbformat.NotebookNode]
 
 
@@ -64,12 +66,11 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "".join(output["text"] for output in outputs if output.get("name") == "stdout")
 
 
-def shown(notebook: nbformat.NotebookNode) -> bytes:
-    """The video in the output of the last cell."""
+def shown(notebook: nbformat.NotebookNode) -> list[bytes]:
+    """The videos in the output of the last cell."""
     html = notebook.cells[-1].outputs[-1]["data"]["text/html"]
-    found = re.search(r'src="data:video/mp4;base64,([^"]+)"', html)
-    assert found, html[:200]
-    return base64.b64decode(found[1])
+    found = re.findall(r'src="data:video/mp4;base64,([^"]+)"', html)
+    return [base64.b64decode(video) for video in found]
 
 
 def results(tmp_path: Path) -> set[str]:
@@ -99,7 +100,7 @@ def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_only_decodes(
     assert "9 frames of 64x64, 50 steps" in said
     assert re.search(r"seconds: (\w+ \d+\.\d  ){5}\w+ \d+\.\d", said)
     (video,) = (tmp_path / "home" / "cogi2v").glob("*.mp4")
-    assert shown(first) == video.read_bytes()
+    assert shown(first) == [video.read_bytes()]
     assert read_frames(video).shape == (9, 64, 64, 3)
     assert read_recipe(video)["prompt"] == "the cyan triangle grows"
 
@@ -113,7 +114,7 @@ def test_run_all_ends_with_a_video_in_the_page_and_a_second_run_only_decodes(
     assert shown(second) == shown(first)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLING)
 def test_a_released_checkpoint_that_cannot_run_here_stops_the_notebook_with_one_sentence(
     name: str, run: Run, tmp_path: Path
 ) -> None:
@@ -134,6 +135,39 @@ def test_a_setting_that_the_model_cannot_compute_is_refused_before_weights_load(
     assert "the weights are in" not in printed(notebook)
 
 
+FEW = ("number = 1600", "number = 16"), ("steps = None", "steps = 22")
+
+
+def test_clips_become_a_lora_and_videos(run: Run, tmp_path: Path) -> None:
+    notebook = run("lora", *FEW)
+    assert "error" not in notebook.metadata
+    folder = tmp_path / "home" / "cogi2v" / "circles"
+    videos = [folder / f"{name}.mp4" for name in ("without", "with")]
+    assert shown(notebook) == [video.read_bytes() for video in videos]
+    assert (read_frames(videos[0]) != read_frames(videos[1])).any()
+    assert f"the LoRA is {folder / 'lora' / LORA_FILE}" in printed(notebook)
+
+
+@pytest.mark.slow
+def test_a_second_run_of_the_training_only_samples(run: Run, tmp_path: Path) -> None:
+    first = run("lora", *FEW)
+    lora = tmp_path / "home" / "cogi2v" / "circles" / "lora"
+    kept = (lora / "metrics.jsonl").read_bytes()
+    second = run("lora", *FEW)
+    assert "error" not in second.metadata
+    assert (lora / "metrics.jsonl").read_bytes() == kept
+    assert shown(second) == shown(first)
+
+
+def test_clips_that_are_not_there_stop_the_notebook_before_training(run: Run) -> None:
+    notebook = run("lora", ('clips = \\"example\\"', 'clips = \\"./missing\\"'))
+    assert "stopped: the reason is above" in notebook.metadata["error"]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    said = [output["text"] for output in outputs if output.get("name") == "stderr"]
+    assert "found no missing" in "".join(said)
+    assert notebook.cells[-1].execution_count is None
+
+
 def start_with(tmp_path: Path, code: str) -> None:
     """Makes kernels run some code before the first cell."""
     folder = tmp_path / "home" / "ipython" / "profile_default" / "startup"
@@ -143,7 +177,11 @@ def start_with(tmp_path: Path, code: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "menu"),
-    [("colab_tpu", "Runtime → Restart session and run all"), ("kaggle_tpu", "Run → Restart")],
+    [
+        ("colab_tpu", "Runtime → Restart session and run all"),
+        ("kaggle_tpu", "Run → Restart"),
+        ("lora", "Runtime → Restart session and run all"),
+    ],
 )
 def test_a_library_that_was_imported_before_pip_replaced_it_stops_the_first_cell_with_one_line(
     name: str, menu: str, run: Run, tmp_path: Path
@@ -192,7 +230,7 @@ PLATFORMS = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SAMPLING)
 def test_a_platform_gives_the_users_picture_and_token(
     name: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
