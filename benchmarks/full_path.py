@@ -16,7 +16,7 @@ import torch
 import transformers
 from full_networks import build_reference, configure
 
-from cogi2v_jax.weights.hub import EMBEDDED
+from cogi2v_jax.names import ASSETS
 
 PROMPT = "a boat drifts out of the harbour"
 LINES = 8  # of a command's output, kept in the results
@@ -37,7 +37,7 @@ def run_path(args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - begin
         rows.append({"step": "weights written", "seconds": seconds, "peak": None, "said": []})
     asked = asked | {"num_inference_steps": args.steps, "prompt": PROMPT, "scheduler": "ddim"}
-    asked["image"] = EMBEDDED / "example.png"
+    asked["image"] = ASSETS / "example.png"
     request = [f"--{name}={value}" for name, value in asked.items()]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sample = ["cogi2v_jax.sample", "--model", converted, "--output", video, *request]
@@ -79,7 +79,7 @@ def write(model: str, size: str, folder: Path) -> None:
     parts = ("text_encoder", "vae", "transformer")
     networks = {part: build_reference(part, config, torch.bfloat16, device) for part in parts}
     settings = vars(config.scheduler) | config.scheduler.REQUIRED
-    tokenizer = EMBEDDED / "cogi2v-tiny" / "tokenizer"
+    tokenizer = ASSETS / "cogi2v-tiny" / "tokenizer"
     diffusers.CogVideoXImageToVideoPipeline(
         tokenizer=transformers.T5Tokenizer.from_pretrained(tokenizer),
         scheduler=diffusers.CogVideoXDDIMScheduler(**settings),

@@ -24,7 +24,7 @@ from cogi2v_convert.proof.record import record  # pyright: ignore[reportMissingI
 from cogi2v_convert.proof.verify import FED, Report, verify  # pyright: ignore[reportMissingImports]
 
 from cogi2v_jax import Request
-from cogi2v_jax.weights.hub import EMBEDDED
+from cogi2v_jax.names import ASSETS
 
 PAGE = Path(__file__).parent.parent / "docs" / "same_model.md"
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def verify_family(scratch: Path, family: str, steps: int) -> tuple[Report, Repor
     settings: dict[str, Any] = {"height": 96, "width": 144, "num_frames": 17}
     settings |= {"num_inference_steps": steps, "guidance_scale": 6.0, "use_dynamic_cfg": True}
     settings |= {"scheduler": "dpm", "fit": "stretch", "noise": "torch"}
-    request = Request(EMBEDDED / "example.png", "the red circle moves left", **settings)
+    request = Request(ASSETS / "example.png", "the red circle moves left", **settings)
     single, half = (scratch / f"{family}.{dtype}" for dtype in ("float32", "bfloat16"))
     for trace in (single, half):
         print(record(source, trace, request, dtype=trace.suffix[1:]), file=sys.stderr, flush=True)

@@ -38,10 +38,10 @@ from cogi2v_jax.devices.compiling import Stopwatch
 from cogi2v_jax.devices.sharding import put, split
 from cogi2v_jax.media.images import fit_image, read_image
 from cogi2v_jax.models.tokenizer import tokenize
+from cogi2v_jax.names import ASSETS
 from cogi2v_jax.pipeline import decode, encode_pixels, prepare
 from cogi2v_jax.sampling import stages
 from cogi2v_jax.sampling.programs import Session
-from cogi2v_jax.weights.hub import EMBEDDED
 
 try:
     import diffusers
@@ -53,7 +53,7 @@ except ImportError as missing:
         "pip install 'cogi2v-jax[reference]'"
     )
 
-TINY = EMBEDDED / "cogi2v-tiny"
+TINY = ASSETS / "cogi2v-tiny"
 # Relative errors. Videos are bytes, some of which round differently.
 TOLERANCE = {"float32": 5e-4, "bfloat16": 0.1}
 REST = 0.02  # seconds before every run, for the other side's worker threads to stop spinning
@@ -131,7 +131,7 @@ def make_stages(size: Size, folder: Path, dtype: str, watch: Stopwatch) -> list[
     pipe.set_progress_bar_config(disable=True)
     models = cogi2v_jax.load(folder, dtype=dtype, say=lambda line: None)
     config, length = models.config, models.config.transformer.max_text_seq_length
-    picture = Image.open(EMBEDDED / "example.png").convert("RGB").resize((size.width, size.height))
+    picture = Image.open(ASSETS / "example.png").convert("RGB").resize((size.width, size.height))
     asked: dict[str, Any] = {"height": size.height, "width": size.width, "num_frames": size.frames}
     asked |= {"num_inference_steps": size.steps}
     asked |= {"guidance_scale": GUIDANCE, "use_dynamic_cfg": False}

@@ -1,6 +1,8 @@
-"""Hub ids, addresses, suffixes of LoRA files, and the names of the published checkpoints."""
+"""Hub ids, addresses, suffixes of LoRA files, the names of the published checkpoints, and where the
+files inside the package are."""
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -12,6 +14,7 @@ ON_HUB = re.compile(
     r"https?://(?:www\.)?(?:huggingface|hf)\.co/(?P<repository>[^/?#]+/[^/?#]+)"
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?"
 )
+ASSETS = Path(__file__).parent / "assets"
 LORA_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")  # preferred ones first
 
 

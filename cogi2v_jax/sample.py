@@ -22,12 +22,13 @@ from .media.images import local_copy
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
 from .media.videos import ENLARGED, check_name, check_output, enlarge, gif_steps, write_video
+from .names import ASSETS
 from .request import SETTINGS, Request, Video
 from .terminal import printing
 
 EMBEDDED = "cogi2v-tiny"
 SQUEEZED = {".mp4": 10}  # bytes of frames in a byte of a file
-EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.png"
+EXAMPLE_IMAGE = ASSETS / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
 LARGEST = 16  # factor of a copy
 DECODING = {  # options that --decode_latents reads

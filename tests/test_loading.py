@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from cogi2v_jax import loading
 from cogi2v_jax.loading import load
+from cogi2v_jax.names import ASSETS
 from cogi2v_jax.weights.checkpoint import FORMAT
-from cogi2v_jax.weights.hub import EMBEDDED
 from cogi2v_jax.weights.pieces import leaf_names
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -75,7 +75,7 @@ def test_load_without_a_name_is_of_the_embedded_model(cache):
     assert models.config.name == "cogi2v-tiny"
     assert models.folder.parent == cache
     (line,) = said
-    assert line == f"converting {EMBEDDED / 'cogi2v-tiny'} into {models.folder}, once"
+    assert line == f"converting {ASSETS / 'cogi2v-tiny'} into {models.folder}, once"
     assert load("cogi2v-tiny", say=said.append).folder == models.folder
     assert load(twins.TINY, say=said.append).folder == models.folder
     assert said == [line]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from cogi2v_jax import config
-from cogi2v_jax.names import find_name, parse_hub
+from cogi2v_jax.names import ASSETS, find_name, parse_hub
 from cogi2v_jax.weights import hub
 
 
@@ -59,7 +59,7 @@ def test_every_checkpoint_is_found_by_its_own_name() -> None:
 
 def test_a_folder_here_is_known_before_a_published_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(hub.EMBEDDED / "cogi2v-tiny", "zai-org/CogVideoX-5b-I2V")
+    shutil.copytree(ASSETS / "cogi2v-tiny", "zai-org/CogVideoX-5b-I2V")
     assert hub.known_config("zai-org/CogVideoX-5b-I2V") == config.named("cogi2v-tiny")
     assert hub.known_config("THUDM/CogVideoX-5b-I2V") == config.named("cogvideox-5b-i2v")
     assert hub.known_config("someone/finetune") is None

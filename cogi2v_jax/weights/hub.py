@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 from .. import config
 from ..config import CheckpointConfig
 from ..disk import check_space, first_line, one_line, show_size
-from ..names import HubPlace, find_name, parse_hub
+from ..names import ASSETS, HubPlace, find_name, parse_hub
 from . import bucket
 from .checkpoint import MANIFEST, read_config
 from .needed_files import BESIDE_LORA, LORA_FILE, choose_beside, choose_files, choose_lora
-
-EMBEDDED = Path(__file__).parent.parent / "assets"
 
 
 class Kind(NamedTuple):
@@ -50,7 +48,7 @@ def locate(
     text = os.fspath(name)
     if text in config.names():
         source = config.toml(text)["source"]
-        return EMBEDDED / source["embedded"] if "embedded" in source else fetch(source["hub"], say)
+        return ASSETS / source["embedded"] if "embedded" in source else fetch(source["hub"], say)
     if bucket.is_bucket(text):
         return bucket.download(text, MANIFEST, say)
     path = Path(os.path.expanduser(text))  # pathlib's raises for a user that doesn't exist
