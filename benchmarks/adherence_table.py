@@ -3,7 +3,7 @@ docs/sampling.md.
 
     python benchmarks/adherence_table.py [--model NAME] [--scenes N] [--write]
 
-Each row is a setting away from the model's defaults (DDIM, 50 steps, constant guidance 3, float32),
+Each row is a setting away from the model's defaults (DDIM, 50 steps, constant guidance 2, float32),
 on the held-out scenes of `adherence.py`, which says what the columns are."""
 
 import argparse
@@ -17,14 +17,14 @@ from adherence import figures, held_out, make
 from vs_reference import replace_tables
 
 import cogi2v_jax
+from cogi2v_jax.names import ASSETS
 from cogi2v_jax.training import shapes
-from cogi2v_jax.weights.hub import EMBEDDED
 
 PAGE = Path(__file__).parent.parent / "docs" / "sampling.md"
 COLUMNS = ("follows", "nearest", "first", "clip", "colour", "two")
 ROWS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    **{f"guidance {scale}": {"guidance_scale": float(scale)} for scale in (1, 2, 4, 6, 8)},
+    **{f"guidance {scale:g}": {"guidance_scale": float(scale)} for scale in (1, 1.5, 3, 4, 6, 8)},
     **{f"{steps} steps": {"num_inference_steps": steps} for steps in (10, 20, 30)},
     **{
         f"DPM, {steps} steps": {"scheduler": "dpm", "num_inference_steps": steps}
@@ -49,7 +49,7 @@ def variants(model: str, scratch: Path) -> Iterator[tuple[str, Any, dict[str, An
     for name, settings in ROWS.items():
         yield name, models, settings
     yield "bfloat16", cogi2v_jax.load(model, "bfloat16"), {}
-    source = EMBEDDED / model if (EMBEDDED / model).is_dir() else Path(model)
+    source = ASSETS / model if (ASSETS / model).is_dir() else Path(model)
     to_flax(source, scratch / "int8", dtype="int8")
     yield "int8 weights", cogi2v_jax.load(scratch / "int8", "float32"), {}
 

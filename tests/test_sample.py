@@ -69,7 +69,7 @@ def test_the_default_run_makes_a_video_with_its_recipe_and_its_latents(default):
     assert (recipe["model"], recipe["checkpoint"]) == ("cogi2v-tiny", "cogi2v-tiny")
     assert recipe["dtype"] == "float32"
     assert (recipe["seed"], recipe["noise"]) == (42, "jax")
-    assert (recipe["num_inference_steps"], recipe["guidance_scale"]) == (50, 3.0)
+    assert (recipe["num_inference_steps"], recipe["guidance_scale"]) == (50, 2.0)
     assert recipe["program"] == f"cogi2v-jax {__version__}"
     others = "image image_sha256 negative_prompt fps scheduler use_dynamic_cfg fit jax device"
     assert recipe.keys() >= set(others.split())
