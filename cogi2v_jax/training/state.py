@@ -106,15 +106,18 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _matrices(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Which axes Muon takes as a matrix's, for kernels and LoRA factors, of each layer of a stack.
-    Other leaves (masked nodes, where optax asks again) are trained by Adam."""
-    axes = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    names = ("kernel", "down", "up")
+    """Which axes Muon takes as a matrix's: the last two of kernels and LoRA factors, in each layer
+    of a stack; of a convolution's kernel the last one and all others. Other leaves (masked nodes,
+    where optax asks again) are trained by Adam."""
 
-    def is_matrix(name: str, leaf: Any) -> bool:
-        return name.split(".")[-1] in names and getattr(leaf, "ndim", 0) in (2, 3)
+    def axes(name: str, leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        dimensions = getattr(leaf, "ndim", 0)
+        if name.split(".")[-1] not in ("kernel", "down", "up") or dimensions < 2:
+            return None
+        inputs = -2 if dimensions < 4 else tuple(range(dimensions - 1))
+        return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=-1)
 
-    return {name: axes if is_matrix(name, leaf) else None for name, leaf in leaves.items()}
+    return {name: axes(name, leaf) for name, leaf in leaves.items()}
 
 
 def begin(recipe: Recipe, leaves: Leaves, mesh: Mesh) -> State:

@@ -1,6 +1,7 @@
 """The optimiser, the learning rate and the average, against their formulas."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -65,6 +66,30 @@ def test_every_optimizer_goes_downhill(optimizer: str, rng: np.random.Generator)
     for _ in range(100):
         state, _ = step(state)
     assert loss(state.leaves) < 0.3 * before
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "matrices"),
+    [
+        ("linear.kernel", (6, 5), (1, 6, 5)),
+        ("stack.kernel", (3, 6, 5), (3, 6, 5)),
+        ("lora.up", (3, 4, 8), (3, 4, 8)),
+        ("image.kernel", (3, 3, 4, 6), (1, 36, 6)),
+        ("video.kernel", (3, 3, 3, 4, 6), (1, 108, 6)),
+    ],
+)
+def test_muon_steps_along_orthogonal_matrices(
+    name: str, shape: Sequence[int], matrices: Sequence[int], rng: np.random.Generator
+) -> None:
+    """By a gradient in which one direction is twenty times another."""
+    recipe = dataclasses.replace(RECIPE, optimizer="muon", weight_decay=0.0)
+    state = begin(recipe, {name: jnp.zeros(shape)}, MESH)
+    stretched = rng.normal(size=matrices) * np.geomspace(1, 20, matrices[-1])
+    gradient = stretched @ np.linalg.qr(rng.normal(size=(matrices[-1],) * 2))[0]
+    new, _ = update(recipe, state, {name: jnp.asarray(gradient.reshape(shape), jnp.float32)})
+    change = np.asarray(new.leaves[name]).reshape(matrices)
+    stretches = np.linalg.svd(change, compute_uv=False)
+    assert stretches.max() < 2 * stretches.min()
 
 
 def test_the_average_follows_its_formula_and_is_the_result(rng: np.random.Generator) -> None:
