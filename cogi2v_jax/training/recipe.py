@@ -18,6 +18,7 @@ METHODS = ("lora", "full", "vae")
 OPTIMIZERS = ("adamw", "prodigy", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 KEPT = ("all", "attention", "layers", "host")
+AUTO = "auto"
 LARGEST_RANK = 4096
 RANDOM = "random"
 
@@ -88,10 +89,10 @@ class Recipe:
     crop: int = _key(WHOLE, 0)  # pixels of the VAE's square crops; 0 trains on whole clips
     stills: int = _key(WHOLE, 0)  # every so many steps the VAE trains on single frames; 0: never
     # The machine.
-    dtype: str = _key(one_of("auto", "bfloat16", "float32"), "auto")
-    mesh: str = _key(TEXT, "auto", free=True)
-    attention: str = _key(TEXT, "auto", free=True)
-    kept: str = _key(one_of(*KEPT), "layers", free=True)  # for the backward pass
+    dtype: str = _key(one_of(AUTO, "bfloat16", "float32"), AUTO)
+    mesh: str = _key(TEXT, AUTO, free=True)
+    attention: str = _key(TEXT, AUTO, free=True)
+    kept: str = _key(one_of(AUTO, *KEPT), AUTO, free=True)  # for the backward pass
     # What is written.
     output_dtype: str = _key(one_of("float32", "bfloat16"), "float32", free=True)  # of the result
     checkpoint_every: int = _key(COUNT, 500, free=True)  # steps

@@ -21,15 +21,21 @@ from ..models.attention import ATTENTION
 from ..models.transformer import LAYER
 from ..request import Resolved
 from ..sampling.programs import RequestTarget
-from ..weights.pieces import can_replicate, piece, shard_piece
+from ..weights.pieces import bytes_of, can_replicate, piece, shard_piece
 from .adapters import add_lora
 from .losses import Clips, Levels, levels
-from .recipe import Recipe
+from .recipe import AUTO, Recipe
 from .state import Leaves, State, Structure, optimizer, take_apart
 from .steps import TRANSFORMER, VAE, Scales
 
 COPIES = 6  # of trained weights in memory: two of the optimiser, gradients, an average, one in work
 NETWORKS = {"transformer": ("transformer", "modulation"), "vae": ("vae",)}  # pieces of a part
+# What `kept = "auto"` chooses from, the fastest first, with the arrays as wide as the network that
+# each keeps of a token in every layer.
+CHOICES = {"attention": 2, "layers": 1, "host": 0}
+# What a step takes of a device beside its arguments, gradients and what is kept, above the largest
+# of configs/plans.toml: such arrays of a token, while one layer is computed, and bytes.
+WORKED, FIXED = 40, 2**29
 
 
 @cache  # one function for each name: programs are compiled for it
@@ -163,9 +169,26 @@ class StepTarget:
         static = {"recipe": recipe, "structure": self.structure, "dtype": self.dtype}
         if sampling is None:
             return VAE, static | {"mesh": self.mesh}
-        kept = policy(recipe.kept)
+        kept = policy(self.kept(sampling))
         layout = dataclasses.replace(sampling.layout, sequential=False, kept=kept)
         return TRANSFORMER, static | {"layout": layout, "frames": sampling.shape.frames}
+
+    def kept(self, sampling: RequestTarget) -> str:
+        """What a layer keeps for its backward pass, of clips like a request's: what the recipe
+        says, or ("auto") the fastest choice that fits. On a CPU that is to compute layers again."""
+        if self.recipe.kept != AUTO:
+            return self.recipe.kept
+        if self.mesh.devices.flat[0].platform == "cpu":
+            return "layers"
+        clips = self.recipe.batch // self.mesh.shape["data"]
+        tokens = clips * sampling.layout.padded // self.mesh.shape["context"]
+        network = self.config.transformer
+        held = [*jax.tree.leaves((self.state, self.frozen, nnx.state(self.vae)))]
+        held += self.trained.values()  # their gradients
+        free = self.memory - FIXED - sum(map(bytes_of, held))
+        arrays = free // (tokens * network.width * self.dtype.itemsize) - WORKED
+        fit = (name for name, each in CHOICES.items() if each * network.num_layers <= arrays)
+        return next(fit, "host")
 
     def scales(self, sampling: RequestTarget) -> Scales:
         return Scales(np.float32(self.config.vae.scaling_factor), sampling.image_scale)

@@ -132,15 +132,15 @@ def shardings(network: nnx.Module) -> list[NamedSharding]:
 
 
 def bytes_per_device(network: nnx.Module) -> int:
-    """Bytes of a network's parameters, or of their shapes, on one device; all where they have no
-    sharding."""
+    """Bytes of a network's parameters, or of their shapes, on one device."""
+    return sum(map(bytes_of, jax.tree.leaves(nnx.state(network, nnx.Param))))
 
-    def size(leaf: Any) -> int:
-        sharding = leaf.sharding
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
 
-    return sum(map(size, jax.tree.leaves(nnx.state(network, nnx.Param))))
+def bytes_of(leaf: Any) -> int:
+    """Bytes of an array, or of its shape, on one device; all where it has no sharding."""
+    sharding = leaf.sharding
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def memory_limit(mesh: Any = None) -> int:

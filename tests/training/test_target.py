@@ -1,7 +1,11 @@
 """Steps compiled for machines that are not here."""
 
+import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import topologies
@@ -16,6 +20,27 @@ CONFIG = named("cogi2v-tiny")
 RECIPE = Recipe(
     method="lora", data="data", output="out", steps=1, warmup=0, batch=2, mesh="data=2,pair=2"
 )
+
+
+def target_on(devices: Sequence[Any], memory: int, **changes: Any) -> StepTarget:
+    recipe = dataclasses.replace(RECIPE, **changes)
+    mesh = mesh_for(recipe, CONFIG, HALF, devices, memory)
+    return StepTarget(recipe, CONFIG, HALF, mesh, memory)
+
+
+def kept(target: StepTarget) -> str:
+    return target.kept(target.sampling(Request("", "").resolve(CONFIG), "xla"))
+
+
+def test_the_more_memory_the_more_is_kept() -> None:
+    chips, memories = topologies.chips("v5e-8"), range(2**29, 2**30, 2**23)
+    chosen = [kept(target_on(chips, memory, batch=64)) for memory in memories]
+    assert [*dict.fromkeys(chosen)] == ["host", "layers", "attention"]
+    enough = memories[chosen.index("attention")]
+    assert kept(target_on(chips, enough, batch=128)) != "attention"
+    # What the recipe says is not changed, and a CPU's memory is not counted.
+    assert kept(target_on(chips, 2**29, kept="all")) == "all"
+    assert kept(target_on(jax.devices()[:4], 0)) == "layers"
 
 
 @pytest.mark.slow
