@@ -47,7 +47,7 @@ TRAIN = "train"
 # Steps of training that configs/plans.toml has: model, mesh, and changes of the recipe.
 TRAININGS = (
     ("cogvideox-5b-i2v", "v5e-1", "int8"),
-    ("cogvideox-5b-i2v", "v5e-1", "kept=host rank=16"),
+    ("cogvideox-5b-i2v", "v5e-1", "rank=16"),
     ("cogvideox-5b-i2v", "v5e-8", ""),
     ("cogvideox-5b-i2v", "v6e-1", ""),
     ("cogvideox-5b-i2v", "v6e-8", ""),

@@ -20,11 +20,12 @@ import tpu_kernel
 from jax.experimental import topologies
 
 from cogi2v_jax import config
+from cogi2v_jax.config import TransformerConfig
 from cogi2v_jax.devices.mesh import make_mesh, sizes_of
 from cogi2v_jax.models.attention import resolve
 from cogi2v_jax.request import Request, Resolved
 from cogi2v_jax.sampling.programs import RequestTarget
-from cogi2v_jax.training.recipe import read_recipe
+from cogi2v_jax.training.recipe import Recipe, read_recipe
 from cogi2v_jax.training.target import StepTarget, mesh_for
 
 DTYPE = jnp.dtype(jnp.bfloat16)
@@ -34,7 +35,7 @@ RECIPES = {
     "cogvideox1.5-5b-i2v": "lora-1.5-5b",
     "cogi2v-tiny": "lora-tiny",
 }
-TRAINED = ("method", "rank", "batch", "kept")  # keys of a recipe that its row states
+TRAINED = ("method", "rank", "batch")  # keys of a recipe that its row states
 WIRE = 100e9  # bytes/s that a chip sends
 GIB, MIB = 2**30, 2**20
 
@@ -91,7 +92,19 @@ def training_work(
     program, static = target.program(sampling)
     step = partial(program.compile, *target.arguments(sampling), **static)
     row = describe(request) | {name: getattr(recipe, name) for name in TRAINED}
-    return Work(row | {"int8": INT8 in changes}, [step], checkpoint.transformer.num_layers)
+    row |= {"kept": target.kept(sampling), "int8": INT8 in changes}
+    row["useful_flops"] = count_useful(recipe, checkpoint.transformer, sampling.layout.tokens)
+    return Work(row, [step], checkpoint.transformer.num_layers)
+
+
+def count_useful(recipe: Recipe, network: TransformerConfig, tokens: int) -> float:
+    """The operations of the products that a step needs in all blocks, forward and backward: without
+    what is computed again, and without the small ones of a LoRA."""
+    parameters = 12 * network.width**2  # of the attention's four layers and the MLP's two
+    # Backward there is a product for a layer's input, and one for its kernel if that is trained.
+    linear = 2 * tokens * parameters * (2 if recipe.method == "lora" else 3)
+    attention = 3 * 4 * tokens**2 * network.width
+    return float(recipe.clips * network.num_layers * (linear + attention))
 
 
 def describe(request: Resolved) -> dict[str, Any]:
@@ -136,7 +149,9 @@ def compile_stage(
         for name, times in cost.kernels.items():
             kernel = tpu_kernel.read(cost.bodies[name])
             kernel_flops += times * kernel.flops
-            kernel_cycles += times * tpu_kernel.count_cycles(find_schedule(name, schedules), kernel)
+            equal = [other for other, body in cost.bodies.items() if body == cost.bodies[name]]
+            schedule = find_schedule(equal, schedules)
+            kernel_cycles += times * tpu_kernel.count_cycles(schedule, kernel)
     clock = 1e9 * chip["clock_ghz"]
     seconds = (total.cycles + kernel_cycles) / clock + total.sent / WIRE
     row |= {
@@ -164,15 +179,17 @@ def read_needed_gib(error: jax.errors.JaxRuntimeError) -> float:
     return float(figure) * {"M": 2**-10, "G": 1, "T": 2**10}[unit]
 
 
-def find_schedule(kernel: str, schedules: Path) -> str:
-    """Reads a kernel's dumped schedule, by the name of its instruction. If libtpu compiled it more
-    than once, the last schedule is the one that runs."""
-    name = re.compile(rf"(\d+)-{re.escape(kernel)}-\d+-packed-bundles-post-ra\.txt")
+def find_schedule(kernels: Sequence[str], schedules: Path) -> str:
+    """Reads the dumped schedule of equal kernels, by the names of their instructions: libtpu may
+    dump one of them only. If it compiled one more than once, the last schedule is what runs."""
+    names = "|".join(map(re.escape, kernels))
+    name = re.compile(rf"(\d+)-(?:{names})-\d+-packed-bundles-post-ra\.txt")
     found = {
         int(match[1]): path for path in schedules.iterdir() if (match := name.fullmatch(path.name))
     }
     if not found:
-        raise ValueError(f"libtpu must have dumped a schedule of {kernel}: got none in {schedules}")
+        rule = "libtpu must have dumped a schedule"
+        raise ValueError(f"{rule} of {' or '.join(kernels)}: got none in {schedules}")
     return found[max(found)].read_text()
 
 

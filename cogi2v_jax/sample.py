@@ -91,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add("--mesh", **NAME, default="auto", help=f"{mesh} (data=1,pair=2,context=4)")
     machine = "only print what a machine (v5e-8, ...) needs for it, here or not"
     add("--plan", **NAME, help=f"{machine}: memory, static time")
+    add("--train", action="store_true", help="with --plan: what a step of training needs")
     tiling = "encode and decode in the reference's blended tiles, as its script does"
     add("--vae_tiling", action="store_true", help=tiling)
     verbose = "print mesh, attention and compiler options"
@@ -126,6 +127,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             rule = f"{' or '.join(ENLARGED)} and a number from 2 to {LARGEST}"
             reader.error(f"--upscale must be {rule}: got {way} {factor}")
         options.upscale = way, int(factor)
+    if options.train and not options.plan:
+        reader.error("--train must be given with --plan; python -m cogi2v_jax.train trains")
     if options.plan or options.decode_latents:
         return options
     if options.manifest:
@@ -155,8 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     parse_loras(options.lora_path)  # finds faults without jax
     if options.plan:
-        asked = options.plan, options.dtype, options.attention
-        print(*plan.lines(options.model or EMBEDDED, *asked, **_settings(options)), sep="\n")
+        model, asked = options.model or EMBEDDED, (options.dtype, options.attention)
+        if options.train:
+            lines = plan.training_lines(model, options.plan)
+        else:
+            lines = plan.lines(model, options.plan, *asked, **_settings(options))
+        print(*lines, sep="\n")
         return
     hosts.join()
     if options.decode_latents:

@@ -1,6 +1,7 @@
-"""`sample --plan MESH`: what a request takes on a machine, which need not be at hand. All figures
-come from `configs/plans.toml`, which `benchmarks/tpu_compile.py` writes from the TPU compiler's
-reports. Nothing is loaded, and what was not compiled is not guessed."""
+"""`sample --plan MESH [--train]`: what a request, or a step of training, takes on a machine, which
+need not be at hand. All figures come from `configs/plans.toml`, which `benchmarks/tpu_compile.py`
+writes from the TPU compiler's reports. Nothing is loaded, and what was not compiled is not guessed.
+"""
 
 import functools
 import math
@@ -22,8 +23,13 @@ STAGES = {
     "denoise": ("guided", "attention", "height", "width", "num_frames"),
     "decode": ("height", "width", "num_frames"),
 }
+TRAIN = "train"  # the stage of a row for a step of training
 AXES = ("data", "pair", "context")  # of a mesh; `devices/sharding.py` has them too, but starts jax
 SIZE = ("height", "width", "num_frames")
+STATIC = (
+    "seconds are static: the cycles that the TPU compiler scheduled; no time of ours was measured "
+    "on a TPU"
+)
 
 
 class Stage(NamedTuple):
@@ -67,6 +73,42 @@ def lines(
         _verdict(found, mesh),
         *_footnotes(found, steps),
     ]
+
+
+def training_lines(model: str, mesh: str) -> list[str]:
+    """What a step of training takes, as lines to print: one for each way that was compiled for the
+    machine. Raises ValueError in one line for an unknown model or mesh."""
+    devices = count_devices(mesh)  # raises for an unknown mesh
+    model = _find(model)
+    rows = [row for row in table() if (row["stage"], row["model"]) == (TRAIN, model)]
+    found = [row for row in rows if row["mesh"] == mesh]
+    head = f"{model}: a step of training on {mesh}, {devices} x {generation(mesh)['kind']}"
+    if not found:
+        others = ", ".join(dict.fromkeys(row["mesh"] for row in rows)) or "no machine"
+        return [head, "", f"not compiled for it; compiled for {others}"]
+    columns = _training_columns("", "GiB a device", "on the host", "static s", "MFU")
+    copies = "(without copies to the host and back)"
+    host = [copies] if any(row["kept"] == "host" for row in found) else []
+    ways = (_training_line(row, devices) for row in found)
+    return [head, "", columns, *ways, "", STATIC, *host, _compilers(found)]
+
+
+def _training_line(row: Row, devices: int) -> str:
+    """How a step trains, GiB of a device and of the host, static seconds, and the share of the peak
+    that the useful operations are: without those that are computed again."""
+    way = f"LoRA of rank {row['rank']}" if row["method"] == "lora" else "all weights"
+    way += " beside int8" if row["int8"] else ""
+    way += f", {row['kept']} kept"
+    gib, seconds = _numbers(row, 1)
+    peak = 1e12 * generation(row["mesh"])["peak_tflops"] * devices
+    share = row.get("useful_flops", math.nan) / (seconds * peak)
+    percent = "-" if math.isnan(share) else f"{share:.0%}"
+    cells = _cell(gib), _cell(row.get("host_gib", math.nan)), _cell(seconds), percent
+    return _training_columns(way, *cells) + ("" if row["fits"] else "  does not fit")
+
+
+def _training_columns(way: str, gib: str, host: str, seconds: str, share: str) -> str:
+    return f"{way:42}{gib:>12}{host:>13}{seconds:>10}{share:>6}"
 
 
 def _find(model: str) -> str:
@@ -193,16 +235,17 @@ def _footnotes(found: list[Stage], steps: int) -> Iterable[str]:
     rows = [stage.row for stage in found if stage.row]
     if not rows:
         return
-    yield (
-        "seconds are static: the cycles that the TPU compiler scheduled; no time of ours was "
-        "measured on a TPU"
-    )
+    yield STATIC
     yield (
         "(tokamax's attention takes 0.92 - 1.04 times its static time on v5p and v6e, and "
         "1.13 - 1.20 times on v7x, whose clock is assumed)"
     )
-    made = (f"jax {row['jax']} and libtpu {row['libtpu']} on {row['date']}" for row in rows)
-    yield f"compiled with {'; '.join(dict.fromkeys(made))}"
+    yield _compilers(rows)
     scaled = [row["steps"] for row in rows if row["stage"] == "denoise" and row["steps"] != steps]
     if scaled:
         yield f"denoise was compiled for {scaled[0]} steps; its seconds are scaled to {steps}"
+
+
+def _compilers(rows: Iterable[Row]) -> str:
+    made = (f"jax {row['jax']} and libtpu {row['libtpu']} on {row['date']}" for row in rows)
+    return f"compiled with {'; '.join(dict.fromkeys(made))}"

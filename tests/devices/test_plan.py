@@ -28,6 +28,7 @@ MESHES = """
 [generations.v5e]
 kind = "TPU v5 lite"
 hbm_gib = 15.75
+peak_tflops = 197
 [generations.cpu]
 kind = "cpu"
 [meshes.v5e-1]
@@ -273,6 +274,42 @@ def test_the_cores_of_a_chip_are_told_from_chips(tables):
     assert plan.lines(MODEL, "v7x-8")[0] == (
         "v7x-8: 4 chips of TPU7x (2x2x1), 2 devices each, split over data 1, pair 2, context 4"
     )
+
+
+STEP = {"method": "lora", "rank": 128, "batch": 1, "int8": False, "kept": "attention"}
+
+
+def test_a_step_of_training_has_a_line_for_each_way_that_was_compiled(tables):
+    on_one = {"rank": 16, "kept": "host", "int8": True, "host_gib": 4.25}
+    tables(
+        row("train", "v5e-8", 14, 2, useful_flops=1.576e15, **STEP),
+        row("train", "v5e-1", 13, 10, useful_flops=9.85e14, **STEP | on_one),
+        row("train", "v5e-1", 17, float("nan"), fits=False, **STEP),
+        row("denoise", "v5e-8", 9, 40),
+    )
+    lines = plan.training_lines(MODEL, "v5e-8")
+    assert lines[0] == f"{MODEL}: a step of training on v5e-8, 8 x TPU v5 lite"
+    assert lines[2].split("  ")[-1].strip() == "MFU"
+    way, numbers = lines[3][:42].rstrip(), lines[3][42:].split()
+    assert way == "LoRA of rank 128, attention kept"
+    assert numbers == ["14.00", "-", "2.00", "50%"]
+    assert lines[-1] == "compiled with jax 0.10.2 and libtpu 0.0.52 on 2026-11-24"
+    _, _, _, small, large, _, static, copies, _ = plan.training_lines(MODEL, "v5e-1")
+    assert small.startswith("LoRA of rank 16 beside int8, host kept ")
+    assert small[42:].split() == ["13.00", "4.25", "10.00", "50%"]
+    assert large.endswith("does not fit")
+    assert static.startswith("seconds are static")
+    assert copies == "(without copies to the host and back)"
+
+
+def test_a_step_that_was_not_compiled_is_not_guessed(tables):
+    tables(row("train", "v5e-8", 14, 2, useful_flops=1.0, **STEP))
+    assert plan.training_lines(MODEL, "v5e-16")[2:] == ["not compiled for it; compiled for v5e-8"]
+    tables()
+    none = ["not compiled for it; compiled for no machine"]
+    assert plan.training_lines(MODEL, "v5e-8")[2:] == none
+    with pytest.raises(ValueError, match=r"mesh must be one of .* to be planned: got 'v9-8'"):
+        plan.training_lines(MODEL, "v9-8")
 
 
 def test_planning_needs_no_jax(tmp_path):
