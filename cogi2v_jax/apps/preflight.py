@@ -89,6 +89,14 @@ def check(wanted: str = "auto", say: Callable[[str], None] = print) -> str:
     return model
 
 
+def say_training(model: str, say: Callable[[str], None] = print) -> None:
+    """Says what a step of training takes on this machine, by ahead-of-time compiles; nothing on a
+    machine that they do not know."""
+    for mesh in _meshes(look())[:1]:
+        if model in config.names() and plan.generation(mesh)["kind"] != "cpu":
+            say("\n".join(plan.training_lines(model, mesh)))
+
+
 def faults(model: str, machine: Machine, weights: Weights) -> list[str]:
     """Every reason why a machine cannot run a named checkpoint at its defaults, each with a
     remedy."""

@@ -196,6 +196,22 @@ def test_the_embedded_model_and_strangers_are_taken_as_they_are(on, wanted):
     assert check(wanted, say=lambda line: None) == wanted
 
 
+def test_what_training_takes_is_said_where_it_was_compiled(on, rows, capsys):
+    step = {"stage": "train", "method": "lora", "rank": 16, "int8": False, "kept": "host"}
+    rows.append({**SAME, **step, "mesh": "v5e-1", "fits": True, "peak_gib": 13.0})
+    rows[-1] |= {"static_seconds": 12.5, "jax": "1", "libtpu": "2", "date": "2030-01-01"}
+    on(V5E_1)
+    preflight.say_training(MODEL)
+    assert "LoRA of rank 16, host kept" in capsys.readouterr().out
+    on(V5E_8)
+    preflight.say_training(MODEL)
+    assert "not compiled for it; compiled for v5e-1" in capsys.readouterr().out
+    for machine, model in ((LAPTOP, MODEL), (V5E_1._replace(chips=3), MODEL), (V5E_1, "a/b")):
+        on(machine)
+        preflight.say_training(model)
+        assert capsys.readouterr().out == ""
+
+
 def test_a_machine_for_which_nothing_was_compiled_is_told_so(on, capsys):
     on(V5E_1._replace(chips=4))
     assert check(MODEL) == MODEL
