@@ -31,6 +31,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # of parameters that are split where they do not fit on every device
     "heads": AXES,
     "mlp": AXES,
+    "modulation": AXES,
     # of parameters that are never split
     "embed": (),
     "inputs": (),

@@ -45,7 +45,7 @@ class BlockModulation(nnx.Module):
     """Shifts, scales and gates of one block from the time embedding."""
 
     def __init__(self, config: TransformerConfig, *, dtype: jnp.dtype):
-        e, d, axes = config.time_embed_dim, config.width, (None, "embed")
+        e, d, axes = config.time_embed_dim, config.width, (None, "modulation")
         self.attn = Linear(e, 6 * d, axes=axes, dtype=dtype)
         self.mlp = Linear(e, 6 * d, axes=axes, dtype=dtype)
 

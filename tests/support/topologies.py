@@ -17,6 +17,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "v5p": {"topology_name": "v5p:2x2x1"},
     "v6e": {"topology_name": "v6e:1x1", **ONE_CHIP},
     "v5e-8": {"topology_name": "v5e:2x4"},
+    "v5e-16": {"topology_name": "v5e:4x4"},
 }
 
 
