@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .names import LORA_SUFFIXES, parse_hub
+from .names import ASSETS, EXAMPLE_LORA, LORA_SUFFIXES, parse_hub
 from .request import SWITCH, Kind, Settings
 
 
@@ -40,9 +40,9 @@ def _read(kind: Kind, text: str) -> Any:
 
 def parse_loras(loras: Any) -> list[tuple[Path | str, float]]:
     """The paths, or as texts the hub ids and addresses, and weights of LoRAs, given as FILE,
-    FILE:WEIGHT or (FILE, WEIGHT), one or many, where FILE may be a folder, a hub id or an address
-    of the hub. Raises FileNotFoundError for a path that doesn't exist, ValueError for a weight that
-    is not a finite number and for what is no file."""
+    FILE:WEIGHT or (FILE, WEIGHT), one or many, where FILE may be a folder, a hub id, an address of
+    the hub or the example's name. Raises FileNotFoundError for a path that doesn't exist,
+    ValueError for a weight that is not a finite number and for what is no file."""
     # A tuple of two files is two LoRAs; within a list every pair is a file and its weight.
     if isinstance(loras, str | os.PathLike) or (
         _is_pair(loras) and isinstance(loras[1], float | int)
@@ -66,6 +66,8 @@ def _parse_lora(file: object, weight: Any = None) -> tuple[Path | str, float]:
     if weight is None and head and not Path(text).exists() and not tail.startswith("//"):
         text, weight = os.path.expanduser(head), tail
     path, place = Path(text), parse_hub(text)
+    if text == EXAMPLE_LORA and not path.exists():
+        path = ASSETS / EXAMPLE_LORA
     if not path.exists():
         is_file = path.suffix.lower() in LORA_SUFFIXES
         if place is None or (is_file and not place.file):

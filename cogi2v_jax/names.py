@@ -15,6 +15,7 @@ ON_HUB = re.compile(
     r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?"
 )
 ASSETS = Path(__file__).parent / "assets"
+EXAMPLE_LORA = "cogi2v-circles"  # of the embedded model
 LORA_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")  # preferred ones first
 
 

@@ -22,7 +22,7 @@ from .media.images import local_copy
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
 from .media.videos import ENLARGED, check_name, check_output, enlarge, gif_steps, write_video
-from .names import ASSETS
+from .names import ASSETS, EXAMPLE_LORA
 from .request import SETTINGS, Request, Video
 from .terminal import printing
 
@@ -89,16 +89,16 @@ def parser() -> argparse.ArgumentParser:
     add("--attention", **NAME, default="auto", help=attention)
     mesh = "how devices share the work: auto, a machine (v5e-1, v5e-8, v6e-8, ...) or sizes"
     add("--mesh", **NAME, default="auto", help=f"{mesh} (data=1,pair=2,context=4)")
-    machine = "only print what a machine (v5e-8, ...) needs for it, here or not"
-    add("--plan", **NAME, help=f"{machine}: memory, static time")
+    machine = "only print what a machine (v5e-8, ...), here or not, needs: memory, static time"
+    add("--plan", **NAME, help=machine)
     add("--train", action="store_true", help="with --plan: what a step of training needs")
     tiling = "encode and decode in the reference's blended tiles, as its script does"
     add("--vae_tiling", action="store_true", help=tiling)
     verbose = "print mesh, attention and compiler options"
     add("--verbose", action="store_true", help=verbose)
     add("--decode_latents", **FILE, help=f"only decode a *{LATENTS} file of an earlier run")
-    lora = "a LoRA (diffusers, PEFT, kohya, SAT): file, folder or hub id, added to the weights"
-    lora += "; several times over"
+    lora = "a LoRA (diffusers, PEFT, kohya, SAT): file, folder, hub id or the example "
+    lora += f"{EXAMPLE_LORA}; several times over"
     add("--lora_path", metavar="FILE[:WEIGHT]", action="append", default=[], help=lora)
     # Flags of the official script: there is one type here, and a LoRA file knows its rank.
     add("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)

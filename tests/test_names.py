@@ -1,11 +1,13 @@
 """Names of checkpoints, however they are spelled."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
 from cogi2v_jax import config
-from cogi2v_jax.names import ASSETS, find_name, parse_hub
+from cogi2v_jax.arguments import parse_loras
+from cogi2v_jax.names import ASSETS, EXAMPLE_LORA, find_name, parse_hub
 from cogi2v_jax.weights import hub
 
 
@@ -63,3 +65,12 @@ def test_a_folder_here_is_known_before_a_published_name(tmp_path, monkeypatch):
     assert hub.known_config("zai-org/CogVideoX-5b-I2V") == config.named("cogi2v-tiny")
     assert hub.known_config("THUDM/CogVideoX-5b-I2V") == config.named("cogvideox-5b-i2v")
     assert hub.known_config("someone/finetune") is None
+
+
+def test_the_example_lora_has_a_name_that_a_file_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_loras(f"{EXAMPLE_LORA}:0.5") == [(ASSETS / EXAMPLE_LORA, 0.5)]
+    Path(EXAMPLE_LORA).touch()
+    assert parse_loras(EXAMPLE_LORA) == [(Path(EXAMPLE_LORA), 1.0)]
