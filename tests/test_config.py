@@ -37,7 +37,7 @@ FACTS = {
     ),
     "cogi2v-tiny": (
         "cogvideox-i2v",
-        defaults(64, 64, 9, 8, 50, 3.0, False, "ddim", "crop", "reference", "jax"),
+        defaults(64, 64, 9, 8, 50, 2.0, False, "ddim", "crop", "reference", "jax"),
         Published((64, 64), (64, 64), (9,), words=WORDS, background=0.45),
     ),
 }

@@ -49,7 +49,7 @@ def refusal(config: CheckpointConfig = SECOND, **given: Any) -> str:
     [
         (FIRST, (480, 720, 49, 8.0, 50, 6.0, True, "dpm", "crop", "reference", "jax")),
         (SECOND, (768, 1360, 81, 16.0, 50, 6.0, True, "dpm", "crop", "reference", "jax")),
-        (TINY, (64, 64, 9, 8.0, 50, 3.0, False, "ddim", "crop", "reference", "jax")),
+        (TINY, (64, 64, 9, 8.0, 50, 2.0, False, "ddim", "crop", "reference", "jax")),
         (OWN, (480, 720, 25, 8.0, 50, 6.0, True, "dpm", "crop", "reference", "jax")),
     ],
     ids=lambda value: value.title if isinstance(value, CheckpointConfig) else "",

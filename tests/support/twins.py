@@ -32,7 +32,7 @@ TINY = Path(cogi2v_jax.__file__).parent / "assets" / "cogi2v-tiny"
 FILES = sorted(  # of its folder, that a conversion needs
     path.relative_to(TINY).as_posix()
     for path in TINY.rglob("*")
-    if path.is_file() and path.name != "README.md"
+    if path.is_file() and path.name not in ("README.md", "loss.png")
 )
 SCHEDULER = {
     "beta_schedule": "scaled_linear",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import twins
 from cogi2v_convert.conversion import to_flax
-from folders import one_line, scale_of, units
+from folders import scale_of, units
 from PIL import Image
 from tolerances import TOLERANCE, assert_close, relative_error
 
@@ -22,7 +22,6 @@ import cogi2v_jax
 from cogi2v_jax import Models, Request, config, pipeline
 from cogi2v_jax.models import layers
 from cogi2v_jax.models.layers import Linear
-from cogi2v_jax.weights import checkpoint
 from cogi2v_jax.weights.checkpoint import (
     MANIFEST,
     list_weights,
@@ -285,38 +284,6 @@ def test_nvidia_devices_scale_a_kernel_before_a_product_that_rounds_once(stage: 
     assert kinds.count("f32") == 2  # attention's
     assert kinds.count("bf16") >= 7
     assert [line for kind, _, line in lowering.operations(text, "multiply") if kind == "bf16"] == []
-
-
-# Refusals.
-
-
-def test_a_lora_on_int8_kernels_is_refused_in_one_line_before_anything_is_read(
-    pipe: Any,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(checkpoint, "read_shards", None)
-    monkeypatch.setattr("cogi2v_jax.loading.open_folder", None)
-    file = loras.save(
-        tmp_path / "a.safetensors", loras.peft(loras.pairs(pipe.transformer, ("to_q",), rank=4))
-    )
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"^lora a.safetensors must change floating-point weights: got blocks.attn.q.kernel of "
-            r"int8; .*$"
-        ),
-    ):
-        cogi2v_jax.load(folder, "float32", loras=[file])
-    models = Models(folder, checkpoint.read_config(folder), FLOAT32)
-    with pytest.raises(ValueError, match="must change floating-point weights"):
-        cogi2v_jax.adapt(models, [file])
-    assert models.loras == ()
-    assert "must change floating-point weights" in one_line(
-        capsys, ["inspect", file, "--model", folder]
-    )
 
 
 def test_a_lora_for_weights_that_are_not_int8_is_added(
