@@ -197,6 +197,16 @@ def leads() -> bool:
     return _process == 0
 
 
+def meet(where: str) -> None:
+    """Waits until all processes are at this place of the program."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(where)
+
+
 def distributed(main: Callable[..., int]) -> Callable[..., int]:
     """Wraps a program that may `join`. After success all processes end together. After a failure
     this process exits at once, without jax's own shutdown, which would wait for processes that wait

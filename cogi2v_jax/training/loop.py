@@ -95,9 +95,10 @@ def _is_strange(path: Path) -> bool:
 
 @contextmanager
 def _owned(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """Makes the folder, holds it for this run, and writes the recipe; on process 0. Raises
-    ValueError where another run holds it."""
+    """Makes the folder, holds it for this run, and writes the recipe; on process 0, for which the
+    others wait before they write anything there. Raises ValueError where another run holds it."""
     if not hosts.leads():
+        hosts.meet("output")
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,7 @@ def _owned(folder: Path, recipe: Recipe) -> Iterator[None]:
             shutil.rmtree(part, ignore_errors=True)
         with replace_when_done(folder / RECIPE) as part:
             part.write_text(recipe.to_toml(), encoding="utf-8")
+        hosts.meet("output")
         yield
 
 

@@ -95,7 +95,7 @@ def _prepare(
     missing = plan.remaining(folder, everything)
     check_space(folder, _bytes(source, plan, missing), f"{len(plan.clips)} prepared clips")
     ids = tokenize_captions(source, plan.captions) if isinstance(source, Models) else None
-    _meet("planned")  # every process has seen the same
+    hosts.meet("planned")  # every process has seen the same
     manifest = folder / shards.MANIFEST
     if hosts.leads() and missing:
         manifest.unlink(missing_ok=True)  # it appears when all is there
@@ -105,20 +105,12 @@ def _prepare(
         _write_texts(source, ids, folder, texts, on_progress)
     if videos:
         _write_clips(source, plan, folder, videos, on_progress)
-    _meet("written")
+    hosts.meet("written")
     if hosts.leads():
         known = read_json(manifest).get("files", {}) if manifest.is_file() else {}
         shards.write_manifest(folder, plan, known)
-    _meet("prepared")
+    hosts.meet("prepared")
     return shards.open(folder)
-
-
-def _meet(where: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(where)
 
 
 def plan_of(
