@@ -99,7 +99,8 @@ finish(prepare.main, clips, results / "data", "--model", model)
 # %%
 # @title 5. Train
 # @markdown The long part. `None` is what the recipe says. Interrupted, the cell goes on from the
-# @markdown last checkpoint. On one v5e chip, `rank = 16` leaves room for a large model.
+# @markdown last checkpoint. A smaller `rank` (16) takes less memory; what fits one v5e chip was not
+# @markdown compiled yet.
 steps = None  # @param {"type":"raw"}
 rank = None  # @param {"type":"raw"}
 
