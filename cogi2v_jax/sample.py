@@ -158,11 +158,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     parse_loras(options.lora_path)  # finds faults without jax
     if options.plan:
-        model, asked = options.model or EMBEDDED, (options.dtype, options.attention)
+        asked = options.model or EMBEDDED, options.plan
         if options.train:
-            lines = plan.training_lines(model, options.plan)
+            lines = plan.training_lines(*asked)
         else:
-            lines = plan.lines(model, options.plan, *asked, **_settings(options))
+            how = options.dtype, options.attention
+            lines = plan.lines(*asked, *how, **_settings(options))
         print(*lines, sep="\n")
         return
     hosts.join()

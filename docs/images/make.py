@@ -1,6 +1,7 @@
 """Makes the picture of README: a clip of the embedded model for every motion, from a first frame
 and a prompt of the first combination of colour, shape and motion that it was never trained on.
-`python docs/images/make.py`; seconds on two CPU cores."""
+`python docs/images/make.py`; seconds on two CPU cores. (The sheet beside it is made by
+`python benchmarks/adherence.py --scenes 1 --sheet FILE`.)"""
 
 from collections.abc import Sequence
 from pathlib import Path
