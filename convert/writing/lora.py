@@ -61,8 +61,19 @@ def write_lora(
     entries = {**(header or {}), "format": "pt", HEADER: json.dumps(note)}
     with replace_when_done(path) as part:
         # Not save_file, whose files only their owner may read.
-        part.write_bytes(save(tensors, metadata=entries))
+        part.write_bytes(_sort_header(save(tensors, metadata=entries)))
         back = open_file(part)
         found = sums({key: back.read(key) for key in back.entries})
         if fault := next(differences(sums(tensors), found, path.name), None):
             raise OSError(f"the disk must hold what was written there: {fault}")
+
+
+def _sort_header(file: bytes) -> bytes:
+    """The same safetensors file with its header's entries sorted. The library writes them in
+    another order each time, so that a LoRA written again would have another SHA-256."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[start:]

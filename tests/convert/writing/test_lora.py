@@ -86,6 +86,16 @@ def test_a_factor_that_is_not_finite_leaves_the_earlier_file(config: Any, tmp_pa
     assert path.read_bytes() == earlier
 
 
+@pytest.mark.parametrize("family", ["1.0"], indirect=True)
+def test_the_same_lora_written_again_is_the_same_file(config: Any, tmp_path: Path) -> None:
+    path, leaves, files = tmp_path / LORA_FILE, random_leaves(config, ("blocks.attn.q",)), set()
+    header = {name: name for name in ("base_model_name_or_path", "a", "\u00fc", "z")}
+    for _ in range(8):
+        write_lora(path, leaves, config, ALPHA, header=header)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+
+
 # diffusers
 
 SIZES = {"1.0": (5, 6, 10), "1.5": (4, 6, 10)}  # latent frames, rows, columns
