@@ -1,6 +1,7 @@
 """Whole runs: what they leave, and that nothing that ends one loses or changes anything."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import pytest
 from processes import announcements
 from tolerances import relative_error
 
+from cogi2v_jax import disk
 from cogi2v_jax.disk import locked
 from cogi2v_jax.train import main
 from cogi2v_jax.training.checkpoints import Checkpoints
@@ -216,6 +218,40 @@ def test_ctrl_c_is_a_wish_to_stop_where_nobody_reads_the_answer(
         signal.raise_signal(signal.SIGINT)
         assert asked(2) == signal.SIGINT
     monkeypatch.undo()
+
+
+@FIRST
+def test_a_disk_that_fills_up_stops_a_run_which_goes_on_from_its_last_checkpoint(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = studio.recipe(tmp_path / "out", steps=4, checkpoint_every=1), tmp_path / "out"
+    full = rf"{folder}/checkpoints must have 0\.\d MB free for a checkpoint: got 0\.0 MB"
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "free_space", lambda path: ((not lines(folder)[1:]) * 10**9, path))
+        with pytest.raises(OSError, match=f"^{full}$"):
+            train(recipe, lambda *_, **__: None)
+    said: list[str] = []
+    train(recipe, lambda line, **_: said.append(line))
+    assert "going on from step 1" in said
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
+
+
+@FIRST
+def test_a_checkpoint_that_orbax_does_not_write_is_one_line(
+    studio: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        logging.getLogger("absl").error("many lines")
+        raise ValueError("INTERNAL: the disk\nand more")
+
+    state = Run(studio.recipe(tmp_path), lambda *_, **__: None).begin()
+    with closing(Checkpoints(tmp_path / "kept", 2)) as kept:
+        kept.save(state)
+        monkeypatch.setattr(kept._manager, "save", fail)
+        with pytest.raises(OSError, match="INTERNAL: the disk; the last whole one: step 0") as got:
+            kept.save(state)
+    assert "\n" not in str(got.value)
+    assert "many lines" not in capfd.readouterr().err
 
 
 @FIRST
