@@ -51,13 +51,14 @@ from cogi2v_jax.training.recipe import Recipe
 from cogi2v_jax.training.run import Run
 from cogi2v_jax.training.steps import IMAGE_NOISE
 
-CLIPS = ("--motions", "spins", "--clips", "64")
-SETTINGS: dict[str, Any] = {"batch": 8, "rank": 32, "alpha": 32.0, "learning_rate": 2e-3}
-SETTINGS |= {"warmup": 0, "dtype": "float32", "mesh": "data=1", "output": "", "steps": 2**30}
+CLIPS = ("--motions", "circles", "--clips", "64")
+SETTINGS: dict[str, Any] = {"batch": 8, "learning_rate": 2e-3, "warmup": 0, "dtype": "float32"}
+SETTINGS |= {"mesh": "data=1", "output": "", "steps": 2**30}
+LORA: dict[str, Any] = {"method": "lora", "rank": 32, "alpha": 32.0}
 # What differs between the cases. `kept`: everything, or the inputs of layers, which both recompute.
 CASES: dict[str, dict[str, Any]] = {
-    "LoRA": {"method": "lora", "kept": "all"},
-    "LoRA, recomputed": {"method": "lora", "kept": "layers"},
+    "LoRA": LORA | {"kept": "all"},
+    "LoRA, recomputed": LORA | {"kept": "layers"},
     "full": {"method": "full", "kept": "all", "learning_rate": 1e-4},
 }
 BLOCK = 10  # steps

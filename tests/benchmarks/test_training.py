@@ -52,6 +52,11 @@ def test_equal_steps_have_equal_losses_and_every_figure_is_written(tmp_path: Pat
     assert "LoRA" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("case", training.CASES)
+def test_every_case_is_a_recipe(case: str) -> None:
+    training.Recipe(data="data", **training.SETTINGS | training.CASES[case])
+
+
 def test_a_step_that_differs_ends_the_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
