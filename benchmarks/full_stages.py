@@ -256,7 +256,7 @@ def make_transformer_stages(case: Case) -> dict[str, Stage]:
         )
 
         def arguments() -> tuple[Any, ...]:
-            state = stages.State(x, jnp.zeros_like(x))
+            state = stages.State(x, (jnp.zeros_like(x),))
             return state, np.int32(0), tableau, before(modulation, *target.time), *inputs
 
         call = target.call(stages.denoise, *arguments(), steps=steps)

@@ -63,7 +63,8 @@ def generate(
         moments = encode_pixels(run, job.pixels)  # [b 1 h w 2c]
         image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
         modulation = run(stages.modulate, *job.time)
-    state = run(stages.draw_start, job.noise.initial, job.keys, shape=tuple(job.shape[:4]))
+    past = job.tableau.past.shape[1]
+    state = run(stages.draw_start, job.noise.initial, job.keys, shape=job.shape[:4], past=past)
     inputs = job.keys, image, text, job.positions()
     for first in range(0, steps, group):
         rows = np.int32(first), job.tableau, modulation, job.noise_of(first, group)

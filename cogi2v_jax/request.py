@@ -90,7 +90,7 @@ class Settings:
         SCALE, metavar="X", help="1 or less samples without guidance, in half the time"
     )
     use_dynamic_cfg: bool = _setting(SWITCH, help="guidance that varies over the steps")
-    scheduler: str = _setting(one_of("dpm", "ddim"))
+    scheduler: str = _setting(one_of("ddim", "dpm", "dpm2m", "dpm3m", "deis"))
     fit: str = _setting(
         one_of(*FITS),
         official=False,
@@ -201,7 +201,7 @@ class Request:
     num_inference_steps: Whole | None = None
     guidance_scale: Real | None = None
     use_dynamic_cfg: bool | None = None
-    scheduler: str | None = None  # "dpm" or "ddim"
+    scheduler: str | None = None  # "ddim", "dpm", "dpm2m", "dpm3m" or "deis"
     seed: Whole | Sequence[Whole] | np.ndarray = 42
     fit: str | None = None  # "crop", "pad" or "stretch"
     # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number.

@@ -82,7 +82,7 @@ def test_a_default_that_a_toml_lacks_or_has_wrong_is_refused(
         del defaults["scheduler"]
     monkeypatch.setattr(CheckpointConfig, "defaults", defaults)
     config = dataclasses.replace(SECOND)  # SECOND has read its own already
-    rule = "scheduler must be dpm or ddim"
+    rule = "scheduler must be ddim, dpm, dpm2m, dpm3m or deis"
     assert refusal(config) == f"the defaults of {config.title}: {rule}: got {value!r}"
     assert request(scheduler="ddim").resolve(config).scheduler == "ddim"
 
@@ -184,7 +184,7 @@ SCALES = "reference, sat, trainer or a positive number"
         ({"seed": True}, "seed must be an integer from 0 to 2**64 - 1: got True"),
         ({"seed": 1.0}, "seed must be an integer from 0 to 2**64 - 1: got 1.0"),
         ({"seed": [1, None]}, "seed must be an integer from 0 to 2**64 - 1: got None"),
-        ({"scheduler": "euler"}, "scheduler must be dpm or ddim: got 'euler'"),
+        ({"scheduler": "euler"}, "scheduler must be ddim, dpm, dpm2m, dpm3m or deis: got 'euler'"),
         ({"fit": "zoom"}, "fit must be crop, pad or stretch: got 'zoom'"),
         *(
             ({"image_latent_scale": value}, f"image_latent_scale must be {SCALES}: got {value!r}")

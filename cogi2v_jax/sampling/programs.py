@@ -226,7 +226,8 @@ class RequestTarget(Target):
         with jax_defaults():
             modulation = jax.eval_shape(modulate, self.network("modulation"), *self.time)
         modulation = jax.tree.map(lambda x: self._shaped(x.shape, x.dtype), modulation)
-        state, keys = stages.State(latents, latents), self._keys(videos)
+        past = (latents,) * self.tableau.past.shape[1]
+        state, keys = stages.State(latents, past), self._keys(videos)
         given = noise, keys, latents, text, self.position_shapes()
         args = (state, np.int32(0), self.tableau, modulation, *given)
         return self.call(stages.denoise, *args, steps=steps)
@@ -248,7 +249,8 @@ class RequestTarget(Target):
             drawn = self.call(stages.draw_image, *draw, frames=shape.frames)
             return [self.call(stages.encode_image, pixels), drawn]
         if name == "denoise":
-            start = self.call(stages.draw_start, None, keys, shape=tuple(shape[:4]))
+            past = self.tableau.past.shape[1]
+            start = self.call(stages.draw_start, None, keys, shape=tuple(shape[:4]), past=past)
             loop = self.loop(videos, request.num_inference_steps)
             return [self.call(stages.modulate, *self.time), start, loop]
         latents = np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)

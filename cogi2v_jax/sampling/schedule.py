@@ -15,7 +15,8 @@ Column = Float[Any, "*i"]  # numpy on the host, jax on the device, where one row
 
 
 class Tableau(NamedTuple):
-    """One row a step: x0 = alpha x - sigma v, then x = A x + B x0 + C x0_prev + D noise."""
+    """One row a step: x0 = alpha x - sigma v, then x = A x + B x0 + C past + D noise, where `past`
+    is what the last n steps kept, newest first; this one keeps E x + F x0."""
 
     timestep: Int[Any, "*i"]
     guidance: Column
@@ -23,20 +24,25 @@ class Tableau(NamedTuple):
     sigma: Column
     x: Column  # A
     x0: Column  # B
-    x0_prev: Column  # C; zero for one-step schemes
+    past: Float[Any, "*i n"]  # C; zero for one-step schemes
     noise: Column  # D; zero for deterministic schemes
+    keep_x: Column  # E
+    keep_x0: Column  # F
 
 
 def step(
     row: Tableau,
     x: Float[Array, "b t h w c"],
     v: Float[Array, "b t h w c"],
-    x0_prev: Float[Array, "b t h w c"],
+    past: tuple[Float[Array, "b t h w c"], ...],
     noise: Float[Array, "b t h w c"],
-) -> tuple[Float[Array, "b t h w c"], Float[Array, "b t h w c"]]:
-    """One step of any schedule, all in float32: (next x, this step's x0)."""
+) -> tuple[Float[Array, "b t h w c"], tuple[Float[Array, "b t h w c"], ...]]:
+    """One step of any schedule, all in float32: (next x, next past)."""
     x0 = row.alpha * x - row.sigma * v
-    return row.x * x + row.x0 * x0 + row.x0_prev * x0_prev + row.noise * noise, x0
+    later = row.x * x + row.x0 * x0
+    for n, kept in enumerate(past):
+        later += row.past[n] * kept
+    return later + row.noise * noise, (row.keep_x * x + row.keep_x0 * x0, *past[:-1])
 
 
 def guide(
@@ -97,42 +103,133 @@ class Coefficients(NamedTuple):
 
     x: np.ndarray
     x0: np.ndarray
-    x0_prev: np.ndarray
+    past: np.ndarray  # [i n]
     noise: np.ndarray
+    keep_x: np.ndarray
+    keep_x0: np.ndarray
     draws: np.ndarray
+
+
+def _coefficients(
+    x: np.ndarray,
+    x0: np.ndarray,
+    *past: np.ndarray,
+    noise: Any = 0,
+    keep_x: Any = 0,
+    keep_x0: Any = 1,
+    draws: Any = 0,
+) -> Coefficients:
+    """Of a sampler that keeps x0, draws nothing, and uses nothing that was kept, where nothing else
+    is said."""
+    zeros = np.zeros_like(x)
+    rest = (zeros + one for one in (noise, keep_x, keep_x0, draws))
+    return Coefficients(x, x0, np.stack(past or (zeros,), axis=-1), *rest)
 
 
 def ddim(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
     """DDIM (arXiv 2010.02502) without noise, for v-prediction."""
     here, landing = levels(config, timesteps)
     x = np.sqrt((1 - landing) / (1 - here))
-    zeros = np.zeros_like(x)
-    return Coefficients(x, np.sqrt(landing) - x * np.sqrt(here), zeros, zeros, zeros)
+    return _coefficients(x, np.sqrt(landing) - x * np.sqrt(here))
+
+
+def _half_log_snr(levels: np.ndarray) -> np.ndarray:
+    """log(alpha / sigma): infinite without signal and without noise."""
+    with np.errstate(divide="ignore"):
+        return np.log(np.sqrt(levels / (1 - levels)))
+
+
+def _one_step(config: SchedulerConfig, timesteps: np.ndarray) -> np.ndarray:
+    """Which steps use nothing that was kept: the first, and one to no noise."""
+    first = np.arange(len(timesteps)) == 0
+    return first | (timesteps < config.num_train_timesteps // len(timesteps))
 
 
 def dpm(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
     """SDE-DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2 with noise). The log-SNR is infinite at
     both ends, and the infinities have a meaning (the first step forgets x, the last adds no noise),
     so they are carried through here; no coefficient is infinite."""
-    here, landing = levels(config, timesteps)
+    (here, landing), one_step = levels(config, timesteps), _one_step(config, timesteps)
+    half_log_snr = _half_log_snr(here)
     with np.errstate(divide="ignore", invalid="ignore"):
-        half_log_snr = np.log(np.sqrt(here / (1 - here)))
-        h = np.log(np.sqrt(landing / (1 - landing))) - half_log_snr
+        h = _half_log_snr(landing) - half_log_snr
         r = np.diff(half_log_snr, prepend=np.nan) / h
         second = 0.5 / r  # the weight of the multistep correction; 0 after an infinite first step
         x = np.sqrt((1 - landing) / (1 - here)) * np.exp(-h)
-    last = timesteps < config.num_train_timesteps // len(timesteps)
-    one_step = (np.arange(len(timesteps)) == 0) | last
     second = np.where(one_step, 0.0, second)
     gain = -np.expm1(-2 * h) * np.sqrt(landing)
     noise = np.sqrt(1 - landing) * np.sqrt(1 - np.exp(-2 * h))
     # The reference draws for the one-step result first, which a multistep correction replaces.
-    return Coefficients(x, gain * (1 + second), -gain * second, noise, np.where(one_step, 1, 2))
+    drawn = np.where(one_step, 1, 2)
+    return _coefficients(x, gain * (1 + second), -gain * second, noise=noise, draws=drawn)
+
+
+def dpm2m(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): as `dpm`, without noise."""
+    here, landing = levels(config, timesteps)
+    half_log_snr = _half_log_snr(here)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = _half_log_snr(landing) - half_log_snr
+        second = 0.5 * h / np.diff(half_log_snr, prepend=np.nan)
+    second = np.where(_one_step(config, timesteps), 0.0, second)
+    gain = -np.expm1(-h) * np.sqrt(landing)
+    x = np.sqrt((1 - landing) / (1 - here))
+    return _coefficients(x, gain * (1 + second), -gain * second)
+
+
+def dpm3m(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
+    """DPM-Solver++(3M) (arXiv 2211.01095, appendix B). Its weights are those of the divided
+    differences of x0 over the half log-SNR; a neighbour at an infinite one has the weight zero.
+    With one neighbour it is `dpm2m`."""
+    here, landing = levels(config, timesteps)
+    half_log_snr = _half_log_snr(here)
+    one_step = _one_step(config, timesteps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        h = _half_log_snr(landing) - half_log_snr
+        h = np.where(one_step, 1.0, h)
+        near, far = (
+            np.full_like(h, np.inf) for _ in range(2)
+        )  # to the last step, and between both
+        near[1:] = np.diff(half_log_snr)
+        far[2:] = near[1:-1]
+        r, share = near / h, np.where(np.isinf(far), 0.0, near / (near + far))
+        first, second = 1 / r, h / far  # of the two differences; zero where infinitely far
+        curved = np.where(np.isinf(far), 0.0, h / (near + far))
+    once = -np.expm1(-h) * np.sqrt(landing)
+    slope = np.where(np.isinf(far), 0.5 * once, (np.expm1(-h) / h + 1) * np.sqrt(landing))
+    bend = ((np.expm1(-h) + h) / h**2 - 0.5) * np.sqrt(landing)
+    newest = slope * (1 + share) - bend * curved  # of the difference to the last step's x0
+    older = -slope * share + bend * curved  # of the difference between those of the last two
+    newest, older = newest * first, older * second
+    newest, older = (np.where(one_step, 0.0, weight) for weight in (newest, older))
+    x = np.sqrt((1 - landing) / (1 - here))
+    alone = np.sqrt(landing) - x * np.sqrt(here)  # DDIM, which this is in one step
+    once = np.where(one_step, alone, once)
+    return _coefficients(x, once + newest, older - newest, -older)
+
+
+def deis(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
+    """DEIS (arXiv 2204.13902) of order 2, polynomials in log(rho) with rho = sigma / alpha. What it
+    extrapolates, and so what a step keeps, is the predicted noise (x - alpha x0) / sigma."""
+    here, landing = levels(config, timesteps)
+    alpha, sigma, one_step = np.sqrt(here), np.sqrt(1 - here), _one_step(config, timesteps)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rho, end = sigma / alpha, np.sqrt((1 - landing) / landing)
+        before = np.concatenate([[np.inf], rho[:-1]])
+        # The integral over rho of log(rho / rho_here) / log(rho_before / rho_here), to the landing.
+        past = (end * (np.log(end / rho) - 1) + rho) / np.log(before / rho)
+    past = np.where(one_step, 0.0, past) * np.sqrt(landing)
+    x = np.sqrt((1 - landing) / (1 - here))
+    x0 = np.sqrt(landing) - x * alpha + past * alpha / sigma
+    return _coefficients(x - past / sigma, x0, past, keep_x=1 / sigma, keep_x0=-alpha / sigma)
 
 
 SAMPLERS: dict[str, Callable[[SchedulerConfig, np.ndarray], Coefficients]] = {
     "ddim": ddim,
     "dpm": dpm,
+    "dpm2m": dpm2m,
+    "dpm3m": dpm3m,
+    "deis": deis,
 }
 
 
@@ -158,33 +255,33 @@ def tableau(
         raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}: got {scheduler!r}")
     timesteps = trailing_timesteps(config, steps)
     here, landing = levels(config, timesteps)
-    x, x0, x0_prev, noise, _ = SAMPLERS[scheduler](config, timesteps)
-    alpha, sigma = np.sqrt(here), np.sqrt(1 - here)
-    if not all(np.isfinite(column).all() for column in (alpha, sigma, x, x0, x0_prev, noise)):
+    *columns, _ = SAMPLERS[scheduler](config, timesteps)
+    columns = [np.sqrt(here), np.sqrt(1 - here), *columns]
+    if not all(np.isfinite(column).all() for column in columns):
         raise ValueError(f"scheduler {scheduler} must have finite coefficients: {config} has not")
-    if faults := find_broken_identities(alpha, sigma, landing, x, x0, x0_prev, noise):
-        got = f"{' and '.join(faults)} for {config}"
-        raise ValueError(f"scheduler {scheduler} must have exact coefficients: got {got}")
     constant = np.full(steps, guidance_scale)
     guidance = dynamic_guidance(guidance_scale, timesteps) if use_dynamic_cfg else constant
-    columns = (guidance, alpha, sigma, x, x0, x0_prev, noise)
-    return Tableau(timesteps.astype(np.int32), *(c.astype(np.float32) for c in columns))
+    rows = Tableau(timesteps, guidance, *columns)
+    if faults := find_broken_identities(rows, landing):
+        got = f"{' and '.join(faults)} for {config}"
+        raise ValueError(f"scheduler {scheduler} must have exact coefficients: got {got}")
+    return Tableau(timesteps.astype(np.int32), *(c.astype(np.float32) for c in rows[1:]))
 
 
-def find_broken_identities(
-    alpha: np.ndarray,
-    sigma: np.ndarray,
-    landing: np.ndarray,
-    x: np.ndarray,
-    x0: np.ndarray,
-    x0_prev: np.ndarray,
-    noise: np.ndarray,
-) -> list[str]:
+def find_broken_identities(rows: Tableau, landing: np.ndarray) -> list[str]:
     """Which of two identities a tableau breaks in float64. They hold for every sampler whose
     predictions are exact: where x is alpha X + sigma E, a step lands on alpha_next X + sigma_next
     E' with noise E' of unit variance. For example the last DDIM row (alpha_next 1): x 0, x0 1, and
     0 * alpha + 1 + 0 == 1."""
-    signal, variance = x * alpha + x0 + x0_prev, (x * sigma) ** 2 + noise**2
+    signal, share = rows.x * rows.alpha + rows.x0, rows.x * rows.sigma  # of X and of E
+    for n in range(rows.past.shape[1]):  # what was kept n + 1 steps before is made of X and E too
+        weight = rows.past[n + 1 :, n]
+        alpha, sigma, keep_x, keep_x0 = (
+            column[: len(weight)] for column in (rows.alpha, rows.sigma, rows.keep_x, rows.keep_x0)
+        )
+        signal[n + 1 :] += weight * (keep_x * alpha + keep_x0)
+        share[n + 1 :] += weight * keep_x * sigma
+    variance = share**2 + rows.noise**2
     errors = {"signal": signal - np.sqrt(landing), "variance": variance - (1 - landing)}
     most = {name: np.max(np.abs(error)) for name, error in errors.items()}
     return [f"{name} off by {error:.1e}" for name, error in most.items() if error > EXACT]

@@ -26,7 +26,7 @@ class State(NamedTuple):
     """What one denoising step hands to the next, in float32."""
 
     x: Float[Array, "b t h w c"]  # noisy latents
-    x0: Float[Array, "b t h w c"]  # the last step's prediction of the clean ones
+    past: tuple[Float[Array, "b t h w c"], ...]  # what the last steps kept, newest first
 
 
 def encode_text(t5: T5, ids: Int[Array, "pairs p"], *, mesh: Mesh) -> Float[Array, "pairs p d"]:
@@ -80,11 +80,13 @@ def draw_start(
     keys: UInt32[Array, "b 2"],
     *,
     shape: tuple[int, ...],
+    past: int = 1,
     mesh: Mesh,
 ) -> State:
-    """Pure noise in latents of `shape` [t h w c]."""
+    """Pure noise in latents of `shape` [t h w c], for a sampler that uses what the last `past`
+    steps kept."""
     x = pin(draw(keys, INITIAL, shape) if noise is None else noise, mesh, "video")
-    return State(x, pin(jnp.zeros_like(x), mesh, "video"))
+    return State(x, tuple(pin(jnp.zeros_like(x), mesh, "video") for _ in range(past)))
 
 
 def denoise(
@@ -121,7 +123,7 @@ def denoise(
             v = guide(row, *jnp.split(v, GUIDED))
         if noise is None:
             noise = draw(keys, STEPS, state.x.shape[1:], index)
-        state = State(*step(row, state.x, v, state.x0, noise))
+        state = State(*step(row, state.x, v, state.past, noise))
         return jax.tree.map(lambda leaf: pin(leaf, layout.mesh, "video"), state), None
 
     indices = first + jnp.arange(steps)

@@ -33,6 +33,7 @@ NOISE_MODULES = (  # where the reference draws noise
     "diffusers.pipelines.cogvideo.pipeline_cogvideox_image2video",
     "diffusers.schedulers.scheduling_dpm_cogvideox",
 )
+REFERENCE = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 
 
 def record(
@@ -62,6 +63,9 @@ def record(
     _check_table(config, request)
     picture = read_image(video.image)
     count = request.num_inference_steps
+    if request.scheduler not in REFERENCE:
+        must = f"scheduler must be {' or '.join(REFERENCE)}, which the reference has"
+        raise ValueError(f"{must}: got {request.scheduler!r}")
     # Raises ValueError for a number of steps that the scheduler cannot compute.
     tableau(
         config.scheduler, request.scheduler, count, request.guidance_scale, request.use_dynamic_cfg
@@ -96,8 +100,7 @@ def record(
         why = first_line(error)
         raise ValueError(f"{source} must be a whole diffusers folder: {why}") from None
     pipe.to(getattr(torch, dtype))  # some versions leave a part in its stored dtype
-    schedulers = {"dpm": diffusers.CogVideoXDPMScheduler, "ddim": diffusers.CogVideoXDDIMScheduler}
-    pipe.scheduler = schedulers[request.scheduler].from_config(
+    pipe.scheduler = getattr(diffusers, REFERENCE[request.scheduler]).from_config(
         pipe.scheduler.config, timestep_spacing="trailing"
     )
     if device == "cuda":

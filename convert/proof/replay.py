@@ -129,11 +129,13 @@ class Replay:
             sigma=-ones,
             x=zeros,
             x0=ones,
-            x0_prev=zeros,
+            past=np.zeros_like(tableau.past),
             noise=zeros,
+            keep_x=zeros,
+            keep_x0=zeros,
         )
         x = self._put(x, "video")
-        return jnp.asarray(to_host(self._denoise(stages.State(x, x), index, returns_v, given).x))
+        return jnp.asarray(to_host(self._denoise(stages.State(x, (x,)), index, returns_v, given).x))
 
     def _denoise(
         self, state: stages.State, index: int, tableau: Tableau, given: Conditions
@@ -148,7 +150,8 @@ class Replay:
             self.trace.read(name, index) if self.trace.has(name, index) else 0 * x
             for name in ("guided", "x0_prev", "noise")
         ]
-        return step(self._row(index), *map(jnp.asarray, (x, *given)))[0]
+        x, guided, x0_prev, noise = map(jnp.asarray, (x, *given))
+        return step(self._row(index), x, guided, (x0_prev,), noise)[0]
 
     def _row(self, index: int) -> Tableau:
         return Tableau(*(column[index] for column in self.job.tableau))

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 import twins
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+)
 from tolerances import TOLERANCE, assert_close
 
 from cogi2v_jax.config import SchedulerConfig
 from cogi2v_jax.sampling import schedule
-from cogi2v_jax.sampling.schedule import SAMPLERS, Coefficients, draws, step, tableau
+from cogi2v_jax.sampling.schedule import SAMPLERS, Coefficients, Tableau, draws, step, tableau
 
 REFERENCES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 INEXACT = {"rescale_betas_zero_snr": False, "set_alpha_to_one": False}
@@ -54,27 +60,37 @@ def theirs(scheduler: str, settings: str, steps: int) -> tuple[np.ndarray, np.nd
     return start.numpy(), torch.stack(noise).numpy(), torch.stack(path).numpy()
 
 
+def path_of(
+    rows: Tableau, start: Any, velocity: Callable[[Tableau, Any], Any], noise: Any = None
+) -> np.ndarray:
+    """x after each step of ours."""
+
+    def one(carry: tuple, given: tuple) -> tuple:
+        (x, past), (row, drawn) = carry, given
+        x, past = step(row, x, velocity(row, x), past, drawn)
+        return (x, past), x
+
+    past = (jnp.zeros(SHAPE),) * rows.past.shape[1]
+    given = np.zeros((len(rows.x), *SHAPE), np.float32) if noise is None else noise
+    return np.asarray(jax.lax.scan(one, (jnp.asarray(start), past), (rows, given))[1])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("scheduler", SAMPLERS)
+@pytest.mark.parametrize("scheduler", REFERENCES)
 def test_every_step_of_a_trajectory_gives_what_the_references_step_gives(
     scheduler: str, settings: str, steps: int
 ) -> None:
     start, noise, path = theirs(scheduler, settings, steps)
 
-    def one(carry: tuple, given: tuple) -> tuple:
-        (x, x0), (row, drawn) = carry, given
-        x, x0 = step(row, x, jnp.sin(x + row.timestep / 100), x0, drawn)
-        return (x, x0), x
-
     rows = tableau(config(settings), scheduler, steps, 6.0, False)
-    _, ours = jax.lax.scan(one, (start, jnp.zeros(SHAPE)), (rows, noise))
+    ours = path_of(rows, start, lambda row, x: jnp.sin(x + row.timestep / 100), noise)
     assert ours.dtype == np.float32
     assert_close(ours, path, TOLERANCE["trajectory"])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 30, 50])
-@pytest.mark.parametrize("scheduler", SAMPLERS)
+@pytest.mark.parametrize("scheduler", REFERENCES)
 def test_draws_counts_how_often_the_reference_draws_noise(
     scheduler: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,6 +108,54 @@ def test_draws_counts_how_often_the_reference_draws_noise(
         before = t
         counts.append(len(drawn))
     assert draws(config(), scheduler, steps).tolist() == counts
+
+
+GENERAL = {  # diffusers' own schedulers of these samplers, for levels without an infinite log-SNR
+    "dpm2m": (DPMSolverMultistepScheduler, 2),
+    "dpm3m": (DPMSolverMultistepScheduler, 3),
+    "deis": (DEISMultistepScheduler, 2),
+}
+
+
+# These divide 1000, so that each step lands on the next; below 15 theirs end with lower orders.
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("scheduler", GENERAL)
+def test_multistep_samplers_step_as_those_of_diffusers(scheduler: str, steps: int) -> None:
+    levels = schedule.alphas_cumprod(config("neither end exact"))
+    kind, order = GENERAL[scheduler]
+    betas = 1 - levels / np.concatenate([[1.0], levels[:-1]])
+    settings = {"trained_betas": betas, "solver_order": order, "prediction_type": "v_prediction"}
+    settings |= {"timestep_spacing": "trailing"}
+    if kind is DPMSolverMultistepScheduler:
+        settings |= {"final_sigmas_type": "sigma_min"}
+    reference: Any = kind(**settings)
+    reference.set_timesteps(steps)
+    rows = tableau(config("neither end exact"), scheduler, steps, 6.0, False)
+    np.testing.assert_array_equal(reference.timesteps, rows.timestep)
+    start = x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    ours = path_of(rows, start.numpy(), lambda row, x: jnp.sin(x + row.timestep / 100))
+    for index, t in enumerate(reference.timesteps[:-1]):  # the last one they take otherwise
+        x = reference.step(torch.sin(x + t / 100), t, x, return_dict=False)[0]
+        # Their coefficients are float32; the largest error is 1.0e-5.
+        assert_close(ours[index], x.numpy(), 2 * TOLERANCE["trajectory"])
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+@pytest.mark.parametrize("scheduler", GENERAL)
+def test_multistep_samplers_come_nearer_to_the_exact_trajectory_than_ddim(
+    scheduler: str, steps: int
+) -> None:
+    """For data of a normal distribution with the deviation 0.5, whose velocity is known, noise x
+    leads to x / 2. Order 1 of the steps at both ends limits what the others gain."""
+
+    def velocity(row: Tableau, x: Any) -> Any:
+        return row.alpha * row.sigma * (1 - 0.25) / (row.alpha**2 * 0.25 + row.sigma**2) * x
+
+    def error(scheduler: str) -> float:
+        rows = tableau(config(), scheduler, steps, 6.0, False)
+        return float(abs(path_of(rows, np.ones(SHAPE, np.float32), velocity)[-1] - 0.5).max())
+
+    assert error(scheduler) < 0.85 * error("ddim")
 
 
 LEVELS = {  # alphas_cumprod at a timestep, of (5b, 2b)
@@ -126,7 +190,7 @@ def test_dpm_coefficients_have_the_known_values(
     index: int, x: float, m2: float, m3: float, noise: float
 ) -> None:
     rows = tableau(config(), "dpm", 50, 6.0, False)
-    ours = [rows.x[index], rows.x0[index], rows.x0_prev[index], rows.noise[index]]
+    ours = [rows.x[index], rows.x0[index], rows.past[index, 0], rows.noise[index]]
     np.testing.assert_allclose(ours, [x, -m2 * m3, m2 * (m3 - 1), noise], rtol=2e-7)
 
 
@@ -200,14 +264,15 @@ def test_step_counts_out_of_range_are_refused_with_the_range_and_its_nearest_end
 def test_every_tableau_is_finite_and_32_bits_wide(scheduler: str) -> None:
     for steps in filter(is_accepted, range(1, 1001)):
         rows = tableau(config(), scheduler, steps, 6.0, False)
-        assert {column.shape for column in rows} == {(steps,)}
-        assert [column.dtype for column in rows] == [np.int32] + 7 * [np.float32]
-        assert np.isfinite(rows[1:]).all(), steps
+        kept = (steps, 2 if scheduler == "dpm3m" else 1)
+        assert [column.shape for column in rows] == 6 * [(steps,)] + [kept] + 3 * [(steps,)]
+        assert [column.dtype for column in rows] == [np.int32] + 9 * [np.float32]
+        assert all(np.isfinite(column).all() for column in rows), steps
 
 
-@pytest.mark.parametrize("column", ["x", "x0", "x0_prev"])
+@pytest.mark.parametrize("column", ["x", "x0", "past"])
 @pytest.mark.parametrize("scheduler", SAMPLERS)
-def test_a_column_that_is_off_by_a_billionth_breaks_the_identity_of_the_signal(
+def test_a_column_that_is_off_by_a_billionth_breaks_an_identity(
     scheduler: str, column: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler = SAMPLERS[scheduler]
@@ -217,7 +282,9 @@ def test_a_column_that_is_off_by_a_billionth_breaks_the_identity_of_the_signal(
         return right._replace(**{column: getattr(right, column) + 1e-9})
 
     monkeypatch.setitem(SAMPLERS, scheduler, wrong)
-    with pytest.raises(ValueError, match="must have exact coefficients: got signal off by"):
+    # What DEIS keeps is noise.
+    broken = "variance" if (scheduler, column) == ("deis", "past") else "signal"
+    with pytest.raises(ValueError, match=f"must have exact coefficients: got {broken} off by"):
         tableau(config(), scheduler, 50, 6.0, True)
 
 
@@ -252,5 +319,7 @@ def test_noise_levels_that_float64_cannot_resolve_are_refused_in_one_line() -> N
 
 
 def test_an_unknown_scheduler_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="scheduler must be one of ddim, dpm: got 'euler'"):
+    with pytest.raises(
+        ValueError, match="scheduler must be one of ddim, dpm, dpm2m, dpm3m, deis: got 'euler'"
+    ):
         tableau(config(), "euler", 50, 6.0, False)

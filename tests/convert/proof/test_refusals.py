@@ -106,6 +106,10 @@ def test_a_truth_must_be_a_float32_trace_of_the_same_request(case: Case, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (
+            ["--scheduler", "deis"],
+            "scheduler must be ddim or dpm, which the reference has: got 'deis'",
+        ),
         (["--keep_steps", "0,50"], "keep_steps must be from 0 to 49: got 0, 50"),
         (["--image", "no such picture.png"], "image must be an existing file"),
         (["--num_frames", "11"], "num_frames must be"),
