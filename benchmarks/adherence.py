@@ -39,7 +39,7 @@ from tracking import (
 
 import cogi2v_jax
 from cogi2v_jax.arguments import add_settings
-from cogi2v_jax.request import SETTINGS
+from cogi2v_jax.settings import SETTINGS
 from cogi2v_jax.training import shapes
 from cogi2v_jax.training.shapes import Scene
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .names import ASSETS, EXAMPLE_LORA, LORA_SUFFIXES, parse_hub
-from .request import SWITCH, Kind, Settings
+from .settings import SWITCH, Kind, Settings
 
 
 def add_settings(parser: argparse.ArgumentParser, ours: bool = True) -> None:

@@ -367,8 +367,8 @@ class CheckpointConfig:
 
     @functools.cached_property
     def defaults(self) -> Mapping[str, Any]:
-        """A value for every one of `request.SETTINGS`: of the checkpoint's TOML, else of its
-        family's, else of the folder's own config."""
+        """A value for every one of `settings.SETTINGS` but the `settings.NEUTRAL`: of the
+        checkpoint's TOML, else of its family's, else of the folder's own config."""
         t = self.transformer
         folder = {
             "height": t.sample_height * self.vae.spatial_ratio,

@@ -62,17 +62,18 @@ def generate(
         text = run(stages.encode_text, job.ids)  # [pairs p d]
         moments = encode_pixels(run, job.pixels)  # [b 1 h w 2c]
         image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
+        low = run(stages.low_pass, image, *job.low_pass) if job.low_pass else None
         modulation = run(stages.modulate, *job.time)
     past = job.tableau.past.shape[1]
     state = run(stages.draw_start, job.noise.initial, job.keys, shape=job.shape[:4], past=past)
-    inputs = job.keys, image, text, job.positions()
+    inputs = job.keys, image, text, job.positions(), low
     for first in range(0, steps, group):
         rows = np.int32(first), job.tableau, modulation, job.noise_of(first, group)
-        state = run(stages.denoise, state, *rows, *inputs, steps=group)
+        state = run(stages.denoise, state, *rows, *inputs, steps=group, guidance=job.guidance)
         if on_step is not None:
             on_step(first + group, steps, state.x)
     latents = to_host(state.x)[:, job.shape.padding :]  # [b t h w c]
-    del text, moments, image, modulation, state, inputs, rows  # decoding needs their memory
+    del text, moments, image, low, modulation, state, inputs, rows  # decoding needs their memory
     if not np.isfinite(latents).all():
         raise FloatingPointError(f"latents are not finite after {steps} steps; {WAYS}")
     if on_latents is not None:

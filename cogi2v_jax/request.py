@@ -1,125 +1,20 @@
 """What a user asks for, checked against a checkpoint before anything slow begins."""
 
 import dataclasses
-import math
-import numbers
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .config import CheckpointConfig
 from .disk import is_text
-
-# What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales;
-# the reference's is the default.
-IMAGE_LATENT_SCALES = ("reference", "sat", "trainer")
-FITS = ("crop", "pad", "stretch")  # how the image is fitted to the size of the video
+from .settings import KINDS, NEUTRAL, Settings, is_sequence, is_whole, misfits
 
 Whole = int | np.integer
 Real = int | float | np.number
-
-
-class Kind(NamedTuple):
-    """The values that some settings take."""
-
-    rule: str  # follows "must be"
-    fits: Callable[[Any], bool]
-    convert: Callable[[Any], Any]  # from numpy's type, or from a flag's text
-    names: tuple[str, ...] = ()  # all values, where they can be listed
-
-
-def is_real(value: Any) -> bool:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
-        return False
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_name(value: Any, names: tuple[str, ...]) -> bool:
-    return isinstance(value, str) and value in names  # an array has no single truth value
-
-
-def one_of(*names: str) -> Kind:
-    rule = f"{', '.join(names[:-1])} or {names[-1]}"
-    return Kind(rule, lambda value: _is_name(value, names), str, names)
-
-
-# The shapes of arrays are 32 or 64 bits wide.
-COUNT = Kind(
-    "a positive integer below 2**31", lambda value: is_whole(value) and 0 < value < 2**31, int
-)
-# A GIF can hold a frame for at most 655 seconds, and no screen shows more than 240 a second.
-RATE = Kind("a number from 0.01 to 240", lambda v: is_real(v) and 0.01 <= v <= 240, float)
-SCALE = Kind("a finite number and not negative", lambda v: is_real(v) and v >= 0, float)
-SWITCH = Kind("true or false", lambda value: isinstance(value, (bool, np.bool_)), bool)
-LATENT_SCALE = Kind(
-    f"{', '.join(IMAGE_LATENT_SCALES)} or a positive number",
-    lambda value: _is_name(value, IMAGE_LATENT_SCALES) or (is_real(value) and value > 0),
-    lambda value: value if value in IMAGE_LATENT_SCALES else float(value),
-)
-
-
-def _setting(kind: Kind, official: bool = True, **flag: str) -> Any:
-    """A field with its values, whether the official script has its flag, and what `--help` shows
-    for it."""
-    return field(metadata={"kind": kind, "official": official, "flag": flag})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to sample. The checks, the command-line flags, the recipe and the trace of the reference
-    are made from these fields; `Request` has each of them once more, where None leaves it to the
-    checkpoint."""
-
-    height: int = _setting(COUNT, metavar="PX", help="multiple of 16")
-    width: int = _setting(COUNT, metavar="PX", help="multiple of 16")
-    num_frames: int = _setting(COUNT, metavar="N", help="8k+1")
-    fps: float = _setting(RATE, metavar="N")
-    num_inference_steps: int = _setting(COUNT, metavar="N")
-    guidance_scale: float = _setting(
-        SCALE, metavar="X", help="1 or less samples without guidance, in half the time"
-    )
-    use_dynamic_cfg: bool = _setting(SWITCH, help="guidance that varies over the steps")
-    scheduler: str = _setting(one_of("ddim", "dpm", "dpm2m", "dpm3m", "deis"))
-    fit: str = _setting(
-        one_of(*FITS),
-        official=False,
-        help="how the image is fitted to the size; stretch is the reference's way",
-    )
-    image_latent_scale: str | float = _setting(
-        LATENT_SCALE,
-        official=False,
-        metavar="X",
-        help="reference, sat, trainer or a number; sat helps 1.5 videos that start too bright",
-    )
-    noise: str = _setting(
-        one_of("jax", "torch"),
-        official=False,
-        help="whose random numbers a seed means; torch draws those of the official script",
-    )
-
-
-KINDS: dict[str, Kind] = {one.name: one.metadata["kind"] for one in dataclasses.fields(Settings)}
-SETTINGS = tuple(KINDS)
-
-
-def _misfits(settings: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the values of settings."""
-    return [
-        f"{name} must be {kind.rule}: got {settings[name]!r}"
-        for name, kind in KINDS.items()
-        if name in settings and not kind.fits(settings[name])
-    ]
 
 
 def _plain(seed: Any) -> Any:
@@ -199,7 +94,7 @@ class Request:
     num_frames: Whole | None = None
     fps: Real | None = None
     num_inference_steps: Whole | None = None
-    guidance_scale: Real | None = None
+    guidance_scale: Real | Sequence[Real] | np.ndarray | None = None  # or one for each step
     use_dynamic_cfg: bool | None = None
     scheduler: str | None = None  # "ddim", "dpm", "dpm2m", "dpm3m" or "deis"
     seed: Whole | Sequence[Whole] | np.ndarray = 42
@@ -207,6 +102,11 @@ class Request:
     # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number.
     image_latent_scale: str | Real | None = None
     noise: str | None = None  # "jax" or "torch": whose random numbers a seed means
+    motion: Real | None = None  # 0 to 1
+    guidance_method: str | None = None  # "cfg", "apg" or "cfg_zero"
+    guidance_interval: Sequence[Real] | np.ndarray | None = None  # (A, B), shares of the steps
+    guidance_skip: Real | None = None
+    image_guidance: Real | None = None
 
     @property
     def videos(self) -> list[Video]:
@@ -248,14 +148,17 @@ class Request:
         are only outside the published range."""
         self.check()
         given = {name: value for name, value in vars(self).items() if value is not None}
-        values: dict[str, Any] = {**vars(self), **config.defaults, **given}
-        if faults := _misfits(values):  # `given` has none, so a TOML lacks one or has a wrong one
+        values: dict[str, Any] = {**vars(self), **NEUTRAL, **config.defaults, **given}
+        if is_sequence(values["guidance_scale"]):
+            values["use_dynamic_cfg"] = given.get("use_dynamic_cfg", False)
+        if faults := misfits(values):  # `given` has none, so a TOML lacks one or has a wrong one
             raise ValueError(f"the defaults of {config.title}: {'; '.join(faults)}")
         values |= {name: kind.convert(values[name]) for name, kind in KINDS.items()}
         seed = _plain(self.seed)
         values["seed"] = int(seed) if is_whole(seed) else [int(one) for one in seed]
         resolved = Resolved(**values)
         faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
+        faults += resolved._guidance_faults()
         if faults:
             raise ValueError("; ".join(faults))
         sizes = resolved.height, resolved.width, resolved.num_frames
@@ -267,7 +170,7 @@ class Request:
 
     def check(self) -> None:
         """Raises ValueError naming all values that no checkpoint takes."""
-        faults = _misfits({name: value for name, value in vars(self).items() if value is not None})
+        faults = misfits({name: value for name, value in vars(self).items() if value is not None})
         try:
             for video in self.videos:
                 if not is_text(video.prompt) or not is_text(video.negative_prompt):
@@ -292,8 +195,10 @@ class Resolved(Settings, Request):
     @property
     def guided(self) -> bool:
         """Whether the unconditional prediction is computed at all. The scale alone decides that,
-        also where guidance is dynamic."""
-        return self.guidance_scale > 1
+        also where guidance is dynamic, if nothing else needs it."""
+        scale = self.guidance_scale
+        most = max(scale) if isinstance(scale, tuple) else scale
+        return most > 1 or self.image_guidance != 1 or self.motion > 0
 
     def latent_shape(self, config: CheckpointConfig) -> LatentShape:
         """The shape of the latents, padded at the front of time to whole patches."""
@@ -321,6 +226,18 @@ class Resolved(Settings, Request):
         if config.family == "cogvideox-i2v" and scale == "sat":
             return factor  # the first generation has one scale everywhere
         return named[scale] if isinstance(scale, str) else scale
+
+    def _guidance_faults(self) -> list[str]:
+        scale, steps = self.guidance_scale, self.num_inference_steps
+        if not isinstance(scale, tuple):
+            return []
+        faults = []
+        if len(scale) != steps:
+            must = f"guidance_scale must be one number or {steps}, one for each step"
+            faults.append(f"{must}: got {len(scale)}")
+        if self.use_dynamic_cfg:
+            faults.append("guidance_scale must be one number with use_dynamic_cfg: got a list")
+        return faults
 
     def _size_faults(self, config: CheckpointConfig) -> list[str]:
         t, ratio = config.transformer, config.vae.spatial_ratio

@@ -23,7 +23,8 @@ from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
 from .media.videos import ENLARGED, check_name, check_output, enlarge, gif_steps, write_video
 from .names import ASSETS, EXAMPLE_LORA
-from .request import SETTINGS, Request, Video
+from .request import Request, Video
+from .settings import SETTINGS
 from .terminal import printing
 
 EMBEDDED = "cogi2v-tiny"
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     main = Parser(
         allow_abbrev=False,
         prog="python -m cogi2v_jax.sample",
+        usage="%(prog)s [--image FILE --prompt TEXT] [--model NAME] [--output FILE] ...",
         description="Makes a video from a still image and a sentence. With no argument it runs the "
         "embedded model on its example.",
         epilog=WORLD,

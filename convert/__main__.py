@@ -13,7 +13,8 @@ from cogi2v_jax import __version__
 from cogi2v_jax.arguments import add_settings
 from cogi2v_jax.disk import one_line
 from cogi2v_jax.media.download import path_or_address
-from cogi2v_jax.request import SETTINGS, Request
+from cogi2v_jax.request import Request
+from cogi2v_jax.settings import SETTINGS
 from cogi2v_jax.terminal import printing
 
 SOURCES = (

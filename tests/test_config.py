@@ -9,7 +9,7 @@ from cogi2v_jax import config
 from cogi2v_jax.config import CheckpointConfig, named, names, toml
 from cogi2v_jax.disk import read_toml
 from cogi2v_jax.published import Published
-from cogi2v_jax.request import SETTINGS
+from cogi2v_jax.settings import SETTINGS
 from cogi2v_jax.training import shapes
 
 pytestmark = pytest.mark.usefixtures("without_type_hooks")

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..disk import A_POINTER, is_pointer
-from ..request import FITS
+from ..settings import FITS
 from .colours import NoColour, is_raw, to_srgb
 from .download import fetch, file_name, path_or_address, shown
 from .png import is_cut

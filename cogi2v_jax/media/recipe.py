@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..disk import parse_json, refuse_pointer, replace_when_done, sha256
-from ..request import RATE, SETTINGS, Request, Video
+from ..request import Request, Video
+from ..settings import RATE, SETTINGS
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Models

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageSequence, PngImagePlugin
 
 from ..disk import check_target, first_line, replace_when_done
-from ..request import RATE
+from ..settings import RATE
 from .images import decoding, read_image
 
 FRAME_NAME = re.compile(r"\d{5,}\.png")

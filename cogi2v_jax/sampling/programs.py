@@ -36,7 +36,8 @@ from ..weights.pieces import (
     shardings,
 )
 from . import stages
-from .schedule import Tableau, tableau
+from .low_pass import low_pass_matrix
+from .schedule import Guidance, Tableau, tableau
 
 SPARE = 0.94  # of a device's memory that an estimate may fill
 LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
@@ -55,6 +56,7 @@ STAGES: dict[Callable[..., Any], Stage] = {
     stages.encode_text: Stage("text", "text_encoder", Program(stages.encode_text)),
     stages.encode_image: Stage("image", "vae", Program(stages.encode_image)),
     stages.draw_image: Stage("image", None, Program(stages.draw_image)),
+    stages.low_pass: Stage("image", None, Program(stages.low_pass)),
     stages.modulate: Stage("denoise", "modulation", Program(stages.modulate)),
     stages.draw_start: Stage("denoise", None, Program(stages.draw_start)),
     stages.denoise: Stage("denoise", "transformer", Program(stages.denoise, loop=True)),
@@ -167,8 +169,38 @@ class RequestTarget(Target):
     def tableau(self) -> Tableau:
         """Raises ValueError for a schedule that does not exist."""
         r = self.request
-        guidance = r.guidance_scale, r.use_dynamic_cfg
-        return tableau(self.config.scheduler, r.scheduler, r.num_inference_steps, *guidance)
+        return tableau(
+            self.config.scheduler,
+            r.scheduler,
+            r.num_inference_steps,
+            r.guidance_scale,
+            r.use_dynamic_cfg,
+            motion=r.motion,
+            guidance_interval=r.guidance_interval,
+            guidance_skip=r.guidance_skip,
+            image_guidance=r.image_guidance,
+        )
+
+    @property
+    def guidance(self) -> Guidance:
+        """What the loop computes. It skips nothing unless the request says so, since that is
+        another program, nor where the pair is on several devices, which would save nothing."""
+        r, rows = self.request, self.tableau
+        asked = (
+            r.guidance_interval != (0, 1) or r.guidance_skip or isinstance(r.guidance_scale, tuple)
+        )
+        skips = bool(asked) and r.guided and self.mesh.shape["pair"] == 1
+        return Guidance(r.guidance_method, skips, bool((rows.image_guidance != 1).any()))
+
+    @property
+    def low_pass(self) -> tuple[Float[np.ndarray, "h h"], Float[np.ndarray, "w w"]] | None:
+        """The matrices of the low-passed image, if a step wants it. At most, at motion 1, it is as
+        one of a quarter of the height and width."""
+        if not self.request.motion:
+            return None
+        factor = 1 - 0.75 * self.request.motion
+        height, width = (low_pass_matrix(side, factor) for side in self.shape[1:3])
+        return height, width
 
     @cached_property
     def layout(self) -> Layout:
@@ -229,8 +261,9 @@ class RequestTarget(Target):
         past = (latents,) * self.tableau.past.shape[1]
         state, keys = stages.State(latents, past), self._keys(videos)
         given = noise, keys, latents, text, self.position_shapes()
-        args = (state, np.int32(0), self.tableau, modulation, *given)
-        return self.call(stages.denoise, *args, steps=steps)
+        low = latents if self.low_pass else None
+        args = (state, np.int32(0), self.tableau, modulation, *given, low)
+        return self.call(stages.denoise, *args, steps=steps, guidance=self.guidance)
 
     def calls(self, name: str, videos: int = 1) -> list[Call]:
         """The programs of a stage (text, image, denoise, decode) for so many videos, with nothing
@@ -247,7 +280,11 @@ class RequestTarget(Target):
             moments = self._shaped(moments, self.dtype, "video")
             draw = moments, None, keys, self.image_scale
             drawn = self.call(stages.draw_image, *draw, frames=shape.frames)
-            return [self.call(stages.encode_image, pixels), drawn]
+            image = [self.call(stages.encode_image, pixels), drawn]
+            if self.low_pass:
+                latents = self._shaped((videos, *shape[:4]), jnp.float32, "video")
+                image.append(self.call(stages.low_pass, latents, *self.low_pass))
+            return image
         if name == "denoise":
             past = self.tableau.past.shape[1]
             start = self.call(stages.draw_start, None, keys, shape=tuple(shape[:4]), past=past)

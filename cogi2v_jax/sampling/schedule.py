@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..config import SchedulerConfig
 
+BLURRED = 0.04  # share of the steps in which `motion` low-passes the image: the first 2 of 50
 EXACT = 1e-12  # released checkpoints are off by at most 5e-16
 Column = Float[Any, "*i"]  # numpy on the host, jax on the device, where one row of it is a scalar
 
@@ -20,6 +22,8 @@ class Tableau(NamedTuple):
 
     timestep: Int[Any, "*i"]
     guidance: Column
+    image_guidance: Column  # 1 where the prediction without text is the image's alone
+    low_pass: Column  # share of the image's latents that are low-passed, 0 or 1
     alpha: Column
     sigma: Column
     x: Column  # A
@@ -45,11 +49,48 @@ def step(
     return later + row.noise * noise, (row.keep_x * x + row.keep_x0 * x0, *past[:-1])
 
 
-def guide(
-    row: Tableau, unconditional: Float[Array, "b t h w c"], conditional: Float[Array, "b t h w c"]
-) -> Float[Array, "b t h w c"]:
+Latents = Float[Array, "b t h w c"]
+
+
+def guide(row: Tableau, unconditional: Latents, conditional: Latents) -> Latents:
     """Classifier-free guidance (arXiv 2207.12598) of a pair of predictions, in float32."""
     return unconditional + row.guidance * (conditional - unconditional)
+
+
+def guide_across(row: Tableau, unconditional: Latents, conditional: Latents, x: Latents) -> Latents:
+    """Adaptive projected guidance (arXiv 2410.02416) without its part along the prediction, its
+    momentum and its limit: of the difference of both x0, what is orthogonal to the conditional
+    one."""
+    x0 = row.alpha * x - row.sigma * conditional
+    difference = row.sigma * (unconditional - conditional)  # of both x0
+    across = difference - _dot(difference, x0) / _dot(x0, x0) * x0
+    return conditional - (row.guidance - 1) / row.sigma * across
+
+
+def guide_scaled(row: Tableau, unconditional: Latents, conditional: Latents, x: Latents) -> Latents:
+    """CFG-Zero* (arXiv 2503.18886) without its zero steps, which are of flow matching: guidance
+    from the unconditional prediction at the scale that brings it nearest to the conditional one."""
+    scale = _dot(conditional, unconditional) / _dot(unconditional, unconditional)
+    return guide(row, scale * unconditional, conditional)
+
+
+def _dot(a: Latents, b: Latents) -> Float[Array, "b 1 1 1 1"]:
+    return jnp.sum(a * b, axis=(1, 2, 3, 4), keepdims=True)
+
+
+METHODS: dict[str, Callable[[Tableau, Latents, Latents, Latents], Latents]] = {
+    "cfg": lambda row, unconditional, conditional, x: guide(row, unconditional, conditional),
+    "apg": guide_across,
+    "cfg_zero": guide_scaled,
+}
+
+
+class Guidance(NamedTuple):
+    """What the loop is compiled for: how predictions are combined, and which are computed."""
+
+    method: str = "cfg"  # of METHODS
+    skips: bool = False  # only the conditional one in steps where guidance is 1
+    thirds: bool = False  # a third one in steps where image guidance is not 1
 
 
 def alphas_cumprod(config: SchedulerConfig) -> Float[np.ndarray, " levels"]:
@@ -245,8 +286,13 @@ def tableau(
     config: SchedulerConfig,
     scheduler: str,
     steps: int,
-    guidance_scale: float,
+    guidance_scale: float | tuple[float, ...],
     use_dynamic_cfg: bool,
+    *,
+    motion: float = 0.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_skip: float = 0.0,
+    image_guidance: float = 1.0,
 ) -> Tableau:
     """The schedule of a request: `steps` rows, float32 (timesteps int32). Raises ValueError for an
     unknown scheduler, for step counts that break the reference, and for noise levels that no
@@ -259,9 +305,17 @@ def tableau(
     columns = [np.sqrt(here), np.sqrt(1 - here), *columns]
     if not all(np.isfinite(column).all() for column in columns):
         raise ValueError(f"scheduler {scheduler} must have finite coefficients: {config} has not")
-    constant = np.full(steps, guidance_scale)
-    guidance = dynamic_guidance(guidance_scale, timesteps) if use_dynamic_cfg else constant
-    rows = Tableau(timesteps, guidance, *columns)
+    if use_dynamic_cfg and not isinstance(guidance_scale, tuple):
+        guidance = dynamic_guidance(guidance_scale, timesteps)
+    else:
+        guidance = np.broadcast_to(np.asarray(guidance_scale, float), (steps,))
+    step = np.arange(steps)
+    begin, end = (share * steps for share in guidance_interval)
+    guided = (begin <= step) & (step < end) & (np.abs(guidance - 1) > guidance_skip)
+    guidance = np.where(guided, guidance, 1.0)
+    low_pass = (step <= BLURRED * (steps - 1)) * float(motion > 0)
+    image = np.where(low_pass, 0.0, image_guidance)
+    rows = Tableau(timesteps, guidance, image, low_pass, *columns)
     if faults := find_broken_identities(rows, landing):
         got = f"{' and '.join(faults)} for {config}"
         raise ValueError(f"scheduler {scheduler} must have exact coefficients: got {got}")

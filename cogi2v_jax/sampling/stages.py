@@ -3,6 +3,7 @@ encode the image, draw the image's latents, draw the initial noise, denoise with
 on the channels at every step, decode. Keyword-only arguments are static: what a stage is compiled
 for."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from ..models.t5 import T5
 from ..models.transformer import Modulation, ModulationNetwork, Transformer
 from ..models.vae import VAE, posterior, sample_posterior
 from .noise import INITIAL, POSTERIOR, STEPS, draw
-from .schedule import Tableau, guide, step
+from .schedule import METHODS, Guidance, Tableau, step
 
 
 class State(NamedTuple):
@@ -64,6 +65,17 @@ def draw_image(
     return pin(jnp.pad(latents, later_frames), mesh, "video")
 
 
+def low_pass(
+    image: Float[Array, "b t h w c"],
+    rows: Float[Array, "h h"],
+    columns: Float[Array, "w w"],
+    *,
+    mesh: Mesh,
+) -> Float[Array, "b t h w c"]:
+    """The image's latents without their fine detail, by the matrices of `low_pass_matrix`."""
+    return pin(jnp.einsum("ij, kl, btjlc -> btikc", rows, columns, image), mesh, "video")
+
+
 def modulate(
     network: ModulationNetwork,
     time: Float[Array, "i d"],
@@ -100,27 +112,43 @@ def denoise(
     image: Float[Array, "b t h w c"],
     text: Float[Array, "pairs p d"],
     positions: Positions,
+    low: Float[Array, "b t h w c"] | None = None,
     *,
     steps: int,
+    guidance: Guidance = Guidance(),  # noqa: B008
     layout: Layout,
 ) -> State:
     """The denoising loop: `steps` steps from row `first` of the tableau on. Schedule, guidance and
     seeds are data and compile nothing; so is given `noise`, which is of these steps alone, since
-    that of a whole schedule may be as large as a network."""
+    that of a whole schedule may be as large as a network. `low` are the image's latents low-passed,
+    where some steps want them."""
     rows = jax.tree.map(
         lambda column: lax.dynamic_slice_in_dim(column, first, steps), (tableau, modulation)
     )
-    copies = text.shape[0] // image.shape[0]  # 2 where guided
     text = network.text_in(text)  # embedded once, not in every step
+    copies = text.shape[0] // image.shape[0]  # 2 where guided
+    unprompted, prompted = text[: len(image)], text[-len(image) :]
 
     def one_step(state: State, inputs: tuple[Any, ...]) -> tuple[State, None]:
         index, (row, modulation), noise = inputs
-        latents = jnp.concatenate([state.x, image], axis=-1).astype(text.dtype)
-        predict = partial(network, modulation=modulation, positions=positions, layout=layout)
-        v = layout.one_by_one(predict)(jnp.concatenate([latents] * copies), text)
+        predict = layout.one_by_one(
+            partial(network, modulation=modulation, positions=positions, layout=layout)
+        )
+        seen = image if low is None else image + row.low_pass * (low - image)
+        latents = jnp.concatenate([state.x, seen], axis=-1).astype(text.dtype)
+        both = partial(predict, jnp.concatenate([latents] * copies), text)
+        if guidance.skips:
+            is_guided = (row.guidance != 1) | (row.image_guidance != 1)
+            v = lax.cond(
+                is_guided, both, lambda: jnp.concatenate([predict(latents, prompted)] * GUIDED)
+            )
+        else:
+            v = both()
         v = v.astype(jnp.float32)
         if copies == GUIDED:
-            v = guide(row, *jnp.split(v, GUIDED))
+            third = partial(_predict_third, predict, layout.mesh, row, state.x, image, unprompted)
+            unconditional, conditional = jnp.split(v, GUIDED)
+            v = _combine(guidance, row, state.x, unconditional, conditional, third)
         if noise is None:
             noise = draw(keys, STEPS, state.x.shape[1:], index)
         state = State(*step(row, state.x, v, state.past, noise))
@@ -129,6 +157,44 @@ def denoise(
     indices = first + jnp.arange(steps)
     state, _ = lax.scan(one_step, state, (indices, rows, noise))
     return state
+
+
+def _predict_third(
+    predict: Callable[[Array, Array], Array],
+    mesh: Mesh,
+    row: Tableau,
+    x: Float[Array, "b t h w c"],
+    image: Float[Array, "b t h w c"],
+    text: Float[Array, "b p d"],
+) -> Float[Array, "b t h w c"]:
+    """Without the prompt; with the image as it is in steps whose pair has it low-passed, else
+    without it."""
+    latents = jnp.concatenate([x, row.low_pass * image], axis=-1).astype(text.dtype)
+    # Where a pair is on several devices those of the other half would idle: both compute the same.
+    ways = mesh.shape["pair"]
+    v = predict(jnp.concatenate([latents] * ways), jnp.concatenate([text] * ways))
+    return v[: len(x)].astype(jnp.float32)
+
+
+def _combine(
+    guidance: Guidance,
+    row: Tableau,
+    x: Float[Array, "b t h w c"],
+    unconditional: Float[Array, "b t h w c"],
+    conditional: Float[Array, "b t h w c"],
+    third: Callable[[], Array],
+) -> Float[Array, "b t h w c"]:
+    """The guided prediction of v. Image guidance (arXiv 2211.09800) leads away from a third
+    prediction without image. In steps that low-pass the image (adaptive low-pass guidance, arXiv
+    2506.08456) its weight is 0: the guidance of the low-passed pair starts from a third one that
+    has the image as it is."""
+    v = METHODS[guidance.method](row, unconditional, conditional, x)
+    if not guidance.thirds:
+        return v
+    more = 1 - row.image_guidance
+    return v + lax.cond(
+        more == 0, lambda: jnp.zeros_like(v), lambda: more * (third() - unconditional)
+    )
 
 
 def decode(

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import CONFIGS
 from ..disk import first_line, is_text, one_line, read_toml
-from ..request import COUNT, LATENT_SCALE, SCALE, SWITCH, Kind, is_real, is_whole, one_of
+from ..settings import COUNT, LATENT_SCALE, SCALE, SWITCH, Kind, is_real, is_whole, one_of
 
 RECIPES = CONFIGS / "training"
 METHODS = ("lora", "full", "vae")

@@ -21,8 +21,9 @@ from cogi2v_jax.config import CheckpointConfig
 from cogi2v_jax.disk import check_target, first_line, replace_when_done
 from cogi2v_jax.media.images import read_image
 from cogi2v_jax.pipeline import tokenize_prompts
-from cogi2v_jax.request import SETTINGS, Request, Resolved
+from cogi2v_jax.request import Request, Resolved
 from cogi2v_jax.sampling.schedule import tableau
+from cogi2v_jax.settings import SETTINGS
 from cogi2v_jax.weights.checkpoint import MANIFEST
 
 from ..sources.gather import Source
@@ -66,6 +67,8 @@ def record(
     if request.scheduler not in REFERENCE:
         must = f"scheduler must be {' or '.join(REFERENCE)}, which the reference has"
         raise ValueError(f"{must}: got {request.scheduler!r}")
+    if isinstance(request.guidance_scale, tuple):
+        raise ValueError("guidance_scale must be one number, which the reference takes: got a list")
     # Raises ValueError for a number of steps that the scheduler cannot compute.
     tableau(
         config.scheduler, request.scheduler, count, request.guidance_scale, request.use_dynamic_cfg

@@ -125,6 +125,8 @@ class Replay:
         returns_v = Tableau(
             timestep=tableau.timestep,
             guidance=float(conditional) * ones,
+            image_guidance=ones,
+            low_pass=zeros,
             alpha=zeros,
             sigma=-ones,
             x=zeros,

@@ -12,7 +12,7 @@ from einops import EinopsError, rearrange
 from safetensors import SafetensorError, safe_open
 
 from cogi2v_jax.disk import first_line, one_line, parse_json, refuse_pointer
-from cogi2v_jax.request import SETTINGS
+from cogi2v_jax.settings import SETTINGS
 
 FORMAT = 1
 
@@ -58,7 +58,7 @@ class Trace(NamedTuple):
 
     path: Path
     names: frozenset[str]
-    # Prompt, negative_prompt, seed and everything of `request.SETTINGS`, resolved.
+    # Prompt, negative_prompt, seed and everything of `settings.SETTINGS`, resolved.
     settings: dict[str, Any]
     made: dict[str, Any]  # dtype, device, vae_tiling, kept steps, versions
 

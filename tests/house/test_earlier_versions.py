@@ -15,8 +15,8 @@ from cogi2v_jax import Request
 from cogi2v_jax.media import videos
 from cogi2v_jax.media.recipe import read_latents
 from cogi2v_jax.media.videos import read_frames
-from cogi2v_jax.request import SETTINGS
 from cogi2v_jax.sample import main as sample
+from cogi2v_jax.settings import SETTINGS
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "version-0.1.0.tar.xz"
 

@@ -8,7 +8,7 @@ from pictures import one_line
 from PIL import Image
 
 from cogi2v_jax.media.images import fit_image
-from cogi2v_jax.request import FITS
+from cogi2v_jax.settings import FITS
 
 
 @pytest.mark.parametrize("size", [(480, 720), (37, 53), (1000, 300), (1, 1)])

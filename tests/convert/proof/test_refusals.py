@@ -110,6 +110,10 @@ def test_a_truth_must_be_a_float32_trace_of_the_same_request(case: Case, tmp_pat
             ["--scheduler", "deis"],
             "scheduler must be ddim or dpm, which the reference has: got 'deis'",
         ),
+        (
+            ["--guidance_scale", "6,5", "--num_inference_steps", "2"],
+            "guidance_scale must be one number, which the reference takes: got a list",
+        ),
         (["--keep_steps", "0,50"], "keep_steps must be from 0 to 49: got 0, 50"),
         (["--image", "no such picture.png"], "image must be an existing file"),
         (["--num_frames", "11"], "num_frames must be"),

@@ -9,7 +9,7 @@ import pytest
 from cogi2v_convert.proof import trace
 from safetensors.numpy import save_file
 
-from cogi2v_jax.request import SETTINGS
+from cogi2v_jax.settings import SETTINGS
 
 MADE = {"checkpoint": "a", "dtype": "float32", "vae_tiling": False, "kept_steps": [], "device": "a"}
 MADE |= dict.fromkeys(("torch", "diffusers"), "1")
