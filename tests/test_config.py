@@ -9,7 +9,7 @@ from cogi2v_jax import config
 from cogi2v_jax.config import CheckpointConfig, named, names, toml
 from cogi2v_jax.disk import read_toml
 from cogi2v_jax.published import Published
-from cogi2v_jax.settings import SETTINGS
+from cogi2v_jax.settings import NEUTRAL, SETTINGS
 from cogi2v_jax.training import shapes
 
 pytestmark = pytest.mark.usefixtures("without_type_hooks")
@@ -19,7 +19,7 @@ PHRASES = [phrase for phrases in shapes.MOTIONS.values() for phrase in phrases]
 
 
 def defaults(*values: Any) -> dict[str, Any]:
-    return dict(zip(SETTINGS, values, strict=True))
+    return dict(zip((name for name in SETTINGS if name not in NEUTRAL), values, strict=True))
 
 
 # Of the prompts that the generator of clips writes, and of the motions that are left for LoRAs.
