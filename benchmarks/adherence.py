@@ -68,8 +68,14 @@ def held_out(motions: Sequence[str], scenes: int) -> list[Scene]:
     return drawn
 
 
-def make(models: Any, scenes: Sequence[Scene], settings: dict[str, Any]) -> list[Made]:
-    """Videos of the scenes' first frames and prompts; the seed is the number of the scene."""
+def make(
+    models: Any,
+    scenes: Sequence[Scene],
+    settings: dict[str, Any],
+    on_latents: Callable[..., Any] | None = None,
+) -> list[Made]:
+    """Videos of the scenes' first frames and prompts; the seed is the number of the scene.
+    `on_latents` is that of `generate`."""
     made = []
     for first in range(0, len(scenes), TOGETHER):
         batch = scenes[first : first + TOGETHER]
@@ -79,7 +85,7 @@ def make(models: Any, scenes: Sequence[Scene], settings: dict[str, Any]) -> list
             seed=[*range(first, first + len(batch))],
             **settings,
         )
-        made += map(Made, batch, cogi2v_jax.generate(models, request).video)
+        made += map(Made, batch, cogi2v_jax.generate(models, request, on_latents=on_latents).video)
         print(f"\r{len(made)} of {len(scenes)} videos", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return made

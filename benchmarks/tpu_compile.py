@@ -11,7 +11,8 @@ configs/plans.toml lacks, with `--again` all of them, and writes them there. The
 configs/plans.toml as a table.
 
 Nothing here is a measured time. `peak_gib` is the memory that the compiler gives a program on a
-device, arguments and outputs included; a program that it refuses for its memory does not fit.
+device, arguments and outputs included; a program that it refuses for its memory does not fit. Of
+a step of training `summed_gib` is another account: arguments, outputs and temporaries.
 Static seconds are the scheduled cycles over the chip's clock, plus the sent bytes at 100 GB/s.
 docs/performance.md says how far measured times were from such figures. Every row names the jax and
 libtpu that made it.

@@ -143,6 +143,9 @@ def compile_stage(
         peak = max(peak, memory_of.peak_memory_in_bytes / GIB)
         if stage == TRAIN:
             row["host_gib"] = round(memory_of.host_temp_size_in_bytes / GIB, 3)
+            parts = memory_of.argument_size_in_bytes + memory_of.output_size_in_bytes
+            parts += memory_of.temp_size_in_bytes - memory_of.alias_size_in_bytes
+            row["summed_gib"] = round(parts / GIB, 3)
         texts.append(executable.as_text())
         cost = tpu_hlo.read(texts[-1])
         total.add(cost, 1)
@@ -154,8 +157,11 @@ def compile_stage(
             kernel_cycles += times * tpu_kernel.count_cycles(schedule, kernel)
     clock = 1e9 * chip["clock_ghz"]
     seconds = (total.cycles + kernel_cycles) / clock + total.sent / WIRE
+    # The peak of a program that keeps buffers on the host seems to count these too: the compiler
+    # takes programs whose peak is larger than the chip.
+    least = min(peak, row["summed_gib"]) if row.get("host_gib") else peak
     row |= {
-        "fits": peak <= chip["hbm_gib"],
+        "fits": least <= chip["hbm_gib"],
         "peak_gib": round(peak, 3),
         "flops": total.flops + kernel_flops,
         "collective_mib_per_layer": round(total.sent / work.layers / MIB, 3),

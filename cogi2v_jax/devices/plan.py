@@ -86,16 +86,17 @@ def training_lines(model: str, mesh: str) -> list[str]:
     if not found:
         others = ", ".join(dict.fromkeys(row["mesh"] for row in rows)) or "no machine"
         return [head, "", f"not compiled for it; compiled for {others}"]
-    columns = _training_columns("", "GiB a device", "on the host", "static s", "MFU")
-    copies = "(without copies to the host and back)"
+    columns = _training_columns("", "peak GiB", "summed GiB", "on the host", "static s", "MFU")
+    copies = "(without copies to the host and back; the peak may count what is kept there)"
     host = [copies] if any(row["kept"] == "host" for row in found) else []
     ways = (_training_line(row, devices) for row in found)
     return [head, "", columns, *ways, "", STATIC, *host, _compilers(found)]
 
 
 def _training_line(row: Row, devices: int) -> str:
-    """How a step trains, GiB of a device and of the host, static seconds, and the share of the peak
-    that the useful operations are: without those that are computed again."""
+    """How a step trains, GiB of a device by both accounts of the compiler and of the host, static
+    seconds, and the share of the peak that the useful operations are: without those that are
+    computed again."""
     way = f"LoRA of rank {row['rank']}" if row["method"] == "lora" else "all weights"
     way += " beside int8" if row["int8"] else ""
     way += f", {row['kept']} kept"
@@ -103,12 +104,14 @@ def _training_line(row: Row, devices: int) -> str:
     peak = 1e12 * generation(row["mesh"])["peak_tflops"] * devices
     share = row.get("useful_flops", math.nan) / (seconds * peak)
     percent = "-" if math.isnan(share) else f"{share:.0%}"
-    cells = _cell(gib), _cell(row.get("host_gib", math.nan)), _cell(seconds), percent
-    return _training_columns(way, *cells) + ("" if row["fits"] else "  does not fit")
+    others = (_cell(row.get(name, math.nan)) for name in ("summed_gib", "host_gib"))
+    return _training_columns(way, _cell(gib), *others, _cell(seconds), percent) + (
+        "" if row["fits"] else "  does not fit"
+    )
 
 
-def _training_columns(way: str, gib: str, host: str, seconds: str, share: str) -> str:
-    return f"{way:42}{gib:>12}{host:>13}{seconds:>10}{share:>6}"
+def _training_columns(way: str, peak: str, summed: str, host: str, seconds: str, share: str) -> str:
+    return f"{way:42}{peak:>10}{summed:>12}{host:>13}{seconds:>10}{share:>6}"
 
 
 def _find(model: str) -> str:

@@ -302,6 +302,7 @@ def test_a_step_of_training_has_a_row() -> None:
     assert row["changes"] == changes
     assert 0 < row["useful_flops"] < row["flops"]
     assert row["host_gib"] > 0
+    assert 0 < row["summed_gib"] < 1
 
 
 @pytest.mark.release

@@ -280,7 +280,7 @@ STEP = {"method": "lora", "rank": 128, "batch": 1, "int8": False, "kept": "atten
 
 
 def test_a_step_of_training_has_a_line_for_each_way_that_was_compiled(tables):
-    on_one = {"rank": 16, "kept": "host", "int8": True, "host_gib": 4.25}
+    on_one = {"rank": 16, "kept": "host", "int8": True, "host_gib": 4.25, "summed_gib": 11.5}
     tables(
         row("train", "v5e-8", 14, 2, useful_flops=1.576e15, **STEP),
         row("train", "v5e-1", 13, 10, useful_flops=9.85e14, **STEP | on_one),
@@ -292,14 +292,14 @@ def test_a_step_of_training_has_a_line_for_each_way_that_was_compiled(tables):
     assert lines[2].split("  ")[-1].strip() == "MFU"
     way, numbers = lines[3][:42].rstrip(), lines[3][42:].split()
     assert way == "LoRA of rank 128, attention kept"
-    assert numbers == ["14.00", "-", "2.00", "50%"]
+    assert numbers == ["14.00", "-", "-", "2.00", "50%"]
     assert lines[-1] == "compiled with jax 0.10.2 and libtpu 0.0.52 on 2026-11-24"
     _, _, _, small, large, _, static, copies, _ = plan.training_lines(MODEL, "v5e-1")
     assert small.startswith("LoRA of rank 16 beside int8, host kept ")
-    assert small[42:].split() == ["13.00", "4.25", "10.00", "50%"]
+    assert small[42:].split() == ["13.00", "11.50", "4.25", "10.00", "50%"]
     assert large.endswith("does not fit")
     assert static.startswith("seconds are static")
-    assert copies == "(without copies to the host and back)"
+    assert copies.startswith("(without copies to the host and back; the peak may count")
 
 
 def test_a_step_that_was_not_compiled_is_not_guessed(tables):
@@ -332,7 +332,8 @@ def test_a_shipped_row_is_of_a_known_mesh_and_checkpoint_and_fits_as_it_says(num
     assert row["model"] in config.names()
     assert row["stage"] in (*plan.STAGES, "train")
     assert row["fits"] == (
-        row.get("peak_gib", float("inf")) <= plan.generation(row["mesh"])["hbm_gib"]
+        min(row.get("peak_gib", float("inf")), row.get("summed_gib", float("inf")))
+        <= plan.generation(row["mesh"])["hbm_gib"]
     )
     assert {"jax", "libtpu", "date"} <= row.keys()
     assert not row["fits"] or row["static_seconds"] > 0
