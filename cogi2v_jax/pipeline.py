@@ -62,6 +62,9 @@ def generate(
         text = run(stages.encode_text, job.ids)  # [pairs p d]
         moments = encode_pixels(run, job.pixels)  # [b 1 h w 2c]
         image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
+        for frame, pixels in job.pictures.items():
+            placed = encode_pixels(run, pixels), job.keys, job.image_scale, np.int32(frame)
+            image = run(stages.place_image, image, *placed)
         low = run(stages.low_pass, image, *job.low_pass) if job.low_pass else None
         modulation = run(stages.modulate, *job.time)
     past = job.tableau.past.shape[1]
@@ -156,6 +159,7 @@ class Job(RequestTarget):
     noise: Noise  # as given; what is None is still to be drawn
     keys: UInt32[Any, "b 2"]  # of the seeds, on the devices
     pixels: Float[np.ndarray, "b 1 h w 3"]
+    pictures: dict[int, Float[np.ndarray, "b 1 h w 3"]]  # others, by latent frame with padding
     ids: Int[np.ndarray, "pairs p"]  # negative prompts first, where guided
 
     @property
@@ -207,13 +211,18 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
     fitted = {key: fit_image(read_image(image), *size) for key, image in images.items()}
     if any(map(config.published.is_strange, fitted.values())):
         warnings.warn(f"{config.title} knows {PLAIN} alone: expect nothing of sense", stacklevel=3)
-    pixels = np.stack([fitted[id(video.image)] for video in videos])
+    pixels = np.stack([fitted[id(video.image)] for video in videos])[:, None]
+    others = resolved.pictures(config).items()
+    pictures = {
+        frame + shape.padding: np.broadcast_to(fit_image(read_image(image), *size), pixels.shape)
+        for frame, image in others
+    }
     negative = [video.negative_prompt for video in videos] if resolved.guided else []
     prompts = negative + [video.prompt for video in videos]
     ids = tokenize_prompts(config, models.folder, prompts)
     keys = put(seed_keys([video.seed for video in videos]), split(target.mesh))
     fields = {field.name: getattr(target, field.name) for field in dataclasses.fields(target)}
-    return Job(**fields, noise=given, keys=keys, pixels=pixels[:, None], ids=ids)
+    return Job(**fields, noise=given, keys=keys, pixels=pixels, pictures=pictures, ids=ids)
 
 
 def target_of(models: Models, request: Resolved) -> RequestTarget:

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,6 +107,8 @@ class Request:
     guidance_interval: Sequence[Real] | np.ndarray | None = None  # (A, B), shares of the steps
     guidance_skip: Real | None = None
     image_guidance: Real | None = None
+    end_image: Any = None  # a picture for the last latent frame, of every video
+    keyframes: Mapping[int, Any] | None = None  # pictures by latent frame, from 1 on, likewise
 
     @property
     def videos(self) -> list[Video]:
@@ -158,7 +160,7 @@ class Request:
         values["seed"] = int(seed) if is_whole(seed) else [int(one) for one in seed]
         resolved = Resolved(**values)
         faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
-        faults += resolved._guidance_faults()
+        faults += [*resolved._guidance_faults(), *resolved._keyframe_faults(config)]
         if faults:
             raise ValueError("; ".join(faults))
         sizes = resolved.height, resolved.width, resolved.num_frames
@@ -171,6 +173,9 @@ class Request:
     def check(self) -> None:
         """Raises ValueError naming all values that no checkpoint takes."""
         faults = misfits({name: value for name, value in vars(self).items() if value is not None})
+        if not isinstance(self.keyframes or {}, Mapping):
+            got = type(self.keyframes).__name__
+            faults.append(f"keyframes must be pictures by latent frame: got {got}")
         try:
             for video in self.videos:
                 if not is_text(video.prompt) or not is_text(video.negative_prompt):
@@ -226,6 +231,29 @@ class Resolved(Settings, Request):
         if config.family == "cogvideox-i2v" and scale == "sat":
             return factor  # the first generation has one scale everywhere
         return named[scale] if isinstance(scale, str) else scale
+
+    def pictures(self, config: CheckpointConfig) -> dict[int, Any]:
+        """The pictures beside the first one, by latent frame without padding."""
+        shape = self.latent_shape(config)
+        end = {} if self.end_image is None else {shape.frames - shape.padding - 1: self.end_image}
+        return dict(sorted({**(self.keyframes or {}), **end}.items()))
+
+    def _keyframe_faults(self, config: CheckpointConfig) -> list[str]:
+        shape, given = self.latent_shape(config), self.keyframes or {}
+        last = shape.frames - shape.padding - 1
+        faults = []
+        if self.end_image is not None and (last == 0 or last in given):
+            other = "a keyframe there" if last else "a video of one latent frame"
+            faults.append(
+                f"end_image must be the only picture of the last latent frame: got {other}"
+            )
+        rule = f"from 1 to {last} for {self.num_frames} frames"
+        faults += [
+            f"keyframes must be of latent frames {rule}: got {frame!r}"
+            for frame in given
+            if not is_whole(frame) or not 1 <= frame <= last
+        ]
+        return faults
 
     def _guidance_faults(self) -> list[str]:
         scale, steps = self.guidance_scale, self.num_inference_steps

@@ -23,7 +23,7 @@ from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
 from .media.videos import ENLARGED, check_name, check_output, enlarge, gif_steps, write_video
 from .names import ASSETS, EXAMPLE_LORA
-from .request import Request, Video
+from .request import Request, Resolved, Video
 from .settings import SETTINGS
 from .terminal import printing
 
@@ -71,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="what should happen")
     add("--negative_prompt", metavar="TEXT", default="", help="what should not")
     manifest = "many at once: .csv, .jsonl or .txt (prompt@@image) instead of the two above"
+    add("--end_image", metavar="FILE", type=path_or_address, help="the last frame, or near to it")
+    keyframe = "a picture for latent frame N (of four frames; 0 is the first); several times over"
+    add("--keyframe", metavar="N=FILE", action="append", type=_keyframe, default=[], help=keyframe)
     add("--manifest", **FILE, help=manifest)
     output = ".mp4, .gif, or .png for a folder of frames (default: out.mp4)"
     add("--output", "--output_path", **FILE, help=output)
@@ -106,6 +109,13 @@ def parser() -> argparse.ArgumentParser:
     add("--generate_type", choices=["i2v"], default="i2v", help=argparse.SUPPRESS)
     add("--lora_rank", type=int, help=argparse.SUPPRESS)
     return main
+
+
+def _keyframe(text: str) -> tuple[int, Path | str]:
+    number, _, file = text.partition("=")
+    if not number.isdecimal() or not file:
+        raise argparse.ArgumentTypeError(f"must be N=FILE: got {text!r}")
+    return int(number), path_or_address(file)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -173,6 +183,7 @@ def _run(options: argparse.Namespace) -> None:
         _decode_latents(options)
     else:
         with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
+            options.end_image, options.keyframes = _other_pictures(options, Path(folder))
             _sample(options, _planned(options, Path(folder)))
     if options.example:
         say(options.example)
@@ -209,6 +220,14 @@ def _planned(options: argparse.Namespace, folder: Path) -> list[tuple[Video, Pat
     return list(zip(videos, map(_checked, outputs), strict=True))
 
 
+def _other_pictures(
+    options: argparse.Namespace, folder: Path
+) -> tuple[Path | None, dict[int, Path]]:
+    """The end image and the keyframes, those at addresses read into `folder`."""
+    end = None if options.end_image is None else local_copy(options.end_image, folder)
+    return end, {number: local_copy(source, folder) for number, source in options.keyframe}
+
+
 def _copy(output: Path, upscale: tuple[str, int]) -> Path:
     """Where the enlarged copy of an output goes."""
     return output.with_name(f"{output.stem}-x{upscale[1]}{output.suffix}")
@@ -223,7 +242,10 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
     started = time.perf_counter()
     videos, outputs = zip(*planned, strict=True)
     columns = map(list, zip(*videos, strict=True))
-    request = Request(**dict(zip(Video._fields, columns, strict=True)), **_settings(options))
+    pictures = {"end_image": options.end_image, "keyframes": options.keyframes}
+    request = Request(
+        **dict(zip(Video._fields, columns, strict=True)), **_settings(options), **pictures
+    )
     request.check()
     from .pipeline import generate, prepare, videos_at_once
     from .weights.hub import known_config
@@ -249,7 +271,7 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
         paths = list(itertools.islice(remaining, len(batch.videos)))
         recipes: list[dict[str, Any]] = []
 
-        def keep(latents: Any, resolved: Request, paths=paths, recipes=recipes) -> None:
+        def keep(latents: Any, resolved: Resolved, paths=paths, recipes=recipes) -> None:
             """Writes the latents of a batch, each with its recipe."""
             if not hosts.leads():
                 return

@@ -104,8 +104,8 @@ def _training_line(row: Row, devices: int) -> str:
     peak = 1e12 * generation(row["mesh"])["peak_tflops"] * devices
     share = row.get("useful_flops", math.nan) / (seconds * peak)
     percent = "-" if math.isnan(share) else f"{share:.0%}"
-    others = (_cell(row.get(name, math.nan)) for name in ("summed_gib", "host_gib"))
-    return _training_columns(way, _cell(gib), *others, _cell(seconds), percent) + (
+    summed, host = (_cell(row.get(name, math.nan)) for name in ("summed_gib", "host_gib"))
+    return _training_columns(way, _cell(gib), summed, host, _cell(seconds), percent) + (
         "" if row["fits"] else "  does not fit"
     )
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..disk import parse_json, refuse_pointer, replace_when_done, sha256
-from ..request import Request, Video
+from ..request import Resolved, Video
 from ..settings import RATE, SETTINGS
 
 if TYPE_CHECKING:
@@ -17,14 +17,18 @@ LATENTS = ".latents.safetensors"
 
 
 def recipe_of(
-    models: "Models", name: str, request: Request, video: Video | None = None
+    models: "Models", name: str, request: Resolved, video: Video | None = None
 ) -> dict[str, Any]:
     """All that one of a request's videos (None: its only one) was made of, as JSON can hold it. Its
-    image must be a file; `name` is what the user called the checkpoint."""
+    images must be files; `name` is what the user called the checkpoint."""
     import jax
 
     (video,) = request.videos if video is None else (video,)
     image = Path(video.image)
+    pictures = [
+        {"latent_frame": frame, "image": Path(file).name, "sha256": sha256(Path(file))}
+        for frame, file in request.pictures(models.config).items()
+    ]
     return {
         "program": f"cogi2v-jax {__version__}",
         "model": name,
@@ -42,6 +46,7 @@ def recipe_of(
         ],
         "attention": models.attention,
         "mesh": models.mesh,
+        **({"keyframes": pictures} if pictures else {}),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 # Folded into the key of a seed, one number for each use.
-POSTERIOR, INITIAL, STEPS = range(3)
+POSTERIOR, INITIAL, STEPS, KEYFRAMES = range(4)
 
 FILL = 16  # torch makes values in groups: 8 radii and 8 angles
 BLOCK = 2**11 * FILL  # values made at once, whose float64 temporaries fit a cache
@@ -32,7 +32,7 @@ def draw(
     index: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "b *shape"]:  # noqa: F821
     """Standard normal values for each key. `stream` is their use; STEPS has a draw for each step
-    `index`."""
+    `index`, KEYFRAMES for each latent frame."""
 
     def one(data: UInt32[Array, "2"]) -> Float[Array, "*shape"]:
         key = jax.random.fold_in(jax.random.wrap_key_data(data, impl="threefry2x32"), stream)

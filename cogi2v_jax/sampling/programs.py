@@ -56,6 +56,7 @@ STAGES: dict[Callable[..., Any], Stage] = {
     stages.encode_text: Stage("text", "text_encoder", Program(stages.encode_text)),
     stages.encode_image: Stage("image", "vae", Program(stages.encode_image)),
     stages.draw_image: Stage("image", None, Program(stages.draw_image)),
+    stages.place_image: Stage("image", None, Program(stages.place_image)),
     stages.low_pass: Stage("image", None, Program(stages.low_pass)),
     stages.modulate: Stage("denoise", "modulation", Program(stages.modulate)),
     stages.draw_start: Stage("denoise", None, Program(stages.draw_start)),

@@ -19,7 +19,7 @@ from ..models.positions import Positions
 from ..models.t5 import T5
 from ..models.transformer import Modulation, ModulationNetwork, Transformer
 from ..models.vae import VAE, posterior, sample_posterior
-from .noise import INITIAL, POSTERIOR, STEPS, draw
+from .noise import INITIAL, KEYFRAMES, POSTERIOR, STEPS, draw
 from .schedule import METHODS, Guidance, Tableau, step
 
 
@@ -63,6 +63,22 @@ def draw_image(
     latents = scale * sample_posterior(mean, log_variance, noise).astype(jnp.float32)
     later_frames = ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))
     return pin(jnp.pad(latents, later_frames), mesh, "video")
+
+
+def place_image(
+    image: Float[Array, "b t h w c"],
+    moments: Float[Array, "b 1 h w c2"],
+    keys: UInt32[Array, "b 2"],
+    scale: Float[Array, ""],
+    frame: Int[Array, ""],
+    *,
+    mesh: Mesh,
+) -> Float[Array, "b t h w c"]:
+    """The image's latents with a sample of another image's, scaled, as latent frame `frame`."""
+    mean, log_variance = posterior(moments)
+    noise = draw(keys, KEYFRAMES, mean.shape[1:], frame)
+    latents = scale * sample_posterior(mean, log_variance, noise).astype(jnp.float32)
+    return pin(lax.dynamic_update_slice_in_dim(image, latents, frame, 1), mesh, "video")
 
 
 def low_pass(
