@@ -60,10 +60,12 @@ def generate(
     group = steps if on_step is None else 1  # steps of one call of the loop
     with run.ahead(job.loop(len(job.keys), group, job.noise_of(0, group))):
         text = run(stages.encode_text, job.ids)  # [pairs p d]
-        moments = encode_pixels(run, job.pixels)  # [b 1 h w 2c]
+        pixels, level = job.pixels, np.float32(job.request.noise_aug)
+        pixels = run(stages.add_noise, pixels, job.keys, level) if level else pixels
+        moments = encode_pixels(run, pixels)  # [b 1 h w 2c]
         image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
-        for frame, pixels in job.pictures.items():
-            placed = encode_pixels(run, pixels), job.keys, job.image_scale, np.int32(frame)
+        for frame, picture in job.pictures.items():
+            placed = encode_pixels(run, picture), job.keys, job.image_scale, np.int32(frame)
             image = run(stages.place_image, image, *placed)
         low = run(stages.low_pass, image, *job.low_pass) if job.low_pass else None
         modulation = run(stages.modulate, *job.time)
@@ -76,7 +78,17 @@ def generate(
         if on_step is not None:
             on_step(first + group, steps, state.x)
     latents = to_host(state.x)[:, job.shape.padding :]  # [b t h w c]
-    del text, moments, image, low, modulation, state, inputs, rows  # decoding needs their memory
+    del (
+        text,
+        pixels,
+        moments,
+        image,
+        low,
+        modulation,
+        state,
+        inputs,
+        rows,
+    )  # decoding needs their memory
     if not np.isfinite(latents).all():
         raise FloatingPointError(f"latents are not finite after {steps} steps; {WAYS}")
     if on_latents is not None:

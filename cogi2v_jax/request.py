@@ -107,6 +107,7 @@ class Request:
     guidance_interval: Sequence[Real] | np.ndarray | None = None  # (A, B), shares of the steps
     guidance_skip: Real | None = None
     image_guidance: Real | None = None
+    noise_aug: Real | None = None  # level of noise on the image's pixels in [-1, 1]
     end_image: Any = None  # a picture for the last latent frame, of every video
     keyframes: Mapping[int, Any] | None = None  # pictures by latent frame, from 1 on, likewise
 

@@ -130,6 +130,13 @@ class Settings:
         metavar="X",
         help="0 to 1: more of it, by blurring the image's latents in the first steps",
     )
+    noise_aug: float = _setting(
+        SCALE,
+        official=False,
+        neutral=0.0,
+        metavar="X",
+        help="noise on the image, as in training (about 0.05): less bound to it",
+    )
     guidance_method: str = _setting(
         one_of("cfg", "apg", "cfg_zero"),
         official=False,

@@ -108,7 +108,10 @@ IMPOSSIBLE = [
         "--prompt 'the cyan triangle grows the cyan triangle grows the cyan triangle grows'",
         "prompt must be at most 10 tokens for cogi2v-tiny",
     ),
-    ("--guidance_scale nan", "guidance_scale must be a finite number and not negative: got nan"),
+    (
+        "--guidance_scale nan",
+        "guidance_scale must be a finite number and not negative, or one for each step: got nan",
+    ),
     ("--prompt 'caf\udce9'", r"negative_prompt must be Unicode text: got 'caf\\udce9' and ''"),
     ("--seed -1", r"seed must be an integer from 0 to 2\*\*64 - 1: got -1"),
     ("--fps 0", "fps must be a number from 0.01 to 240: got 0"),

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 # Folded into the key of a seed, one number for each use.
-POSTERIOR, INITIAL, STEPS, KEYFRAMES = range(4)
+POSTERIOR, INITIAL, STEPS, KEYFRAMES, PIXELS = range(5)
 
 FILL = 16  # torch makes values in groups: 8 radii and 8 angles
 BLOCK = 2**11 * FILL  # values made at once, whose float64 temporaries fit a cache

@@ -54,6 +54,7 @@ class Stage(NamedTuple):
 
 STAGES: dict[Callable[..., Any], Stage] = {
     stages.encode_text: Stage("text", "text_encoder", Program(stages.encode_text)),
+    stages.add_noise: Stage("image", None, Program(stages.add_noise)),
     stages.encode_image: Stage("image", "vae", Program(stages.encode_image)),
     stages.draw_image: Stage("image", None, Program(stages.draw_image)),
     stages.place_image: Stage("image", None, Program(stages.place_image)),
@@ -282,6 +283,8 @@ class RequestTarget(Target):
             draw = moments, None, keys, self.image_scale
             drawn = self.call(stages.draw_image, *draw, frames=shape.frames)
             image = [self.call(stages.encode_image, pixels), drawn]
+            if request.noise_aug:
+                image.append(self.call(stages.add_noise, pixels, keys, np.float32(0)))
             if self.low_pass:
                 latents = self._shaped((videos, *shape[:4]), jnp.float32, "video")
                 image.append(self.call(stages.low_pass, latents, *self.low_pass))

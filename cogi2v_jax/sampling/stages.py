@@ -19,7 +19,7 @@ from ..models.positions import Positions
 from ..models.t5 import T5
 from ..models.transformer import Modulation, ModulationNetwork, Transformer
 from ..models.vae import VAE, posterior, sample_posterior
-from .noise import INITIAL, KEYFRAMES, POSTERIOR, STEPS, draw
+from .noise import INITIAL, KEYFRAMES, PIXELS, POSTERIOR, STEPS, draw
 from .schedule import METHODS, Guidance, Tableau, step
 
 
@@ -33,6 +33,17 @@ class State(NamedTuple):
 def encode_text(t5: T5, ids: Int[Array, "pairs p"], *, mesh: Mesh) -> Float[Array, "pairs p d"]:
     """T5's encoding of the prompts; negative prompts first, where the request is guided."""
     return pin(t5(ids), mesh, "batch")
+
+
+def add_noise(
+    pixels: Float[Array, "b 1 h w 3"],
+    keys: UInt32[Array, "b 2"],
+    level: Float[Array, ""],
+    *,
+    mesh: Mesh,
+) -> Float[Array, "b 1 h w 3"]:
+    """The image with noise of a level, as in training."""
+    return pin(pixels + level * draw(keys, PIXELS, pixels.shape[1:]), mesh, "video")
 
 
 def encode_image(

@@ -49,7 +49,8 @@ def test_every_stage_of_a_released_checkpoint_has_published_shapes(name: str, me
     assert image == ((1, *latents), "float32")
     modulation, start, loop = results["denoise"]
     assert modulation.blocks == ((50, 42, 6, 2, 3072), "bfloat16")
-    assert start == loop == (((1, *latents), "float32"),) * 2
+    state = (1, *latents), "float32"
+    assert start == loop == (state, (state,))
     frames, (whole, finite) = results["decode"]
     assert (frames, whole) == (((1, *video), "bfloat16"), ((1, *video), "uint8"))
     assert finite == ((), "bool")

@@ -1,4 +1,5 @@
-"""Pictures for other latent frames than the first: where their latents go, and what is refused."""
+"""Pictures for other latent frames than the first: where their latents go, and what is refused; and
+noise on the first one."""
 
 import re
 from pathlib import Path
@@ -90,6 +91,28 @@ def test_every_frame_of_a_picture_draws_its_own_noise_from_the_seed(
     np.testing.assert_array_equal(one, again)
     assert (one[1] != one[2]).any()
     assert (one[1] != other[1]).any()
+
+
+def test_noise_on_the_image_has_its_level_and_is_the_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded: list[np.ndarray] = []
+    encode = pipeline.encode_pixels
+
+    def record(run: Session, pixels: Any) -> Any:
+        encoded.append(np.asarray(pixels))
+        return encode(run, pixels)
+
+    monkeypatch.setattr(pipeline, "encode_pixels", record)
+    tiny = cogi2v_jax.load("cogi2v-tiny", dtype="float32")
+    for level, seeds in ((0.0, [1, 2]), (0.05, [1, 2]), (0.1, [2, 1])):
+        request = Request(EXAMPLE, PROMPT, seed=seeds, noise_aug=level, num_inference_steps=1)
+        cogi2v_jax.generate(tiny, request)
+    plain, one, two = encoded
+    assert plain.min() >= -1
+    assert abs((one - plain).std() / 0.05 - 1) < 0.02
+    assert_close(two[::-1] - plain, 2 * (one - plain), 1e-4)
+    assert (one[0] != one[1]).any()
 
 
 @pytest.mark.usefixtures("without_type_hooks")

@@ -265,8 +265,8 @@ def test_every_tableau_is_finite_and_32_bits_wide(scheduler: str) -> None:
     for steps in filter(is_accepted, range(1, 1001)):
         rows = tableau(config(), scheduler, steps, 6.0, False)
         kept = (steps, 2 if scheduler == "dpm3m" else 1)
-        assert [column.shape for column in rows] == 6 * [(steps,)] + [kept] + 3 * [(steps,)]
-        assert [column.dtype for column in rows] == [np.int32] + 9 * [np.float32]
+        assert [column.shape for column in rows] == 8 * [(steps,)] + [kept] + 3 * [(steps,)]
+        assert [column.dtype for column in rows] == [np.int32] + 11 * [np.float32]
         assert all(np.isfinite(column).all() for column in rows), steps
 
 
