@@ -141,7 +141,8 @@ class Settings:
         one_of("cfg", "apg", "cfg_zero"),
         official=False,
         neutral="cfg",
-        help="how the two predictions of a step are combined",
+        metavar="NAME",
+        help="how the two predictions of a step are combined: cfg, apg or cfg_zero",
     )
     guidance_interval: tuple[float, float] = _setting(
         INTERVAL,
