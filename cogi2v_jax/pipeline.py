@@ -78,17 +78,8 @@ def generate(
         if on_step is not None:
             on_step(first + group, steps, state.x)
     latents = to_host(state.x)[:, job.shape.padding :]  # [b t h w c]
-    del (
-        text,
-        pixels,
-        moments,
-        image,
-        low,
-        modulation,
-        state,
-        inputs,
-        rows,
-    )  # decoding needs their memory
+    # Decoding needs their memory.
+    del text, pixels, moments, image, low, modulation, state, inputs, rows
     if not np.isfinite(latents).all():
         raise FloatingPointError(f"latents are not finite after {steps} steps; {WAYS}")
     if on_latents is not None:
@@ -221,14 +212,11 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
         id(video.image): video.image for video in videos
     }  # one of several videos is read once
     fitted = {key: fit_image(read_image(image), *size) for key, image in images.items()}
-    if any(map(config.published.is_strange, fitted.values())):
+    others = {k: fit_image(read_image(v), *size) for k, v in resolved.pictures(config).items()}
+    if any(map(config.published.is_strange, (*fitted.values(), *others.values()))):
         warnings.warn(f"{config.title} knows {PLAIN} alone: expect nothing of sense", stacklevel=3)
     pixels = np.stack([fitted[id(video.image)] for video in videos])[:, None]
-    others = resolved.pictures(config).items()
-    pictures = {
-        frame + shape.padding: np.broadcast_to(fit_image(read_image(image), *size), pixels.shape)
-        for frame, image in others
-    }
+    pictures = {k + shape.padding: np.broadcast_to(v, pixels.shape) for k, v in others.items()}
     negative = [video.negative_prompt for video in videos] if resolved.guided else []
     prompts = negative + [video.prompt for video in videos]
     ids = tokenize_prompts(config, models.folder, prompts)

@@ -70,10 +70,10 @@ def parser() -> argparse.ArgumentParser:
     add("--image", "--image_or_video_path", metavar="FILE", type=path_or_address, help=image)
     add("--prompt", metavar="TEXT", help="what should happen")
     add("--negative_prompt", metavar="TEXT", default="", help="what should not")
-    manifest = "many at once: .csv, .jsonl or .txt (prompt@@image) instead of the two above"
     add("--end_image", metavar="FILE", type=path_or_address, help="the last frame, or near to it")
     keyframe = "a picture for latent frame N (of four frames; 0 is the first); several times over"
     add("--keyframe", metavar="N=FILE", action="append", type=_keyframe, default=[], help=keyframe)
+    manifest = "many at once: .csv, .jsonl or .txt (prompt@@image) instead of image and prompt"
     add("--manifest", **FILE, help=manifest)
     output = ".mp4, .gif, or .png for a folder of frames (default: out.mp4)"
     add("--output", "--output_path", **FILE, help=output)
@@ -133,6 +133,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.decode_latents and (beside := sorted(given - DECODING)):
         others = ", ".join(f"--{name}" for name in beside)
         reader.error(f"--decode_latents must stand without {others}: decoding reads none of them")
+    frames = [frame for frame, _ in options.keyframe]
+    if twice := next((frame for frame in frames if frames.count(frame) > 1), None):
+        reader.error(f"--keyframe must be given once for a latent frame: got {twice} twice")
     if options.upscale:
         way, factor = options.upscale
         if way not in ENLARGED or factor not in map(str, range(2, LARGEST + 1)):

@@ -309,11 +309,11 @@ def tableau(
         guidance = dynamic_guidance(guidance_scale, timesteps)
     else:
         guidance = np.broadcast_to(np.asarray(guidance_scale, float), (steps,))
-    step = np.arange(steps)
+    index = np.arange(steps)
     begin, end = (share * steps for share in guidance_interval)
-    guided = (begin <= step) & (step < end) & (np.abs(guidance - 1) > guidance_skip)
+    guided = (begin <= index) & (index < end) & (np.abs(guidance - 1) > guidance_skip)
     guidance = np.where(guided, guidance, 1.0)
-    low_pass = (step <= BLURRED * (steps - 1)) * float(motion > 0)
+    low_pass = (index <= BLURRED * (steps - 1)) * float(motion > 0)
     image = np.where(low_pass, 0.0, image_guidance)
     rows = Tableau(timesteps, guidance, image, low_pass, *columns)
     if faults := find_broken_identities(rows, landing):

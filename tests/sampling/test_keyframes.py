@@ -163,5 +163,8 @@ def test_the_command_takes_them_and_the_recipe_names_them(tmp_path: Path, capsys
         with pytest.raises(SystemExit):
             main(["--keyframe", wrong])
         assert f"--keyframe: must be N=FILE: got {wrong!r}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--keyframe", f"1={EXAMPLE}", "--keyframe", f"1={end}"])
+    assert "once for a latent frame: got 1 twice" in capsys.readouterr().err
     assert main(["--end_image", str(tmp_path / "none.png")]) == 1
     assert "image must be an existing file" in capsys.readouterr().err
