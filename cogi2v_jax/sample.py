@@ -16,14 +16,15 @@ from .arguments import add_settings, parse_loras
 from .command import Parser, run, say
 from .config import names
 from .devices import hosts, plan
-from .disk import check_space
+from .disk import check_space, sha256
 from .media.download import path_or_address
 from .media.images import local_copy
+from .media.noise_file import read_noise
 from .media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from .media.rows import Row, read_manifest
 from .media.videos import ENLARGED, check_name, check_output, enlarge, gif_steps, write_video
 from .names import ASSETS, EXAMPLE_LORA
-from .request import Request, Resolved, Video
+from .request import Noise, Request, Resolved, Video
 from .settings import SETTINGS
 from .terminal import printing
 
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
         "embedded model on its example.",
         epilog=WORLD,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=34, width=118
+            prog, max_help_position=37, width=118
         ),
     )
     main.set_defaults(example="")  # what the embedded model's example is, where it is made
@@ -82,6 +83,9 @@ def parser() -> argparse.ArgumentParser:
     videos = "with seeds counting up from --seed"
     add("--num_videos_per_prompt", **NUMBER, default=1, help=videos)
     add("--seed", **NUMBER, default=42)
+    add(
+        "--noise_file", **FILE, help="the initial noise: .npy of latents or of frames of their size"
+    )
 
     add_settings(main)
 
@@ -257,13 +261,20 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         if known := known_config(name):  # before a model is fetched and converted
-            request.resolve(known)
+            resolved = request.resolve(known)
+            if options.noise_file:
+                shape = resolved.latent_shape(known)
+                read_noise(options.noise_file, shape, resolved.num_frames)
     models = _load(options, name, options.dtype, options.lora_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         batches = request.batches(videos_at_once(models, request))
         for batch in batches:  # every one is checked before the first is sampled
             job = prepare(models, batch)
+    given, made_of = None, {}
+    if options.noise_file:
+        given = read_noise(options.noise_file, job.shape, job.request.num_frames)
+        made_of = {"file": options.noise_file.name, "sha256": sha256(options.noise_file)}
     if hosts.leads():
         check_space(outputs[0].parent, len(videos) * _bytes(job, outputs[0]), "latents and videos")
     if options.verbose:
@@ -280,12 +291,14 @@ def _sample(options: argparse.Namespace, planned: list[tuple[Video, Path]]) -> N
                 return
             for number, (path, video) in enumerate(zip(paths, resolved.videos, strict=True)):
                 recipe = recipe_of(models, name, resolved, video)
+                recipe |= {"noise_file": made_of} if made_of else {}
                 file = path.with_name(path.stem + LATENTS)
                 write_latents(file, latents[number : number + 1], recipe)
                 recipes.append(recipe)
 
         try:
-            result = generate(models, batch, on_step=_progress(), on_latents=keep)
+            noise = None if given is None else Noise(initial=given.repeat(len(batch.videos), 0))
+            result = generate(models, batch, noise, on_step=_progress(), on_latents=keep)
             if hosts.leads():
                 made = zip(paths, result.video, recipes, strict=True)
                 _finish(made, result.seconds, loading, options.upscale)
