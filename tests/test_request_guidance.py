@@ -1,13 +1,17 @@
 """What a request says of motion and guidance, and what of it is refused."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from runs import enter, without_sampling
+
 from cogi2v_jax import Request
 from cogi2v_jax.config import named
+from cogi2v_jax.sample import main
 
 pytestmark = pytest.mark.usefixtures("without_type_hooks")
 
@@ -71,3 +75,16 @@ def test_a_list_of_guidance_is_plain_numbers_and_takes_the_place_of_the_dynamic_
 def test_what_needs_the_prediction_without_prompt_guides(given: dict[str, Any]) -> None:
     assert not request(guidance_scale=1).resolve(FIRST).guided
     assert request(guidance_scale=1, **given).resolve(FIRST).guided
+
+
+def test_flags_reach_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(tmp_path, monkeypatch)
+    asked = without_sampling(monkeypatch)
+    flags = "--num_inference_steps 2 --guidance_scale 3,2.5 --guidance_interval 0.1:0.5 "
+    flags += "--guidance_method apg --guidance_skip 0.1 --image_guidance 1.5 --motion 0.5 "
+    flags += "--noise_aug 0.05 --output o.gif"
+    assert main(flags.split()) == 0
+    (found,) = asked
+    assert (found.guidance_scale, found.guidance_interval) == ((3.0, 2.5), (0.1, 0.5))
+    assert (found.guidance_method, found.guidance_skip, found.image_guidance) == ("apg", 0.1, 1.5)
+    assert (found.motion, found.noise_aug) == (0.5, 0.05)
