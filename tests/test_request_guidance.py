@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from runs import enter, without_sampling
 
 from cogi2v_jax import Request
