@@ -99,8 +99,9 @@ finish(prepare.main, clips, results / "data", "--model", model)
 # %%
 # @title 5. Train
 # @markdown The long part. `None` is what the recipe says. Interrupted, the cell goes on from the
-# @markdown last checkpoint. A smaller `rank` (16) takes less memory; what fits one v5e chip was not
-# @markdown compiled yet.
+# @markdown last checkpoint. By the TPU compiler a rank of 128 fits one v5e chip beside int8 weights
+# @markdown (`cogi2v-convert to-flax --dtype int8` makes them); beside bfloat16 ones take 16, which
+# @markdown was not compiled yet.
 steps = None  # @param {"type":"raw"}
 rank = None  # @param {"type":"raw"}
 
