@@ -285,8 +285,11 @@ class RequestTarget(Target):
             image = [self.call(stages.encode_image, pixels), drawn]
             if request.noise_aug:
                 image.append(self.call(stages.add_noise, pixels, keys, np.float32(0)))
+            latents = self._shaped((videos, *shape[:4]), jnp.float32, "video")
+            if request.pictures(self.config):
+                given = latents, moments, keys, self.image_scale, np.int32(0)
+                image.append(self.call(stages.place_image, *given))
             if self.low_pass:
-                latents = self._shaped((videos, *shape[:4]), jnp.float32, "video")
                 image.append(self.call(stages.low_pass, latents, *self.low_pass))
             return image
         if name == "denoise":

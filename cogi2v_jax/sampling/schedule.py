@@ -228,9 +228,8 @@ def dpm3m(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
     with np.errstate(divide="ignore", invalid="ignore"):
         h = _half_log_snr(landing) - half_log_snr
         h = np.where(one_step, 1.0, h)
-        near, far = (
-            np.full_like(h, np.inf) for _ in range(2)
-        )  # to the last step, and between both
+        # The distances to the last step, and between the last two.
+        near, far = (np.full_like(h, np.inf) for _ in range(2))
         near[1:] = np.diff(half_log_snr)
         far[2:] = near[1:-1]
         r, share = near / h, np.where(np.isinf(far), 0.0, near / (near + far))
