@@ -18,7 +18,8 @@ from recipes import read_recipe
 from runs import QUICK, enter, failed, files, without_sampling
 from safetensors.numpy import load_file
 
-from cogi2v_jax import __version__, loading, pipeline, sample
+from cogi2v_jax import __version__, loading, pipeline
+from cogi2v_jax.apps import making
 from cogi2v_jax.media import videos
 from cogi2v_jax.media.videos import read_frames
 from cogi2v_jax.sample import LATENTS, main
@@ -345,7 +346,7 @@ def stop(*_, **__):
 @pytest.mark.parametrize("moment", ["loop", "decode", "write"])
 def test_stopping_leaves_no_half_written_file(moment, default, monkeypatch, capsys):
     if moment == "loop":
-        monkeypatch.setattr(sample, "_progress", lambda: lambda step, *_: step == 2 and stop())
+        monkeypatch.setattr(making, "progress", lambda: lambda step, *_: step == 2 and stop())
     if moment == "decode":
         monkeypatch.setattr(pipeline, "decode_batch", stop)
     if moment == "write":

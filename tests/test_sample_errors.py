@@ -16,7 +16,8 @@ import pytest
 from runs import enter, failed, files, without_sampling
 from safetensors.numpy import save_file
 
-from cogi2v_jax import __version__, disk, loading, pipeline, sample
+from cogi2v_jax import __version__, disk, loading, pipeline
+from cogi2v_jax.apps import making
 from cogi2v_jax.media import videos
 from cogi2v_jax.sample import main, parser
 
@@ -325,8 +326,8 @@ class Terminal(io.StringIO):
 def test_progress_is_one_line_on_a_terminal_and_two_lines_in_a_log(live, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(sys, "stderr", Terminal(live))
-    monkeypatch.setattr(sample.time, "perf_counter", lambda: now[0])
-    show = sample._progress()
+    monkeypatch.setattr(making.time, "perf_counter", lambda: now[0])
+    show = making.progress()
     now[0] = 100.0  # compiling
     for step in range(1, 5):
         show(step, 4, None)

@@ -17,7 +17,8 @@ import twins
 from recipes import read_recipe
 from runs import QUICK, enter, failed, files
 
-from cogi2v_jax import loading, sample, terminal
+from cogi2v_jax import loading, terminal
+from cogi2v_jax.apps import making
 from cogi2v_jax.media import videos
 from cogi2v_jax.sample import main
 
@@ -117,7 +118,7 @@ def test_latents_that_could_not_be_written_are_not_said_to_be_kept(monkeypatch, 
     def full(*_: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(sample, "write_latents", full)
+    monkeypatch.setattr(making, "write_latents", full)
     assert main([*QUICK]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "cogi2v: No space left on device"
 

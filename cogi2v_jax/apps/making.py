@@ -1,0 +1,231 @@
+"""A request -> video files, each with the latents and the recipe that make it again; and kept
+latents -> a video file."""
+
+import itertools
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..command import say
+from ..devices import hosts
+from ..disk import check_space, sha256
+from ..media.noise_file import read_noise
+from ..media.recipe import LATENTS, read_latents, recipe_of, write_latents
+from ..media.videos import check_name, check_output, enlarge, gif_steps, write_video
+from ..request import Noise, Request, Resolved
+
+if TYPE_CHECKING:
+    from ..weights.checkpoint import Models
+
+SQUEEZED = {".mp4": 10}  # bytes of frames in a byte of a file
+TIMED = ("load", "text", "image", "compile", "denoise", "decode", "write")  # as printed
+
+Upscale = tuple[str, int]  # of an enlarged copy: one of `videos.ENLARGED`, and the factor
+Load = Callable[[str, str | None], "Models"]  # a checkpoint's name and a dtype -> models
+
+
+def outputs_of(output: Path, videos: int, upscale: Upscale | None) -> list[Path]:
+    """Where so many videos go: x.mp4, or x-0.mp4, x-1.mp4, ... Raises ValueError and OSError as
+    `check_output` does, also for the files beside them."""
+    check_name(output)
+    outputs = [output]
+    if videos > 1:
+        width = len(str(videos - 1))
+        stems = [f"{output.stem}-{number:0{width}d}" for number in range(videos)]
+        outputs = [output.with_name(stem + output.suffix) for stem in stems]
+    for path in outputs:
+        if (latents := _latents_of(path)).is_dir():
+            raise ValueError(f"latents must be a file or a new name: got the folder {latents}")
+        if upscale:
+            _checked(_copy(path, upscale))
+    return [*map(_checked, outputs)]
+
+
+def make(
+    load: Load,
+    name: str,
+    dtype: str | None,
+    request: Request,
+    outputs: Sequence[Path],
+    *,
+    noise_file: Path | None = None,
+    upscale: Upscale | None = None,
+    verbose: bool = False,
+) -> None:
+    """Makes the videos of a request, whose images are files, and writes each one to its output.
+    Everything is checked before the first is sampled. Raises ValueError and OSError."""
+    started = time.perf_counter()
+    request.check()
+    from ..pipeline import generate, prepare, videos_at_once
+    from ..weights.hub import known_config
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `generate` gives them
+        if known := known_config(name):  # before a model is fetched and converted
+            resolved = request.resolve(known)
+            if noise_file:
+                read_noise(noise_file, resolved.latent_shape(known), resolved.num_frames)
+    models = load(name, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        batches = request.batches(videos_at_once(models, request))
+        for batch in batches:
+            job = prepare(models, batch)
+    given, made_of = None, {}
+    if noise_file:
+        given = read_noise(noise_file, job.shape, job.request.num_frames)
+        made_of = {"noise_file": {"file": noise_file.name, "sha256": sha256(noise_file)}}
+    if hosts.leads():
+        needed = len(outputs) * _bytes(job, outputs[0])
+        check_space(outputs[0].parent, needed, "latents and videos")
+    if verbose:
+        say("\n".join(job.report()))
+    loading = time.perf_counter() - started
+    remaining = iter(outputs)
+    for batch in batches:
+        paths = list(itertools.islice(remaining, len(batch.videos)))
+        recipes: list[dict[str, Any]] = []
+
+        def keep(latents: Any, resolved: Resolved, paths=paths, recipes=recipes) -> None:
+            """Writes the latents of a batch, each with its recipe."""
+            if not hosts.leads():
+                return
+            for number, (path, video) in enumerate(zip(paths, resolved.videos, strict=True)):
+                recipe = recipe_of(models, name, resolved, video) | made_of
+                write_latents(_latents_of(path), latents[number : number + 1], recipe)
+                recipes.append(recipe)
+
+        try:
+            noise = None if given is None else Noise(initial=given.repeat(len(batch.videos), 0))
+            result = generate(models, batch, noise, on_step=progress(), on_latents=keep)
+            if hosts.leads():
+                made = zip(paths, result.video, recipes, strict=True)
+                _finish(made, result.seconds, loading, upscale)
+        except Exception as error:
+            if recipes:
+                kept = _latents_of(paths[0])
+                error.add_note(f"the latents are kept: --decode_latents {kept} makes the video")
+            raise
+        loading = 0.0
+
+
+def decode_kept(
+    load: Load,
+    name: str | None,
+    dtype: str | None,
+    kept: Path,
+    output: Path | None,
+    fps: float | None,
+    upscale: Upscale | None,
+) -> None:
+    """Decodes a file of latents that `make` kept. What is None is as the file's recipe has it.
+    Raises ValueError and OSError."""
+    started = time.perf_counter()
+    latents, recipe = read_latents(kept)
+    beside = kept.with_name(f"{kept.name.removesuffix(LATENTS)}.mp4")
+    (output,) = outputs_of(output or beside, 1, upscale)
+    from ..pipeline import decode
+
+    models = load(name or recipe["model"], dtype or recipe["dtype"])
+    loading = time.perf_counter() - started
+    seconds: dict[str, float] = {}
+    video = decode(models, latents, seconds)[0]
+    if hosts.leads():
+        recipe |= {"fps": fps or recipe["fps"]}
+        _finish([(output, video, recipe)], seconds, loading, upscale)
+
+
+def _latents_of(output: Path) -> Path:
+    return output.with_name(output.stem + LATENTS)
+
+
+def _copy(output: Path, upscale: Upscale) -> Path:
+    """Where the enlarged copy of an output goes."""
+    return output.with_name(f"{output.stem}-x{upscale[1]}{output.suffix}")
+
+
+def _checked(output: Path) -> Path:
+    """The output, checked where it is written: by process 0."""
+    return check_output(output) if hosts.leads() else output
+
+
+def _bytes(job: Any, output: Path) -> int:
+    """About what a video and its latents take on the disk."""
+    request, shape = job.request, job.shape
+    latents = 4 * (shape.frames - shape.padding) * shape.height * shape.width * shape.channels
+    frames = 3 * request.num_frames * request.height * request.width
+    return latents + frames // SQUEEZED.get(output.suffix.lower(), 2)
+
+
+def progress() -> Callable[[int, int, Any], None]:
+    """Prints the step, the seconds of a step and the time left: in one line of a terminal, or for
+    the first and the last step in a log."""
+    terminal = sys.stderr.isatty()
+    first = 0.0
+
+    def show(step: int, steps: int, latents: Any) -> None:
+        nonlocal first
+        if step == 1:  # the time before was spent on loading and compiling
+            first = time.perf_counter()
+        if not terminal and step not in (1, steps):
+            return
+        each = (time.perf_counter() - first) / max(step - 1, 1)
+        minutes, seconds = divmod(round(each * (steps - step)), 60)
+        left = f"{each:.2f} s a step, {minutes}:{seconds:02d} left"
+        line = f"step {step} of {steps}: {left if step > 1 else 'first step done'}   "
+        if terminal:
+            say(f"\r{line}", end="\n" if step == steps else "")
+        else:
+            say(line)
+
+    return show
+
+
+def _finish(
+    videos: Iterable[tuple[Path, Any, dict[str, Any]]],
+    seconds: dict[str, float],
+    loading: float,
+    upscale: Upscale | None,
+) -> None:
+    """Writes videos with their recipes, and enlarged copies; prints the time, the memory and the
+    files. `loading` are seconds spent on finding the model."""
+    started = time.perf_counter()
+    lines = []
+    for output, video, recipe in videos:
+        lines.append(_written(output, video, recipe))
+        if upscale:
+            lines.append(_written(_copy(output, upscale), enlarge(video, *upscale), recipe))
+    seconds = seconds | {
+        "load": seconds["load"] + loading,
+        "write": time.perf_counter() - started,
+    }
+    shown = "  ".join(f"{name} {seconds[name]:.1f}" for name in TIMED if name in seconds)
+    print(f"seconds: {shown}  (total {sum(seconds.values()):.1f})")
+    print(f"peak memory: {_peak_memory()}")
+    print("\n".join(lines))
+
+
+def _written(output: Path, video: Any, recipe: dict[str, Any]) -> str:
+    """Writes a video, and says in a line what it is."""
+    frames, height, width, _ = video.shape
+    written = write_video(output, video, recipe["fps"], recipe)
+    line = f"{written}: {frames} frames of {height}x{width} at {recipe['fps']:g} fps"
+    steps = {*gif_steps(frames, recipe["fps"])} if written.suffix.lower() == ".gif" else set()
+    if {step * recipe["fps"] for step in steps} - {100}:
+        line += f" (in a gif: {' and '.join(map(str, sorted(steps)))} hundredths of a second)"
+    return line
+
+
+def _peak_memory() -> str:
+    import jax
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peak = max(found.get("peak_bytes_in_use", 0) for found in stats)
+    device = f", device {peak / 2**30:.1f} GiB" if peak else ""
+    return f"host {host / 2**30:.1f} GiB{device}"
