@@ -38,7 +38,7 @@ from tracking import (
 )
 
 import cogi2v_jax
-from cogi2v_jax.arguments import add_settings
+from cogi2v_jax.arguments import Listed, add_settings
 from cogi2v_jax.settings import SETTINGS
 from cogi2v_jax.training import shapes
 from cogi2v_jax.training.shapes import Scene
@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="a page of pictures, of three scenes a motion")
     parser.add_argument("--json", type=Path)
     add_settings(parser)
+    Listed(parser, "beyond the reference", 98).add_settings()
     options = parser.parse_args()
     settings = {name: getattr(options, name) for name in SETTINGS}
     models = cogi2v_jax.load(options.model, options.dtype, loras=options.lora_path)

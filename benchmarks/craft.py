@@ -1,7 +1,8 @@
 """What motion, kinds of guidance and samplers do to the videos of the embedded model: the tables of
 docs/craft.md.
 
-    python benchmarks/craft.py [--model NAME] [--scenes N] [--tables guidance samplers] [--write]
+    python benchmarks/craft.py [--model NAME] [--scenes N] [--tables guidance samplers drift]
+        [--write]
 
 On the held-out scenes of `adherence.py`, which says what the columns are; `moved` is how far the
 named shape's centre goes from the first to the last frame, in pixels, where the prompt says left,
@@ -20,7 +21,8 @@ from tracking import tracks
 from vs_reference import align, replace_tables
 
 import cogi2v_jax
-from cogi2v_jax.sampling.schedule import SAMPLERS
+from cogi2v_jax import Request
+from cogi2v_jax.sampling.samplers import SAMPLERS
 from cogi2v_jax.training import shapes
 from cogi2v_jax.training.shapes import Scene
 
@@ -29,6 +31,7 @@ COLUMNS = ("follows", "moved", "first", "clip", "colour")
 MOVES = ("left", "right", "up", "down")
 EXACT = 1000  # steps of DDIM that count as the trajectory itself
 STEPS = (8, 10, 15, 20, 30, 50)
+SEGMENTS = 5
 HIGH = {"guidance_scale": 6.0}
 GUIDANCE: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -80,7 +83,39 @@ def sampler_rows(models: Any, scenes: Sequence[Scene]) -> Iterator[list[str]]:
         yield cells
 
 
-TABLES = {"guidance": guidance_rows, "samplers": sampler_rows}
+def drift_rows(models: Any, scenes: Sequence[Scene]) -> Iterator[list[str]]:
+    """Of videos of five segments whose shapes stay still, with and without matched colours."""
+    still = [scene for scene in scenes if scene.motion == "still"]
+    images = [shapes.render(scene)[0] for scene in still]
+    names = ("bright", "colour", "sharp")
+    ways = {"matched": True, "as they come": False}
+    yield ["segment", *(f"{way}: {name}" for way in ways for name in names)]
+    columns = []
+    for match_colour in ways.values():
+        request = Request(
+            images,
+            [scene.prompt for scene in still],
+            seed=[42] * len(still),
+            extend=SEGMENTS - 1,
+            match_colour=match_colour,
+        )
+        video = cogi2v_jax.generate(models, request).video.astype(float)
+        parts = np.array_split(video[:, 1:], SEGMENTS, axis=1)
+        given = looks(np.stack(images)[:, None].astype(float))
+        columns.append([looks(part) / given for part in parts])
+    for number, rows in enumerate(zip(*columns, strict=True), 1):
+        yield [str(number), *(f"{value:.3f}" for row in rows for value in row)]
+
+
+def looks(video: np.ndarray) -> np.ndarray:
+    """The mean, the mean distance of channels from grey, and the mean difference of neighbours in
+    a row."""
+    grey = video.mean(-1, keepdims=True)
+    steps = np.abs(np.diff(video, axis=3)).mean()
+    return np.array([video.mean(), np.abs(video - grey).mean(), steps])
+
+
+TABLES = {"guidance": guidance_rows, "samplers": sampler_rows, "drift": drift_rows}
 
 
 def main() -> None:

@@ -5,23 +5,49 @@ import dataclasses
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .names import ASSETS, EXAMPLE_LORA, LORA_SUFFIXES, parse_hub
-from .settings import SWITCH, Kind, Settings
+from .settings import NEUTRAL, SWITCH, Kind, Settings
 
 
 def add_settings(parser: argparse.ArgumentParser, ours: bool = True) -> None:
-    """Adds a flag for each of `Settings`, with the official script's names; `ours`: also those that
-    only this program has."""
+    """Adds a flag for each of `Settings` whose default is the checkpoint's to say, with the
+    official script's names; `ours`: also those that only this program has."""
     group = parser.add_argument_group("how to sample (default: what the checkpoint was made for)")
     for setting in dataclasses.fields(Settings):
-        if ours or setting.metadata["official"]:
+        is_plain = setting.name not in NEUTRAL
+        if is_plain and (ours or setting.metadata["official"]):
             kind, shown = setting.metadata["kind"], setting.metadata["flag"]
             group.add_argument(f"--{setting.name}", **_reading(kind), **shown)
+
+
+class Listed:
+    """A group of flags that `--help` lists in a paragraph, each with a few words."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str, width: int):
+        self._group, self._width = parser.add_argument_group(title), width
+        self._texts: list[str] = []
+
+    def add(self, flag: str, *, help: str, **how: Any) -> None:
+        """As `add_argument` of a parser."""
+        self._group.add_argument(flag, help=argparse.SUPPRESS, **how)
+        is_switch = how.get("action") is argparse.BooleanOptionalAction
+        value = f", --no-{flag[2:]}" if is_switch else f" {how['metavar']}"
+        self._texts.append(f"{flag}{value}: {help}")
+        lines = textwrap.wrap("; ".join(self._texts), self._width, break_on_hyphens=False)
+        self._group.description = "\n".join(lines)
+
+    def add_settings(self) -> None:
+        """Adds a flag for each of `Settings` that changes nothing by default."""
+        for setting in dataclasses.fields(Settings):
+            if setting.name in NEUTRAL:
+                how = _reading(setting.metadata["kind"]) | setting.metadata["flag"]
+                self.add(f"--{setting.name}", **how)
 
 
 def _reading(kind: Kind) -> dict[str, Any]:

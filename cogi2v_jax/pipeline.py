@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt32
@@ -15,13 +15,16 @@ from .config import CheckpointConfig
 from .devices.sharding import put, split, to_host
 from .disk import quoted
 from .media.images import fit_image, read_image
+from .media.segments import Segments, clip_frames
+from .media.sizes import fit_size
 from .models.tokenizer import tokenize
+from .models.transformer import Modulation
 from .models.vae_tiles import decode_tiled, encode_tiled, sides
 from .published import PLAIN
 from .request import Noise, Request, Resolved
 from .sampling import stages
 from .sampling.noise import draw_as_torch, seed_keys
-from .sampling.programs import RequestTarget, Session, Target, this_machine
+from .sampling.programs import WRAPPED, RequestTarget, Session, Target, this_machine
 from .sampling.schedule import draws
 from .weights.checkpoint import Models, check_models
 
@@ -48,58 +51,98 @@ def generate(
     noise: Noise | None = None,
     on_step: OnStep | None = None,
     on_latents: OnLatents | None = None,
+    done: Float[Any, "b t h w c"] | None = None,
 ) -> Result:
     """Makes the videos of a request. Noise that is not given is drawn from the seeds. `on_step` is
-    called after every step, and raising in it cancels; `on_latents` before decoding starts. Raises
-    ValueError for what the network cannot compute, FloatingPointError where it computes latents or
-    frames that are not finite."""
+    called after every step, and raising in it cancels; `on_latents` before decoding starts, for a
+    video of several segments (`Request.extend`) after each with the latents of all so far; given as
+    `done` they are not made again. Raises ValueError for what the network cannot compute,
+    FloatingPointError where it computes latents or frames that are not finite."""
     job = prepare(models, request, noise)
-    run, steps = Session(models, job), job.request.num_inference_steps
+    run, request = Session(models, job), job.request
+    segments, video = split_segments(done, job), Segments(request.overlap, request.match_colour)
     with run.clock("denoise"):
         job = job.with_torch_noise()
-    group = steps if on_step is None else 1  # steps of one call of the loop
+    group = job.group(on_step)
     with run.ahead(job.loop(len(job.keys), group, job.noise_of(0, group))):
         text = run(stages.encode_text, job.ids)  # [pairs p d]
-        pixels, level = job.pixels, np.float32(job.request.noise_aug)
-        pixels = run(stages.add_noise, pixels, job.keys, level) if level else pixels
-        moments = encode_pixels(run, pixels)  # [b 1 h w 2c]
-        image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
-        for frame, picture in job.pictures.items():
-            placed = encode_pixels(run, picture), job.keys, job.image_scale, np.int32(frame)
-            image = run(stages.place_image, image, *placed)
-        low = run(stages.low_pass, image, *job.low_pass) if job.low_pass else None
-        modulation = run(stages.modulate, *job.time)
-    past = job.tableau.past.shape[1]
-    state = run(stages.draw_start, job.noise.initial, job.keys, shape=job.shape[:4], past=past)
-    inputs = job.keys, image, text, job.positions(), low
+        start = None if segments else begin(run, job)
+    for number in range(request.extend + 1):
+        if number:
+            job = job.after(number, video.frames)
+        if number == len(segments):
+            segments.append(denoise(run, job, text, start or begin(run, job), on_step))
+            start = None  # decoding needs its memory
+            if on_latents is not None:
+                on_latents(np.concatenate(segments, axis=1), request)
+        video.add(decode_batch(run, segments[number], request.loop))
+    return Result(video.frames, np.concatenate(segments, axis=1), request, run.clock.seconds)
+
+
+class Start(NamedTuple):
+    """What the loop begins with, on the devices."""
+
+    state: stages.State
+    image: Float[Any, "b t h w c"]
+    low: Float[Any, "b t h w c"] | None
+    modulation: Modulation
+
+
+def begin(run: Session, job: "Job") -> Start:
+    """The latents of the pictures, the initial noise, and the modulation of all steps."""
+    pixels, level = job.pixels, np.float32(job.request.noise_aug)
+    pixels = run(stages.add_noise, pixels, job.keys, level) if level else pixels
+    moments = encode_pixels(run, pixels)  # [b 1 h w 2c]
+    image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
+    for frame, picture in job.placed.items():
+        placed = encode_pixels(run, picture), job.keys, job.image_scale, np.int32(frame)
+        image = run(stages.place_image, image, *placed)
+    low = run(stages.low_pass, image, *job.low_pass) if job.low_pass else None
+    initial, past = (job.noise.initial, job.keys), job.tableau.past.shape[1]
+    if job.clip is None:
+        state = run(stages.draw_start, *initial, shape=job.shape[:4], past=past)
+    else:
+        given = encode_pixels(run, job.clip), *initial, *job.clip_scales
+        state = run(stages.start_from_clip, *given, padding=job.shape.padding, past=past)
+    return Start(state, image, low, run(stages.modulate, *job.time))
+
+
+def denoise(
+    run: Session, job: "Job", text: Float[Any, "pairs p d"], start: Start, on_step: OnStep | None
+) -> Float[np.ndarray, "b t h w c"]:
+    """Latents without padding."""
+    steps, group = job.steps, job.group(on_step)
+    state, image, low, modulation = start
+    inputs = job.keys, image, text, job.positions(), low, job.shifts
     for first in range(0, steps, group):
         rows = np.int32(first), job.tableau, modulation, job.noise_of(first, group)
         state = run(stages.denoise, state, *rows, *inputs, steps=group, guidance=job.guidance)
         if on_step is not None:
             on_step(first + group, steps, state.x)
     latents = to_host(state.x)[:, job.shape.padding :]  # [b t h w c]
-    # Decoding needs their memory.
-    del text, pixels, moments, image, low, modulation, state, inputs, rows
     if not np.isfinite(latents).all():
         raise FloatingPointError(f"latents are not finite after {steps} steps; {WAYS}")
-    if on_latents is not None:
-        on_latents(latents, job.request)
-    return Result(decode_batch(run, latents), latents, job.request, run.clock.seconds)
+    return latents
 
 
 def decode(
-    models: Models, latents: Float[Any, "b t h w c"], seconds: dict[str, float] | None = None
+    models: Models,
+    latents: Float[Any, "b t h w c"],
+    seconds: dict[str, float] | None = None,
+    loop: bool = False,
 ) -> UInt8[np.ndarray, "b f h2 w2 3"]:
     """Scaled latents without padding to frames: 4 (t - 1) + 1 of them where t is odd, 4 t where it
-    is even. Adds wall-clock seconds by name to `seconds`. Raises ValueError for latents of another
-    shape or that are not finite, FloatingPointError for frames that are not."""
+    is even or where they are a loop. Adds wall-clock seconds by name to `seconds`. Raises
+    ValueError for latents of another shape or that are not finite, FloatingPointError for frames
+    that are not."""
     check_models(models)
     latents = _checked(latents, models.config)
     machine = this_machine(models, len(latents), guided=True)
     run = Session(models, Target(models.config, models.dtype, *machine))
-    video = decode_batch(run, latents)
+    video = decode_batch(run, latents, loop)
     if seconds is not None:
-        seconds.update(run.clock.seconds)
+        for name, spent in run.clock.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + spent
     return video
 
 
@@ -118,11 +161,30 @@ def _checked(latents: Any, config: CheckpointConfig) -> Float[np.ndarray, "b t h
     return array
 
 
-def encode_pixels(run: Session, pixels: Float[Any, "b 1 h w 3"]) -> Float[Any, "b 1 h2 w2 c"]:
-    """Pixels in [-1, 1] to the moments of their latents."""
+def split_segments(done: Any, job: "Job") -> list[Float[np.ndarray, "b t h w c"]]:
+    """The latents of every segment that is done. Raises ValueError for those of another
+    request."""
+    if done is None:
+        return []
+    latents, shape = _checked(done, job.config), job.shape
+    frames = shape.frames - shape.padding
+    count, rest = divmod(latents.shape[1], frames)
+    size = len(job.keys), *shape[1:4]
+    if rest or count > job.request.extend + 1 or (len(latents), *latents.shape[2:]) != size:
+        must = f"done must be latents [b {frames}k h w c] of segments of the request"
+        raise ValueError(f"{must}: got {list(latents.shape)}")
+    return np.split(latents, count, axis=1)
 
-    def encode(pixels: Float[Any, "b 1 h w 3"]) -> Float[Any, "b 1 h2 w2 c"]:
-        return run(stages.encode_image, pixels)
+
+def encode_pixels(run: Session, pixels: Float[Any, "b f h w 3"]) -> Float[Any, "b t h2 w2 c"]:
+    """Pixels in [-1, 1], of a picture or a clip, to the moments of their latents."""
+
+    rows, columns = (side // run.target.config.vae.spatial_ratio for side in pixels.shape[2:4])
+    # Of a clip the encoder works on eight frames at a time.
+    strips = {} if pixels.shape[1] == 1 else {"strips": run.target.strips(rows, columns)}
+
+    def encode(pixels: Float[Any, "b f h w 3"]) -> Float[Any, "b t h2 w2 c"]:
+        return run(stages.encode_image, pixels, **({} if run.models.vae_tiling else strips))
 
     vae = run.target.config.vae
     return encode_tiled(encode, pixels, vae) if run.models.vae_tiling else encode(pixels)
@@ -141,9 +203,15 @@ def decode_frames(run: Session, latents: Float[Any, "b t h w c"]) -> Float[Any, 
 
 
 def decode_batch(
-    run: Session, latents: Float[np.ndarray, "b t h w c"]
+    run: Session, latents: Float[np.ndarray, "b t h w c"], loop: bool = False
 ) -> UInt8[np.ndarray, "b f h2 w2 3"]:
-    """Any number of videos, a few at a time: no program needs more memory than the decoder."""
+    """Any number of videos, a few at a time: no program needs more memory than the decoder. The
+    start of a loop is decoded after its end, as the rest of it is after what is before."""
+    kept = 0  # frames from the end on: all
+    if loop:
+        kept = run.target.config.vae.temporal_compression_ratio * latents.shape[1]
+        last = np.arange(-WRAPPED, 0) % latents.shape[1]
+        latents = np.concatenate([latents[:, last], latents], axis=1)
     together = run.target.mesh.shape["data"]
     groups = [latents[first : first + together] for first in range(0, len(latents), together)]
     videos = []
@@ -151,7 +219,7 @@ def decode_batch(
         video, finite = run(stages.to_bytes, decode_frames(run, group))
         if not to_host(finite):
             raise FloatingPointError(f"frames are not finite; {WAYS}")
-        videos.append(to_host(video))
+        videos.append(to_host(video)[:, -kept:])
     return np.concatenate(videos)
 
 
@@ -161,24 +229,58 @@ class Job(RequestTarget):
 
     noise: Noise  # as given; what is None is still to be drawn
     keys: UInt32[Any, "b 2"]  # of the seeds, on the devices
-    pixels: Float[np.ndarray, "b 1 h w 3"]
+    pixels: Float[np.ndarray, "b n h w 3"]  # the image, or the frames that a segment goes on from
     pictures: dict[int, Float[np.ndarray, "b 1 h w 3"]]  # others, by latent frame with padding
+    clip: Float[np.ndarray, "b f h w 3"] | None  # to start from
     ids: Int[np.ndarray, "pairs p"]  # negative prompts first, where guided
+    segment: int = 0
 
     @property
     def image_noise(self) -> tuple[Any, Any, np.float32]:
         """What `draw_image` takes beside moments."""
         return self.noise.posterior, self.keys, self.image_scale
 
+    @property
+    def placed(self) -> dict[int, Float[np.ndarray, "b 1 h w 3"]]:
+        """The other pictures of this segment: the end is the last one's, keyframes the first's."""
+        end = None if self.request.end_image is None else self.shape.frames - 1
+        return {
+            frame: picture
+            for frame, picture in self.pictures.items()
+            if self.segment == (self.request.extend if frame == end else 0)
+        }
+
+    @property
+    def clip_scales(self) -> tuple[np.float32, np.float32, np.float32]:
+        """What `start_from_clip` multiplies latents and noise by."""
+        factor = np.float32(self.config.vae.scaling_factor)
+        return factor, self.tableau.alpha[0], self.tableau.sigma[0]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of this segment: one more than those of the segment before."""
+        return [(video.seed + self.segment) % 2**64 for video in self.request.videos]
+
+    def group(self, on_step: OnStep | None) -> int:
+        """Steps of one call of the loop."""
+        return self.steps if on_step is None else 1
+
+    def after(self, segment: int, video: UInt8[np.ndarray, "b f h w 3"]) -> "Job":
+        """Segment number `segment`, which goes on from the last frames of the video so far."""
+        pixels = video[:, -self.request.overlap :].astype(np.float32) / 127.5 - 1
+        job = dataclasses.replace(self, segment=segment, pixels=pixels, clip=None, noise=Noise())
+        keys = put(seed_keys(job.seeds), split(self.mesh))
+        return dataclasses.replace(job, keys=keys).with_torch_noise()
+
     def with_torch_noise(self) -> "Job":
         """The same with torch's random numbers for noise that is not given, where the request asks
         for them; otherwise the devices draw it."""
         if self.request.noise != "torch":
             return self
-        seeds = [video.seed for video in self.request.videos]
-        steps = self.request.num_inference_steps
-        counts = draws(self.config.scheduler, self.request.scheduler, steps)
-        drawn = draw_as_torch(seeds, self.dtype, self.shape[:4], counts)
+        r = self.request
+        counts = draws(self.config.scheduler, r.scheduler, r.num_inference_steps, r.first_step)
+        pictures = (self.pixels.shape[1] - 1) // self.config.vae.temporal_compression_ratio + 1
+        drawn = draw_as_torch(self.seeds, self.dtype, self.shape[:4], counts, pictures)
         pairs = zip(drawn, vars(self.noise).values(), strict=True)
         noise = Noise(*(own if given is None else given for own, given in pairs))
         return dataclasses.replace(self, noise=noise)
@@ -193,7 +295,7 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
     check_models(models)
     if not isinstance(request, Request):
         raise ValueError(f"request must be a cogi2v_jax.Request: got {type(request).__name__}")
-    resolved = request.resolve(models.config)
+    resolved = fit_size(request, models.config).resolve(models.config)
     videos = resolved.videos
     target = target_of(models, resolved)
     shape, config = target.shape, models.config
@@ -202,7 +304,7 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
         raise ValueError(f"noise must be a cogi2v_jax.Noise: got {type(noise).__name__}")
     if not target.tableau.noise.any():
         given = dataclasses.replace(given, steps=None)  # DDIM reads none
-    given = given.check(shape, len(videos), resolved.num_inference_steps)
+    given = given.check(shape, len(videos), target.steps)
     if models.vae_tiling:
         sides(config.vae, encodes=False)
     else:
@@ -217,12 +319,18 @@ def prepare(models: Models, request: Request, noise: Noise | None = None) -> Job
         warnings.warn(f"{config.title} knows {PLAIN} alone: expect nothing of sense", stacklevel=3)
     pixels = np.stack([fitted[id(video.image)] for video in videos])[:, None]
     pictures = {k + shape.padding: np.broadcast_to(v, pixels.shape) for k, v in others.items()}
+    clip = None
+    if resolved.video is not None:
+        frames = clip_frames(resolved.video, resolved.num_frames)
+        fits = [fit_image(read_image(frame), *size) for frame in frames]
+        clip = np.broadcast_to(np.stack(fits), (len(videos), *np.shape(fits)))
     negative = [video.negative_prompt for video in videos] if resolved.guided else []
     prompts = negative + [video.prompt for video in videos]
     ids = tokenize_prompts(config, models.folder, prompts)
     keys = put(seed_keys([video.seed for video in videos]), split(target.mesh))
     fields = {field.name: getattr(target, field.name) for field in dataclasses.fields(target)}
-    return Job(**fields, noise=given, keys=keys, pixels=pixels, pictures=pictures, ids=ids)
+    arrays = {"pixels": pixels, "pictures": pictures, "clip": clip, "ids": ids}
+    return Job(**fields, noise=given, keys=keys, **arrays)
 
 
 def target_of(models: Models, request: Resolved) -> RequestTarget:
@@ -235,7 +343,8 @@ def target_of(models: Models, request: Resolved) -> RequestTarget:
 def videos_at_once(models: Models, request: Request) -> int:
     """How many videos of a request the mesh for all of them makes side by side. Raises ValueError
     as `generate` does."""
-    return target_of(models, request.resolve(models.config)).mesh.shape["data"]
+    resolved = fit_size(request, models.config).resolve(models.config)
+    return target_of(models, resolved).mesh.shape["data"]
 
 
 def tokenize_prompts(

@@ -1,7 +1,6 @@
 """What a user asks for, checked against a checkpoint before anything slow begins."""
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ class Request:
     use_dynamic_cfg: bool | None = None
     scheduler: str | None = None  # "ddim", "dpm", "dpm2m", "dpm3m" or "deis"
     seed: Whole | Sequence[Whole] | np.ndarray = 42
-    fit: str | None = None  # "crop", "pad" or "stretch"
+    fit: str | None = None  # "crop", "pad", "stretch" or "auto"
     # "reference", "sat" (1), "trainer" (the VAE's scaling factor), or a number.
     image_latent_scale: str | Real | None = None
     noise: str | None = None  # "jax" or "torch": whose random numbers a seed means
@@ -110,6 +109,12 @@ class Request:
     noise_aug: Real | None = None  # level of noise on the image's pixels in [-1, 1]
     end_image: Any = None  # a picture for the last latent frame, of every video
     keyframes: Mapping[int, Any] | None = None  # pictures by latent frame, from 1 on, likewise
+    video: Any = None  # a clip that every video starts from: a file, or uint8 frames [f h w 3]
+    strength: Real | None = None  # above 0, at most 1: the share of the steps run from the clip
+    loop: bool | None = None
+    extend: Whole | None = None  # segments after the first
+    overlap: Whole | None = None  # frames, 4k+1, from which a segment goes on
+    match_colour: bool | None = None  # of a segment to the one before
 
     @property
     def videos(self) -> list[Video]:
@@ -162,13 +167,19 @@ class Request:
         resolved = Resolved(**values)
         faults = [*resolved._size_faults(config), *resolved._frame_faults(config)]
         faults += [*resolved._guidance_faults(), *resolved._keyframe_faults(config)]
+        faults += [*resolved._length_faults(config)]
         if faults:
             raise ValueError("; ".join(faults))
         sizes = resolved.height, resolved.width, resolved.num_frames
         prompts = [video.prompt for video in resolved.videos]
+        learned = learned_sizes(config)
         if outside := [*config.published.outside(*sizes, prompts)]:
             published = f"{config.title} was published for {'; '.join(outside)}"
             warnings.warn(f"{published}: expect worse results", stacklevel=2)
+        elif learned and (sizes[:2] != learned[:2] or sizes[2] > learned[2]):
+            known = "{2} frames of {0}x{1}".format(*learned)
+            what = f"{config.title} learned positions for {known}, which are interpolated"
+            warnings.warn(f"{what}: expect worse results", stacklevel=2)
         return resolved
 
     def check(self) -> None:
@@ -206,8 +217,21 @@ class Resolved(Settings, Request):
         most = max(scale) if isinstance(scale, tuple) else scale
         return most > 1 or self.image_guidance != 1 or self.motion > 0
 
+    @property
+    def first_step(self) -> int:
+        """The step that is run first: of a clip to start from, the noise is added that `strength`
+        asks for, and the steps before are left out."""
+        steps = self.num_inference_steps
+        return 0 if self.video is None else steps - int(steps * self.strength)
+
+    def frames_made(self, config: CheckpointConfig) -> int:
+        """The frames of the finished video."""
+        if self.loop:
+            return config.vae.temporal_compression_ratio * self.latent_shape(config).frames
+        return self.num_frames + self.extend * (self.num_frames - self.overlap)
+
     def latent_shape(self, config: CheckpointConfig) -> LatentShape:
-        """The shape of the latents, padded at the front of time to whole patches."""
+        """The shape of the latents of a segment, padded at the front of time to whole patches."""
         frames = (self.num_frames - 1) // config.vae.temporal_compression_ratio + 1
         padding = -frames % config.transformer.patch[0]
         ratio = config.vae.spatial_ratio
@@ -268,17 +292,32 @@ class Resolved(Settings, Request):
             faults.append("guidance_scale must be one number with use_dynamic_cfg: got a list")
         return faults
 
+    def _length_faults(self, config: CheckpointConfig) -> list[str]:
+        """Of a clip to start from, a loop, and segments."""
+        steps, faults = self.num_inference_steps, []
+        if self.first_step == steps:
+            rule = f"leave at least one of {steps} steps"
+            faults.append(f"strength must {rule}: got {self.strength}; at least {1 / steps:.2g}")
+        if self.loop:
+            shape = self.latent_shape(config)
+            beside = "end_image" if self.end_image is not None else "extend" if self.extend else ""
+            if config.transformer.patch_size_t:
+                why = "has patches of two latent frames"
+                faults.append(f"loop must be false for {config.title}, which {why}: got true")
+            elif shape.frames < 3:
+                faults.append(f"loop must have at least 9 frames: got {self.num_frames}")
+            if beside:
+                faults.append(f"loop must be without {beside}: got both")
+        if self.overlap % config.vae.temporal_compression_ratio != 1:
+            ratio = config.vae.temporal_compression_ratio
+            faults.append(f"overlap must be {ratio}k+1 frames: got {self.overlap}")
+        if self.extend and self.overlap >= self.num_frames:
+            must = f"overlap must be fewer than the {self.num_frames} frames of a segment"
+            faults.append(f"{must}: got {self.overlap}")
+        return faults
+
     def _size_faults(self, config: CheckpointConfig) -> list[str]:
-        t, ratio = config.transformer, config.vae.spatial_ratio
-        if t.use_learned_positional_embeddings:
-            height, width = t.sample_height * ratio, t.sample_width * ratio
-            if (self.height, self.width) != (height, width):
-                return [
-                    f"height x width must be {height}x{width} for {config.title}, whose position "
-                    f"table covers no other size: got {self.height}x{self.width}"
-                ]
-            return []
-        step = ratio * t.patch_size
+        step = config.vae.spatial_ratio * config.transformer.patch_size
         faults = []
         for name, value in (("height", self.height), ("width", self.width)):
             if value % step:
@@ -293,19 +332,24 @@ class Resolved(Settings, Request):
         """An odd number of latent frames decodes to 8k+1 frames and an even one to 8k, so no other
         number of frames can be made."""
         period = 2 * config.vae.temporal_compression_ratio
-        learned = config.transformer.use_learned_positional_embeddings
-        most = (
-            config.vae.decoded_frames(config.transformer.table_grid[0]) if learned else sys.maxsize
-        )
 
         def valid(frames: int) -> bool:
-            return 1 <= frames <= most and frames % period in (0, 1)
+            return frames >= 1 and frames % period in (0, 1)
 
         if valid(self.num_frames):
             return []
-        below = next(filter(valid, range(min(self.num_frames, most), 0, -1)), None)
+        below = next(filter(valid, range(self.num_frames, 0, -1)), None)
         above = next(filter(valid, range(self.num_frames + 1, self.num_frames + period)), None)
         nearest = " or ".join(str(frames) for frames in (below, above) if frames)
-        limit = f" and at most {most}" if learned else ""
-        rule = f"{period}k+1{limit} for {config.title} ({period}k computes too)"
+        rule = f"{period}k+1 for {config.title} ({period}k computes too)"
         return [f"num_frames must be {rule}: got {self.num_frames}; nearest is {nearest}"]
+
+
+def learned_sizes(config: CheckpointConfig) -> tuple[int, int, int] | None:
+    """(height, width, frames) that a learned position table was made for; None without one."""
+    network, vae = config.transformer, config.vae
+    if not network.use_learned_positional_embeddings:
+        return None
+    sides = network.sample_height, network.sample_width
+    height, width = (side * vae.spatial_ratio for side in sides)
+    return height, width, vae.decoded_frames(network.table_grid[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import __version__
 from .apps import making
-from .arguments import add_settings, parse_loras
+from .arguments import Listed, add_settings, parse_loras
 from .command import Parser, run, say
 from .config import names
 from .devices import hosts, plan
@@ -16,6 +16,7 @@ from .media.download import path_or_address
 from .media.images import local_copy
 from .media.recipe import LATENTS
 from .media.rows import Row, read_manifest
+from .media.segments import first_frame
 from .media.videos import ENLARGED
 from .names import ASSETS, EXAMPLE_LORA
 from .request import Request, Video
@@ -26,6 +27,7 @@ EMBEDDED = "cogi2v-tiny"
 EXAMPLE_IMAGE = ASSETS / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
 LARGEST = 16  # factor of a copy
+WIDTH = 118  # of --help
 DECODING = {  # options that --decode_latents reads
     *("decode_latents", "output", "upscale", "fps"),
     *("model", "dtype", "attention", "mesh", "vae_tiling", "verbose"),
@@ -52,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "embedded model on its example.",
         epilog=WORLD,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=37, width=118
+            prog, max_help_position=37, width=WIDTH
         ),
     )
     main.set_defaults(example="")  # what the embedded model's example is, where it is made
@@ -63,9 +65,6 @@ def parser() -> argparse.ArgumentParser:
     add("--image", "--image_or_video_path", metavar="FILE", type=path_or_address, help=image)
     add("--prompt", metavar="TEXT", help="what should happen")
     add("--negative_prompt", metavar="TEXT", default="", help="what should not")
-    add("--end_image", metavar="FILE", type=path_or_address, help="the last frame, or near to it")
-    keyframe = "a picture for latent frame N (of four frames; 0 is the first); several times over"
-    add("--keyframe", metavar="N=FILE", action="append", type=_keyframe, default=[], help=keyframe)
     manifest = "many at once: .csv, .jsonl or .txt (prompt@@image) instead of image and prompt"
     add("--manifest", **FILE, help=manifest)
     output = ".mp4, .gif, or .png for a folder of frames (default: out.mp4)"
@@ -75,11 +74,28 @@ def parser() -> argparse.ArgumentParser:
     videos = "with seeds counting up from --seed"
     add("--num_videos_per_prompt", **NUMBER, default=1, help=videos)
     add("--seed", **NUMBER, default=42)
-    add(
-        "--noise_file", **FILE, help="the initial noise: .npy of latents or of frames of their size"
-    )
 
     add_settings(main)
+
+    listed = Listed(main, "beyond the reference (docs/craft.md)", WIDTH - 2)
+    add, picture = listed.add, {"metavar": "FILE", "type": path_or_address}
+    add("--end_image", **picture, help="the last frame, or near to it")
+    keyframe = "a picture for latent frame N (of four frames), several times over"
+    add(
+        "--keyframe",
+        metavar="N=FILE",
+        action="append",
+        type=_keyframe,
+        default=[],
+        help=keyframe,
+    )
+    add(
+        "--video",
+        **FILE,
+        help="a clip to start from; its first frame is the image if none is given",
+    )
+    add("--noise_file", **FILE, help="the initial noise, .npy of latents or frames of their size")
+    listed.add_settings()
 
     add = main.add_argument_group("model and machine").add_argument
     model = f"converted or diffusers folder (here or at gs://), hub id, or {', '.join(names())}"
@@ -146,14 +162,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if pair:
             reader.error("--manifest must stand alone: got --image or --prompt beside it")
         return options
-    if options.model in (None, EMBEDDED) and not options.image:
+    if options.model in (None, EMBEDDED) and not options.image and not options.video:
         options.image = EXAMPLE_IMAGE
         options.prompt = EXAMPLE_PROMPT if options.prompt is None else options.prompt
         options.example = f"the picture is {EXAMPLE_IMAGE}, the prompt {options.prompt!r}"
-    for missing, other in (("prompt", "image"), ("image", "prompt")):
-        if getattr(options, missing) is None and getattr(options, other) is not None:
-            reader.error(f"--{missing} must be given with --{other}")
-    if options.image is None:
+    if options.image and options.prompt is None:
+        reader.error("--prompt must be given with --image")
+    if options.video and options.prompt is None:
+        reader.error("--prompt must be given with --video")
+    if options.prompt is not None and not options.image and not options.video:
+        reader.error("--image must be given with --prompt")
+    if not options.image and not options.video:
         reader.error("--image and --prompt must be given (only the embedded model has an example)")
     return options
 
@@ -213,6 +232,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _planned(options: argparse.Namespace, folder: Path) -> tuple[Request, list[Path]]:
     """The request of all videos, and their outputs. Reads the images, those at addresses into
     `folder`, and checks the outputs."""
+    if options.video and not options.image and not options.manifest:
+        options.image = first_frame(options.video, folder)
     single = options.prompt, options.image
     rows = read_manifest(options.manifest) if options.manifest else [Row(*single)]
     sources = dict.fromkeys(row.image for row in rows)
@@ -231,6 +252,7 @@ def _planned(options: argparse.Namespace, folder: Path) -> tuple[Request, list[P
         **_settings(options),
         end_image=end,
         keyframes={number: local_copy(source, folder) for number, source in options.keyframe},
+        video=options.video,
     )
     return request, outputs
 

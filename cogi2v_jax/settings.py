@@ -13,7 +13,8 @@ import numpy as np
 # What the image's latents are multiplied by. Three code bases feed the 1.5 network at three scales;
 # the reference's is the default.
 IMAGE_LATENT_SCALES = ("reference", "sat", "trainer")
-FITS = ("crop", "pad", "stretch")  # how the image is fitted to the size of the video
+# How the image is fitted to the size of the video; for auto the size is fitted to the image first.
+FITS = ("crop", "pad", "stretch", "auto")
 
 
 class Kind(NamedTuple):
@@ -78,6 +79,8 @@ INTERVAL = Kind(
     lambda v: _numbers(v.replace(":", ",") if isinstance(v, str) else v),
 )
 SHARE = Kind("a number from 0 to 1", lambda v: is_real(v) and 0 <= v <= 1, float)
+PART = Kind("a number above 0 and at most 1", lambda v: is_real(v) and 0 < v <= 1, float)
+SEGMENTS = Kind("an integer from 0 to 999", lambda v: is_whole(v) and 0 <= v < 1000, int)
 
 
 def is_sequence(value: Any) -> bool:
@@ -110,7 +113,8 @@ class Settings:
     fit: str = _setting(
         one_of(*FITS),
         official=False,
-        help="how the image is fitted to the size; stretch is the reference's way",
+        help="how the image is fitted to the size; stretch is the reference's way, auto fits the "
+        "size to the image",
     )
     image_latent_scale: str | float = _setting(
         LATENT_SCALE,
@@ -136,6 +140,36 @@ class Settings:
         neutral=0.0,
         metavar="X",
         help="noise on the image, as in training (about 0.05): less bound to it",
+    )
+    strength: float = _setting(
+        PART,
+        official=False,
+        neutral=0.8,
+        metavar="X",
+        help="with --video: the share of the steps that are run",
+    )
+    loop: bool = _setting(
+        SWITCH, official=False, neutral=False, help="a video that ends where it begins"
+    )
+    extend: int = _setting(
+        SEGMENTS,
+        official=False,
+        neutral=0,
+        metavar="N",
+        help="go on N times from the last frames",
+    )
+    overlap: int = _setting(
+        COUNT,
+        official=False,
+        neutral=1,
+        metavar="N",
+        help="the frames, 4k+1, from which --extend goes on",
+    )
+    match_colour: bool = _setting(
+        SWITCH,
+        official=False,
+        neutral=True,
+        help="with --extend: as the segment before",
     )
     guidance_method: str = _setting(
         one_of("cfg", "apg", "cfg_zero"),

@@ -211,8 +211,9 @@ def test_no_array_of_the_loop_is_left_when_decoding_starts(
     monkeypatch.setattr(Session, "__call__", note)
     cogi2v_jax.generate(tiny, Request(image, GROWS, num_inference_steps=2), on_latents=look)
     assert {"encode_text", "draw_image", "modulate", "denoise"} <= {name for name, _ in made}
-    # On a CPU the latents on the host are a view of the last x.
-    assert left in ([], ["denoise"])
+    # The text, 3.7 MB, is that of the next segment too. On a CPU the latents on the host are a view
+    # of the last x.
+    assert left in (["encode_text"], ["encode_text", "denoise"])
 
 
 def test_raising_in_on_step_cancels_and_the_next_run_is_unchanged(

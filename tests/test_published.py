@@ -1,5 +1,7 @@
 """What a checkpoint was published for: words of prompts, and backgrounds of pictures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,3 +70,12 @@ def test_a_strange_picture_is_computed_with_one_warning() -> None:
         prepare(models, request)
     assert len(warned) == 1
     prepare(models, Request(EXAMPLE_IMAGE, "the cyan triangle grows"))  # a warning would raise
+
+
+@pytest.mark.parametrize("given", [{"num_frames": 57}, {"height": 96}, {"width": 32}], ids=str)
+def test_positions_that_were_not_learned_are_warned_of(given: dict[str, int]) -> None:
+    own = dataclasses.replace(named("cogvideox-5b-i2v"), published=Published())
+    line = "cogvideox-5b-i2v learned positions for 49 frames of 480x720, which are interpolated"
+    with pytest.warns(UserWarning, match=f"^{line}: expect worse results$"):
+        Request(EXAMPLE_IMAGE, "a", **given).resolve(own)
+    Request(EXAMPLE_IMAGE, "a", num_frames=9).resolve(own)  # a warning would raise

@@ -1,7 +1,9 @@
 """A request -> video files, each with the latents and the recipe that make it again; and kept
 latents -> a video file."""
 
+import contextlib
 import itertools
+import json
 import resource
 import sys
 import time
@@ -10,11 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..command import say
 from ..devices import hosts
 from ..disk import check_space, sha256
 from ..media.noise_file import read_noise
 from ..media.recipe import LATENTS, read_latents, recipe_of, write_latents
+from ..media.segments import Segments
+from ..media.sizes import fit_size
 from ..media.videos import check_name, check_output, enlarge, gif_steps, write_video
 from ..request import Noise, Request, Resolved
 
@@ -66,15 +72,18 @@ def make(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         if known := known_config(name):  # before a model is fetched and converted
-            resolved = request.resolve(known)
+            resolved = fit_size(request, known).resolve(known)
             if noise_file:
                 read_noise(noise_file, resolved.latent_shape(known), resolved.num_frames)
     models = load(name, dtype)
+    planned = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        batches = request.batches(videos_at_once(models, request))
-        for batch in batches:
+        remaining = iter(outputs)
+        for batch in request.batches(videos_at_once(models, request)):
             job = prepare(models, batch)
+            recipes = [recipe_of(models, name, job.request, one) for one in job.request.videos]
+            planned.append((batch, [*itertools.islice(remaining, len(recipes))], recipes))
     given, made_of = None, {}
     if noise_file:
         given = read_noise(noise_file, job.shape, job.request.num_frames)
@@ -85,32 +94,48 @@ def make(
     if verbose:
         say("\n".join(job.report()))
     loading = time.perf_counter() - started
-    remaining = iter(outputs)
-    for batch in batches:
-        paths = list(itertools.islice(remaining, len(batch.videos)))
-        recipes: list[dict[str, Any]] = []
+    for batch, paths, recipes in planned:
+        recipes = [recipe | made_of for recipe in recipes]
+        # Only the process that leads has the files.
+        done = _done(paths, recipes) if job.request.extend and hosts.alone() else None
+        kept = []
 
-        def keep(latents: Any, resolved: Resolved, paths=paths, recipes=recipes) -> None:
+        def keep(latents: Any, _: Resolved, paths=paths, recipes=recipes, kept=kept) -> None:
             """Writes the latents of a batch, each with its recipe."""
             if not hosts.leads():
                 return
-            for number, (path, video) in enumerate(zip(paths, resolved.videos, strict=True)):
-                recipe = recipe_of(models, name, resolved, video) | made_of
+            for number, (path, recipe) in enumerate(zip(paths, recipes, strict=True)):
                 write_latents(_latents_of(path), latents[number : number + 1], recipe)
-                recipes.append(recipe)
+            kept.append(_latents_of(paths[0]))
 
         try:
-            noise = None if given is None else Noise(initial=given.repeat(len(batch.videos), 0))
-            result = generate(models, batch, noise, on_step=progress(), on_latents=keep)
+            noise = None if given is None else Noise(initial=given.repeat(len(paths), 0))
+            result = generate(models, batch, noise, progress(), keep, done)
             if hosts.leads():
                 made = zip(paths, result.video, recipes, strict=True)
                 _finish(made, result.seconds, loading, upscale)
         except Exception as error:
-            if recipes:
-                kept = _latents_of(paths[0])
-                error.add_note(f"the latents are kept: --decode_latents {kept} makes the video")
+            if kept:
+                way = f"--decode_latents {kept[-1]} makes the video"
+                error.add_note(f"the latents are kept: {way}")
             raise
         loading = 0.0
+
+
+def _done(outputs: Sequence[Path], recipes: Sequence[dict[str, Any]]) -> Any:
+    """The latents of the segments that an earlier run of the same recipes has left, or None."""
+    found = []
+    for output, recipe in zip(outputs, recipes, strict=True):
+        if not _latents_of(output).is_file():
+            return None
+        with contextlib.suppress(ValueError):
+            latents, known = read_latents(_latents_of(output))
+            if known == json.loads(json.dumps(recipe)):
+                found.append(latents)
+    if len(found) < len(outputs) or len({latents.shape for latents in found}) > 1:
+        return None
+    say(f"going on from the segments in {_latents_of(outputs[0])}")
+    return np.concatenate(found)
 
 
 def decode_kept(
@@ -128,15 +153,28 @@ def decode_kept(
     latents, recipe = read_latents(kept)
     beside = kept.with_name(f"{kept.name.removesuffix(LATENTS)}.mp4")
     (output,) = outputs_of(output or beside, 1, upscale)
-    from ..pipeline import decode
-
     models = load(name or recipe["model"], dtype or recipe["dtype"])
     loading = time.perf_counter() - started
     seconds: dict[str, float] = {}
-    video = decode(models, latents, seconds)[0]
+    video = _decoded(models, latents, recipe, seconds)
     if hosts.leads():
         recipe |= {"fps": fps or recipe["fps"]}
         _finish([(output, video, recipe)], seconds, loading, upscale)
+
+
+def _decoded(
+    models: "Models", latents: Any, recipe: dict[str, Any], seconds: dict[str, float]
+) -> Any:
+    """The frames of kept latents, of one or several segments."""
+    from ..pipeline import decode
+
+    video = Segments(recipe.get("overlap", 1), recipe.get("match_colour", True))
+    ratio, count = models.config.vae.temporal_compression_ratio, 1
+    if recipe.get("extend"):
+        count = max(1, latents.shape[1] // ((recipe["num_frames"] - 1) // ratio + 1))
+    for segment in np.split(latents, count, axis=1):
+        video.add(decode(models, segment, seconds, recipe.get("loop", False)))
+    return video.frames[0]
 
 
 def _latents_of(output: Path) -> Path:
@@ -157,7 +195,8 @@ def _bytes(job: Any, output: Path) -> int:
     """About what a video and its latents take on the disk."""
     request, shape = job.request, job.shape
     latents = 4 * (shape.frames - shape.padding) * shape.height * shape.width * shape.channels
-    frames = 3 * request.num_frames * request.height * request.width
+    frames = 3 * request.frames_made(job.config) * request.height * request.width
+    latents *= 1 + request.extend
     return latents + frames // SQUEEZED.get(output.suffix.lower(), 2)
 
 
@@ -196,6 +235,9 @@ def _finish(
     started = time.perf_counter()
     lines = []
     for output, video, recipe in videos:
+        if "visible" in recipe:
+            left, top, right, bottom = recipe["visible"]
+            video = video[:, top:bottom, left:right]
         lines.append(_written(output, video, recipe))
         if upscale:
             lines.append(_written(_copy(output, upscale), enlarge(video, *upscale), recipe))

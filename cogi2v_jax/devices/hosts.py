@@ -197,6 +197,13 @@ def leads() -> bool:
     return _process == 0
 
 
+def alone() -> bool:
+    """Whether no other process takes part."""
+    import jax
+
+    return jax.process_count() == 1
+
+
 def meet(where: str) -> None:
     """Waits until all processes are at this place of the program."""
     import jax

@@ -109,9 +109,9 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str) -> np.ndarr
     width.
 
     `stretch` ignores the aspect ratio, bit for bit as the reference (diffusers'
-    VideoProcessor.preprocess). `crop` keeps it and cuts equally from both ends; `pad` keeps it and
-    centres the image on black. For an image of the target's ratio all are the same. Raises
-    ValueError for bad arguments.
+    VideoProcessor.preprocess). `crop` keeps it and cuts equally from both ends, and so does `auto`,
+    for which the size was chosen by the image; `pad` keeps it and centres the image on black. For
+    an image of the target's ratio all are the same. Raises ValueError for bad arguments.
     """
     if image.mode != "RGB":
         raise ValueError(f"image must be RGB: got {image.mode}; read_image makes it so")
@@ -119,20 +119,34 @@ def fit_image(image: Image.Image, height: int, width: int, fit: str) -> np.ndarr
         raise ValueError(f"height and width must be at least 1: got {height}x{width}")
     if fit not in FITS:
         raise ValueError(f"fit must be one of {', '.join(FITS)}: got {fit!r}")
-    # The image's sides at the target's ratio. Multiplied before the division, so that equal ratios
-    # give exactly equal sides.
-    same_width, same_height = image.height * width / height, image.width * height / width
-    box, inner = (0, 0, *image.size), (width, height)
-    if fit == "crop":
+    box = (0, 0, *image.size)
+    if fit in ("crop", "auto"):
+        same_width, same_height = _at_ratio(image.size, height, width)
         x, y = max(0, image.width - same_width) / 2, max(0, image.height - same_height) / 2
         box = (x, y, image.width - x, image.height - y)
-    if fit == "pad":
-        scales = min(1, image.width / same_width), min(1, image.height / same_height)
-        inner = round(scales[0] * width) or 1, round(scales[1] * height) or 1
-    image = image.resize(inner, Image.Resampling.LANCZOS, box)
+    left, top, right, bottom = (
+        padded_box(image.size, height, width) if fit == "pad" else (0, 0, width, height)
+    )
+    image = image.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box)
     padded = Image.new("RGB", (width, height))
-    padded.paste(image, ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    padded.paste(image, (left, top))
     return np.asarray(padded, np.float32) / 255 * 2 - 1
+
+
+def padded_box(size: tuple[int, int], height: int, width: int) -> tuple[int, int, int, int]:
+    """Where `pad` puts an image of `size` (width, height): left, top, right, bottom, in pixels of
+    the video."""
+    same_width, same_height = _at_ratio(size, height, width)
+    inner_width = round(min(1, size[0] / same_width) * width) or 1
+    inner_height = round(min(1, size[1] / same_height) * height) or 1
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    return left, top, left + inner_width, top + inner_height
+
+
+def _at_ratio(size: tuple[int, int], height: int, width: int) -> tuple[float, float]:
+    """The sides (width, height) that an image has at the target's ratio, keeping the other one.
+    Multiplied before the division, so that equal ratios give exactly equal sides."""
+    return size[1] * width / height, size[0] * height / width
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What makes a video again: its recipe, and a file of its recipe and its latents before
 decoding."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from .. import __version__
 from ..disk import parse_json, refuse_pointer, replace_when_done, sha256
 from ..request import Resolved, Video
 from ..settings import RATE, SETTINGS
+from .images import padded_box, read_image
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Models
@@ -47,9 +49,28 @@ def recipe_of(
         "attention": models.attention,
         "mesh": models.mesh,
         **({"keyframes": pictures} if pictures else {}),
+        **({} if request.video is None else _clip(Path(request.video))),
+        **({"visible": visible} if (visible := _visible(image, request)) else {}),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
     }
+
+
+def _clip(path: Path) -> dict[str, str]:
+    """Of a file or a folder of frames."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    digests = [sha256(file) for file in files]
+    whole = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"video": path.name, "video_sha256": whole}
+
+
+def _visible(image: Path, request: Resolved) -> list[int] | None:
+    """With `fit` pad: the pixels (left, top, right, bottom) that are not padding, if there is
+    any."""
+    if request.fit != "pad":
+        return None
+    box = padded_box(read_image(image).size, request.height, request.width)
+    return None if box == (0, 0, request.width, request.height) else [*box]
 
 
 def write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:

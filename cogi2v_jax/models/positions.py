@@ -33,6 +33,15 @@ class Positions(NamedTuple):
     is_text: Bool[Any, " s"]
     # Added to the tokens; None where the network is rotary or learned its own table.
     table: Float[Any, "s d"] | None
+    resize: "Resize | None" = None  # of a learned table; None where its size is the grid's
+
+
+class Resize(NamedTuple):
+    """Interpolates a learned table, which is given over frames, rows and columns, to a grid."""
+
+    frames: Float[Any, "f2 f"]
+    rows: Float[Any, "h2 h"]
+    columns: Float[Any, "w2 w"]
 
 
 def grid_of(config: TransformerConfig, latents: tuple[int, ...]) -> tuple[int, int, int]:
@@ -64,7 +73,32 @@ def positions(
     angles = np.pad(angles, ((text, length - tokens), (0, 0)))
     if not rotary and not learned:
         table = np.concatenate([np.zeros((text, config.width), np.float32), sincos(config, grid)])
-    return Positions(np.cos(angles), np.sin(angles), np.arange(length) < text, table)
+    resize = resize_of(config, grid) if learned else None
+    return Positions(np.cos(angles), np.sin(angles), np.arange(length) < text, table, resize)
+
+
+def resize_of(config: TransformerConfig, grid: tuple[int, int, int]) -> Resize | None:
+    """How a learned table is interpolated: linearly, frames from the first to the last, rows and
+    columns between the centres of tokens. A grid of fewer frames, which the reference takes too,
+    reads the first ones."""
+    (frames, *sides), (known_frames, *known_sides) = grid, config.table_grid
+    if frames <= known_frames and sides == known_sides:
+        return None
+    along = np.arange(frames, dtype=float)
+    if frames > known_frames:
+        along *= (known_frames - 1) / (frames - 1)
+    places = [along]
+    for count, known in zip(sides, known_sides, strict=True):
+        places.append(((np.arange(count) + 0.5) * known / count - 0.5).clip(0, known - 1))
+    shapes = zip(places, config.table_grid, strict=True)
+    return Resize(*(interpolation(place, known) for place, known in shapes))
+
+
+def interpolation(places: np.ndarray, known: int) -> Float[np.ndarray, "n {known}"]:
+    """The matrix that interpolates linearly between `known` values, at places from 0 to
+    known - 1."""
+    distances = np.abs(places[:, None] - np.arange(known))
+    return np.maximum(0, 1 - distances).astype(np.float32)
 
 
 def rotary_angles(
@@ -78,14 +112,33 @@ def rotary_angles(
         along = np.arange(rows), np.arange(columns)
     else:
         along = fit_grid(rows, columns, *config.table_grid[1:])
-    widths = k // 4, k // 8 * 3, k // 8 * 3
-    axes = zip((np.arange(frames), *along), widths, strict=True)
-    return over_grid([axis_angles(positions, width) for positions, width in axes], grid)
+    over_frames = axis_angles(np.arange(frames), k // 4)
+    if config.use_learned_positional_embeddings and frames > config.table_grid[0]:
+        over_frames = without_repetition(over_frames, config.table_grid[0])
+    over_sides = (axis_angles(positions, k // 8 * 3) for positions in along)
+    return over_grid([over_frames, *over_sides], grid)
 
 
 def axis_angles(positions: np.ndarray, width: int) -> np.ndarray:
     exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     return positions.astype(np.float32)[:, None] * (1.0 / 10000.0**exponents).astype(np.float32)
+
+
+def without_repetition(
+    angles: Float[np.ndarray, "f half"], known: int
+) -> Float[np.ndarray, "f half"]:
+    """RIFLEx (arXiv 2502.15894): of the frequencies over the frames, the one whose period is the
+    first to exceed the `known` frames of training makes a longer video repeat itself. It is
+    lowered, so that all frames are within 0.9 of its period. For released weights (13 frames, 16
+    channels) it is the second, with a period of 19.9."""
+    frames, frequencies = len(angles), angles[1]
+    longer = np.flatnonzero(2 * math.pi / frequencies > known)
+    if not longer.size:
+        return angles
+    intrinsic, lower = longer[0], 0.9 * 2 * math.pi / frames
+    angles = angles.copy()
+    angles[:, intrinsic] = np.arange(frames) * min(frequencies[intrinsic], np.float32(lower))
+    return angles
 
 
 def over_grid(axes: list[np.ndarray], grid: tuple[int, int, int]) -> Float[np.ndarray, "points c"]:

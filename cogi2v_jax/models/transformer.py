@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..config import TransformerConfig
 from ..devices.sharding import Layout
-from .layers import LayerNorm, Linear, gelu, param, rounded, silu, stacked, wide
+from .layers import LayerNorm, Linear, exact, gelu, param, rounded, silu, stacked, wide
 from .positions import Positions
 
 LAYER = "layer"  # the name of a layer's input, for policies of `jax.checkpoint`
@@ -173,9 +173,7 @@ class Transformer(nnx.Module):
         (t, r, c), (_, frames, rows, columns, _) = self.patch, latents.shape
         patches = rearrange(latents, "b (f t) (h r) (w c) z -> b (f h w) (t r c z)", t=t, r=r, c=c)
         x = jnp.concatenate([text, self.video_in(patches)], axis=1)
-        # Frames are the slowest axis of the learned table: fewer frames read a prefix of it.
-        table = positions.table if self.table is None else self.table[: x.shape[1]]
-        if table is not None:
+        if (table := self.position_table(positions, text.shape[1], x.shape[1])) is not None:
             x = x + table.astype(x.dtype)
 
         def block(
@@ -193,3 +191,19 @@ class Transformer(nnx.Module):
         v = layout.unpad(v)[:, text.shape[1] :]
         grid = {"f": frames // t, "h": rows // r, "w": columns // c, "t": t, "r": r, "c": c}
         return rearrange(v, "b (f h w) (t r c z) -> b (f t) (h r) (w c) z", **grid)
+
+    def position_table(
+        self, positions: Positions, text: int, tokens: int
+    ) -> Float[Array, "s d"] | None:
+        """What is added to so many tokens, of which `text` are the prompt's: the given table, or
+        the learned one."""
+        if self.table is None:
+            return positions.table
+        if positions.resize is None:
+            # Frames are the slowest axis of the learned table: fewer frames read a prefix of it.
+            return self.table[:tokens]
+        prompt, video = wide(self.table[:text]), wide(self.table[text:])
+        sizes = [matrix.shape[1] for matrix in positions.resize]
+        video = video.reshape(*sizes, -1)
+        video = jnp.einsum("fi, hj, wk, ijkd -> fhwd", *positions.resize, video, **exact(video))
+        return jnp.concatenate([prompt, video.reshape(-1, video.shape[-1])])

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 # Folded into the key of a seed, one number for each use.
-POSTERIOR, INITIAL, STEPS, KEYFRAMES, PIXELS = range(5)
+POSTERIOR, INITIAL, STEPS, KEYFRAMES, PIXELS, CLIP = range(6)
 
 FILL = 16  # torch makes values in groups: 8 radii and 8 angles
 BLOCK = 2**11 * FILL  # values made at once, whose float64 temporaries fit a cache
@@ -117,18 +117,22 @@ def _box_muller(uniform: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 
 def draw_as_torch(
-    seeds: Sequence[int], dtype: Any, shape: tuple[int, int, int, int], draws: Int[np.ndarray, " i"]
-) -> tuple[Float[np.ndarray, "b 1 h w c"], Latents, Float[np.ndarray, "i b t h w c"] | None]:
-    """Noise of latents [t h w c] for the image's posterior, the start, and the steps (None where no
-    step draws), in the reference's order of drawing, as if each video were made alone. Of the
-    `draws` of a step the last one counts."""
+    seeds: Sequence[int],
+    dtype: Any,
+    shape: tuple[int, int, int, int],
+    draws: Int[np.ndarray, " i"],
+    pictures: int = 1,
+) -> tuple[Float[np.ndarray, "b n h w c"], Latents, Float[np.ndarray, "i b t h w c"] | None]:
+    """Noise of latents [t h w c] for the image's posterior (of so many latent frames of pictures),
+    the start, and the steps (None where no step draws), in the reference's order of drawing, as if
+    each video were made alone. Of the `draws` of a step the last one counts."""
     streams, (frames, height, width, channels) = [TorchStream(seed, dtype) for seed in seeds], shape
 
     def drawn(frames: int) -> Latents:
         size = frames, channels, height, width
         return np.stack([np.moveaxis(stream.normal(size), 1, -1) for stream in streams])
 
-    posterior, initial = drawn(1), drawn(frames)
+    posterior, initial = drawn(pictures), drawn(frames)
     if not draws.any():
         return posterior, initial, None
     steps = np.zeros((len(draws), *initial.shape), np.float32)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ..config import CheckpointConfig
 from ..devices import compiler_options
@@ -37,10 +37,13 @@ from ..weights.pieces import (
 )
 from . import stages
 from .low_pass import low_pass_matrix
-from .schedule import Guidance, Tableau, tableau
+from .schedule import Guidance, Tableau, loop_shifts, tableau
 
 SPARE = 0.94  # of a device's memory that an estimate may fill
 LONG = 8192  # tokens from which one sequence keeps a device's matrix units busy
+WRAPPED = (
+    4  # latent frames of a loop that are decoded once more in front of the first, an even number
+)
 OFS = 2.0  # the constant conditioning value of the 1.5 network
 
 
@@ -61,6 +64,7 @@ STAGES: dict[Callable[..., Any], Stage] = {
     stages.low_pass: Stage("image", None, Program(stages.low_pass)),
     stages.modulate: Stage("denoise", "modulation", Program(stages.modulate)),
     stages.draw_start: Stage("denoise", None, Program(stages.draw_start)),
+    stages.start_from_clip: Stage("denoise", None, Program(stages.start_from_clip)),
     stages.denoise: Stage("denoise", "transformer", Program(stages.denoise, loop=True)),
     stages.decode: Stage(
         "decode", "vae", Program(stages.decode, out_shardings=stages.decoded_sharding)
@@ -181,7 +185,18 @@ class RequestTarget(Target):
             guidance_interval=r.guidance_interval,
             guidance_skip=r.guidance_skip,
             image_guidance=r.image_guidance,
+            first=r.first_step,
         )
+
+    @property
+    def steps(self) -> int:
+        """Steps that are run."""
+        return len(self.tableau.timestep)
+
+    @property
+    def shifts(self) -> Int[np.ndarray, " i"] | None:
+        """By how much the latents of a loop are shifted in each step."""
+        return loop_shifts(self.shape.frames, self.steps) if self.request.loop else None
 
     @property
     def guidance(self) -> Guidance:
@@ -245,8 +260,10 @@ class RequestTarget(Target):
         """Rotations are applied where a device has whole sequences, modulation where it has its
         part of one."""
         replicated = split(self.mesh)
-        table = None if where.table is None else replicated
-        return Positions(replicated, replicated, split(self.mesh, "sequence"), table)
+        table, resize = (
+            jax.tree.map(lambda _: replicated, part) for part in (where.table, where.resize)
+        )
+        return Positions(replicated, replicated, split(self.mesh, "sequence"), table, resize)
 
     def loop(
         self, videos: int, steps: int, noise: Float[Any, "{steps} b t h w c"] | None = None
@@ -264,7 +281,7 @@ class RequestTarget(Target):
         state, keys = stages.State(latents, past), self._keys(videos)
         given = noise, keys, latents, text, self.position_shapes()
         low = latents if self.low_pass else None
-        args = (state, np.int32(0), self.tableau, modulation, *given, low)
+        args = (state, np.int32(0), self.tableau, modulation, *given, low, self.shifts)
         return self.call(stages.denoise, *args, steps=steps, guidance=self.guidance)
 
     def calls(self, name: str, videos: int = 1) -> list[Call]:
@@ -295,13 +312,14 @@ class RequestTarget(Target):
         if name == "denoise":
             past = self.tableau.past.shape[1]
             start = self.call(stages.draw_start, None, keys, shape=tuple(shape[:4]), past=past)
-            loop = self.loop(videos, request.num_inference_steps)
+            loop = self.loop(videos, self.steps)
             return [self.call(stages.modulate, *self.time), start, loop]
-        latents = np.zeros((videos, shape.frames - shape.padding, *shape[1:4]), np.float32)
+        frames = shape.frames - shape.padding + (WRAPPED if request.loop else 0)
+        latents = np.zeros((videos, frames, *shape[1:4]), np.float32)
         factor, strips = np.float32(vae.scaling_factor), self.strips(*shape[1:3])
         grid = split(spatial(self.mesh, *shape[1:3]), "video", None, "rows", "columns")
-        frames = (videos, request.num_frames, *size, vae.out_channels)
-        video = jax.ShapeDtypeStruct(frames, self.dtype, sharding=grid)
+        decoded = (videos, vae.decoded_frames(frames), *size, vae.out_channels)
+        video = jax.ShapeDtypeStruct(decoded, self.dtype, sharding=grid)
         decoded = self.call(stages.decode, latents, factor, strips=strips)
         return [decoded, self.call(stages.to_bytes, video)]
 

@@ -1,5 +1,5 @@
-"""Sampling schedules as tables. A sampler fills a `Tableau` on the host in float64; on the device
-one `step` serves them all."""
+"""Sampling schedules as tables. Samplers fill a `Tableau` on the host in float64 (samplers.py); on
+the device one `step` serves them all."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..config import SchedulerConfig
+from .samplers import SAMPLERS, noise_levels
 
 BLURRED = 0.04  # share of the steps in which `motion` low-passes the image: the first 2 of 50
 EXACT = 1e-12  # released checkpoints are off by at most 5e-16
@@ -93,186 +94,6 @@ class Guidance(NamedTuple):
     thirds: bool = False  # a third one in steps where image guidance is not 1
 
 
-def alphas_cumprod(config: SchedulerConfig) -> Float[np.ndarray, " levels"]:
-    """alpha_bar of every training timestep: scaled-linear betas, the SNR shift, then the zero-SNR
-    rescaling of arXiv 2305.08891, in this order."""
-    first, last = config.beta_start**0.5, config.beta_end**0.5
-    betas = np.linspace(first, last, config.num_train_timesteps, dtype=np.float64) ** 2
-    alphas = np.cumprod(1 - betas)
-    alphas = alphas / (config.snr_shift_scale + (1 - config.snr_shift_scale) * alphas)
-    if config.rescale_betas_zero_snr:
-        root = np.sqrt(alphas)
-        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return alphas
-
-
-def trailing_timesteps(config: SchedulerConfig, steps: int) -> Int[np.ndarray, " i"]:
-    """Training timesteps from the noisiest down. Raises ValueError for the step counts at which the
-    reference's float range has one entry too many: its last timestep would be -1, which is pure
-    noise and destroys the video."""
-    total = config.num_train_timesteps
-
-    def trailing(count: int) -> np.ndarray:
-        return np.round(np.arange(total, 0, -total / count)).astype(np.int64) - 1
-
-    def valid(count: int) -> bool:
-        return 1 <= count <= total and len(trailing(count)) == count
-
-    if not valid(steps):
-        below = next(filter(valid, range(min(steps - 1, total), 0, -1)), None)
-        above = next(filter(valid, range(max(steps + 1, 1), total + 1)), None)
-        nearest = " or ".join(str(count) for count in (below, above) if count is not None)
-        why = " (this count rounds to one timestep too many, and the last would be pure noise)"
-        rule = f"from 1 to {total}{why if 1 <= steps <= total else ''}"
-        raise ValueError(f"num_inference_steps must be {rule}: got {steps}; nearest is {nearest}")
-    return trailing(steps)
-
-
-def levels(config: SchedulerConfig, timesteps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """alpha_bar of every step, and of the level that the step lands on: one stride further, which
-    is the next row's only where the step count divides the training timesteps. Below timestep zero
-    there is no noise."""
-    alphas = alphas_cumprod(config)
-    landing = timesteps - config.num_train_timesteps // len(timesteps)
-    final = 1.0 if config.set_alpha_to_one else alphas[0]
-    return alphas[timesteps], np.where(landing >= 0, alphas[np.maximum(landing, 0)], final)
-
-
-class Coefficients(NamedTuple):
-    """What a sampler fills: its columns of the tableau, and how often the reference draws noise in
-    each step, of which the last draw counts."""
-
-    x: np.ndarray
-    x0: np.ndarray
-    past: np.ndarray  # [i n]
-    noise: np.ndarray
-    keep_x: np.ndarray
-    keep_x0: np.ndarray
-    draws: np.ndarray
-
-
-def _coefficients(
-    x: np.ndarray,
-    x0: np.ndarray,
-    *past: np.ndarray,
-    noise: Any = 0,
-    keep_x: Any = 0,
-    keep_x0: Any = 1,
-    draws: Any = 0,
-) -> Coefficients:
-    """Of a sampler that keeps x0, draws nothing, and uses nothing that was kept, where nothing else
-    is said."""
-    zeros = np.zeros_like(x)
-    rest = (zeros + one for one in (noise, keep_x, keep_x0, draws))
-    return Coefficients(x, x0, np.stack(past or (zeros,), axis=-1), *rest)
-
-
-def ddim(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
-    """DDIM (arXiv 2010.02502) without noise, for v-prediction."""
-    here, landing = levels(config, timesteps)
-    x = np.sqrt((1 - landing) / (1 - here))
-    return _coefficients(x, np.sqrt(landing) - x * np.sqrt(here))
-
-
-def _half_log_snr(levels: np.ndarray) -> np.ndarray:
-    """log(alpha / sigma): infinite without signal and without noise."""
-    with np.errstate(divide="ignore"):
-        return np.log(np.sqrt(levels / (1 - levels)))
-
-
-def _one_step(config: SchedulerConfig, timesteps: np.ndarray) -> np.ndarray:
-    """Which steps use nothing that was kept: the first, and one to no noise."""
-    first = np.arange(len(timesteps)) == 0
-    return first | (timesteps < config.num_train_timesteps // len(timesteps))
-
-
-def dpm(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2 with noise). The log-SNR is infinite at
-    both ends, and the infinities have a meaning (the first step forgets x, the last adds no noise),
-    so they are carried through here; no coefficient is infinite."""
-    (here, landing), one_step = levels(config, timesteps), _one_step(config, timesteps)
-    half_log_snr = _half_log_snr(here)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        h = _half_log_snr(landing) - half_log_snr
-        r = np.diff(half_log_snr, prepend=np.nan) / h
-        second = 0.5 / r  # the weight of the multistep correction; 0 after an infinite first step
-        x = np.sqrt((1 - landing) / (1 - here)) * np.exp(-h)
-    second = np.where(one_step, 0.0, second)
-    gain = -np.expm1(-2 * h) * np.sqrt(landing)
-    noise = np.sqrt(1 - landing) * np.sqrt(1 - np.exp(-2 * h))
-    # The reference draws for the one-step result first, which a multistep correction replaces.
-    drawn = np.where(one_step, 1, 2)
-    return _coefficients(x, gain * (1 + second), -gain * second, noise=noise, draws=drawn)
-
-
-def dpm2m(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): as `dpm`, without noise."""
-    here, landing = levels(config, timesteps)
-    half_log_snr = _half_log_snr(here)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        h = _half_log_snr(landing) - half_log_snr
-        second = 0.5 * h / np.diff(half_log_snr, prepend=np.nan)
-    second = np.where(_one_step(config, timesteps), 0.0, second)
-    gain = -np.expm1(-h) * np.sqrt(landing)
-    x = np.sqrt((1 - landing) / (1 - here))
-    return _coefficients(x, gain * (1 + second), -gain * second)
-
-
-def dpm3m(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
-    """DPM-Solver++(3M) (arXiv 2211.01095, appendix B). Its weights are those of the divided
-    differences of x0 over the half log-SNR; a neighbour at an infinite one has the weight zero.
-    With one neighbour it is `dpm2m`."""
-    here, landing = levels(config, timesteps)
-    half_log_snr = _half_log_snr(here)
-    one_step = _one_step(config, timesteps)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        h = _half_log_snr(landing) - half_log_snr
-        h = np.where(one_step, 1.0, h)
-        # The distances to the last step, and between the last two.
-        near, far = (np.full_like(h, np.inf) for _ in range(2))
-        near[1:] = np.diff(half_log_snr)
-        far[2:] = near[1:-1]
-        r, share = near / h, np.where(np.isinf(far), 0.0, near / (near + far))
-        first, second = 1 / r, h / far  # of the two differences; zero where infinitely far
-        curved = np.where(np.isinf(far), 0.0, h / (near + far))
-    once = -np.expm1(-h) * np.sqrt(landing)
-    slope = np.where(np.isinf(far), 0.5 * once, (np.expm1(-h) / h + 1) * np.sqrt(landing))
-    bend = ((np.expm1(-h) + h) / h**2 - 0.5) * np.sqrt(landing)
-    newest = slope * (1 + share) - bend * curved  # of the difference to the last step's x0
-    older = -slope * share + bend * curved  # of the difference between those of the last two
-    newest, older = newest * first, older * second
-    newest, older = (np.where(one_step, 0.0, weight) for weight in (newest, older))
-    x = np.sqrt((1 - landing) / (1 - here))
-    alone = np.sqrt(landing) - x * np.sqrt(here)  # DDIM, which this is in one step
-    once = np.where(one_step, alone, once)
-    return _coefficients(x, once + newest, older - newest, -older)
-
-
-def deis(config: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
-    """DEIS (arXiv 2204.13902) of order 2, polynomials in log(rho) with rho = sigma / alpha. What it
-    extrapolates, and so what a step keeps, is the predicted noise (x - alpha x0) / sigma."""
-    here, landing = levels(config, timesteps)
-    alpha, sigma, one_step = np.sqrt(here), np.sqrt(1 - here), _one_step(config, timesteps)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho, end = sigma / alpha, np.sqrt((1 - landing) / landing)
-        before = np.concatenate([[np.inf], rho[:-1]])
-        # The integral over rho of log(rho / rho_here) / log(rho_before / rho_here), to the landing.
-        past = (end * (np.log(end / rho) - 1) + rho) / np.log(before / rho)
-    past = np.where(one_step, 0.0, past) * np.sqrt(landing)
-    x = np.sqrt((1 - landing) / (1 - here))
-    x0 = np.sqrt(landing) - x * alpha + past * alpha / sigma
-    return _coefficients(x - past / sigma, x0, past, keep_x=1 / sigma, keep_x0=-alpha / sigma)
-
-
-SAMPLERS: dict[str, Callable[[SchedulerConfig, np.ndarray], Coefficients]] = {
-    "ddim": ddim,
-    "dpm": dpm,
-    "dpm2m": dpm2m,
-    "dpm3m": dpm3m,
-    "deis": deis,
-}
-
-
 def dynamic_guidance(scale: float, timesteps: np.ndarray) -> np.ndarray:
     """The reference's dynamic guidance. It mixes the step count with training timesteps, so that
     the cosine's argument reaches millions: meaningless in float32, hence computed here."""
@@ -292,33 +113,33 @@ def tableau(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_skip: float = 0.0,
     image_guidance: float = 1.0,
+    first: int = 0,
 ) -> Tableau:
-    """The schedule of a request: `steps` rows, float32 (timesteps int32). Raises ValueError for an
-    unknown scheduler, for step counts that break the reference, and for noise levels that no
-    float64 coefficients fit."""
+    """The schedule of a request: a row for each of `steps` steps from step `first` on, float32
+    (timesteps int32). Raises ValueError for an unknown scheduler, for step counts that break the
+    reference, and for noise levels that no float64 coefficients fit."""
     if scheduler not in SAMPLERS:
         raise ValueError(f"scheduler must be one of {', '.join(SAMPLERS)}: got {scheduler!r}")
-    timesteps = trailing_timesteps(config, steps)
-    here, landing = levels(config, timesteps)
-    *columns, _ = SAMPLERS[scheduler](config, timesteps)
-    columns = [np.sqrt(here), np.sqrt(1 - here), *columns]
+    levels = noise_levels(config, steps, first)
+    *columns, _ = SAMPLERS[scheduler](levels)
+    columns = [np.sqrt(levels.here), np.sqrt(1 - levels.here), *columns]
     if not all(np.isfinite(column).all() for column in columns):
         raise ValueError(f"scheduler {scheduler} must have finite coefficients: {config} has not")
     if use_dynamic_cfg and not isinstance(guidance_scale, tuple):
-        guidance = dynamic_guidance(guidance_scale, timesteps)
+        guidance = dynamic_guidance(guidance_scale, levels.timesteps)
     else:
-        guidance = np.broadcast_to(np.asarray(guidance_scale, float), (steps,))
-    index = np.arange(steps)
+        guidance = np.broadcast_to(np.asarray(guidance_scale, float), (steps,))[first:]
+    index = np.arange(first, steps)
     begin, end = (share * steps for share in guidance_interval)
     guided = (begin <= index) & (index < end) & (np.abs(guidance - 1) > guidance_skip)
     guidance = np.where(guided, guidance, 1.0)
     low_pass = (index <= BLURRED * (steps - 1)) * float(motion > 0)
     image = np.where(low_pass, 0.0, image_guidance)
-    rows = Tableau(timesteps, guidance, image, low_pass, *columns)
-    if faults := find_broken_identities(rows, landing):
+    rows = Tableau(levels.timesteps, guidance, image, low_pass, *columns)
+    if faults := find_broken_identities(rows, levels.landing):
         got = f"{' and '.join(faults)} for {config}"
         raise ValueError(f"scheduler {scheduler} must have exact coefficients: got {got}")
-    return Tableau(timesteps.astype(np.int32), *(c.astype(np.float32) for c in rows[1:]))
+    return Tableau(rows.timestep.astype(np.int32), *(c.astype(np.float32) for c in rows[1:]))
 
 
 def find_broken_identities(rows: Tableau, landing: np.ndarray) -> list[str]:
@@ -340,6 +161,16 @@ def find_broken_identities(rows: Tableau, landing: np.ndarray) -> list[str]:
     return [f"{name} off by {error:.1e}" for name, error in most.items() if error > EXACT]
 
 
-def draws(config: SchedulerConfig, scheduler: str, steps: int) -> Int[np.ndarray, " i"]:
+def loop_shifts(frames: int, steps: int) -> Int[np.ndarray, " {steps}"]:
+    """By how many of `frames` latent frames each step of a loop is shifted: multiples of a number
+    near their half that has no divisor in common with them, so that every frame comes to every
+    place."""
+    stride = next(n for n in range(frames // 2, 0, -1) if math.gcd(n, frames) == 1)
+    return (stride * np.arange(steps) % frames).astype(np.int32)
+
+
+def draws(
+    config: SchedulerConfig, scheduler: str, steps: int, first: int = 0
+) -> Int[np.ndarray, " i"]:
     """How often the reference draws noise in each step of a schedule that `tableau` accepts."""
-    return SAMPLERS[scheduler](config, trailing_timesteps(config, steps)).draws.astype(int)
+    return SAMPLERS[scheduler](noise_levels(config, steps, first)).draws.astype(int)

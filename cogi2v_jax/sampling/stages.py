@@ -19,7 +19,7 @@ from ..models.positions import Positions
 from ..models.t5 import T5
 from ..models.transformer import Modulation, ModulationNetwork, Transformer
 from ..models.vae import VAE, posterior, sample_posterior
-from .noise import INITIAL, KEYFRAMES, PIXELS, POSTERIOR, STEPS, draw
+from .noise import CLIP, INITIAL, KEYFRAMES, PIXELS, POSTERIOR, STEPS, draw
 from .schedule import METHODS, Guidance, Tableau, step
 
 
@@ -58,21 +58,22 @@ def encode_image(
 
 
 def draw_image(
-    moments: Float[Array, "b 1 h w c2"],
-    noise: Float[Array, "b 1 h w c"] | None,
+    moments: Float[Array, "b n h w c2"],
+    noise: Float[Array, "b n h w c"] | None,
     keys: UInt32[Array, "b 2"],
     scale: Float[Array, ""],
     *,
     frames: int,
     mesh: Mesh,
 ) -> Float[Array, "b t h w c"]:
-    """A sample of the image's latents, scaled, as the first of `frames` latent frames. The others
-    are zeros: of latent space, not encoded black frames."""
+    """A sample of the image's latents, scaled, as the first of `frames` latent frames (of the last
+    frames of a video that is extended: as the first ones). The others are zeros: of latent space,
+    not encoded black frames."""
     mean, log_variance = posterior(moments)
     if noise is None:
         noise = draw(keys, POSTERIOR, mean.shape[1:])
     latents = scale * sample_posterior(mean, log_variance, noise).astype(jnp.float32)
-    later_frames = ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0))
+    later_frames = ((0, 0), (0, frames - latents.shape[1]), (0, 0), (0, 0), (0, 0))
     return pin(jnp.pad(latents, later_frames), mesh, "video")
 
 
@@ -128,6 +129,28 @@ def draw_start(
     return State(x, tuple(pin(jnp.zeros_like(x), mesh, "video") for _ in range(past)))
 
 
+def start_from_clip(
+    moments: Float[Array, "b n h w c2"],
+    noise: Float[Array, "b t h w c"] | None,
+    keys: UInt32[Array, "b 2"],
+    scaling_factor: Float[Array, ""],
+    alpha: Float[Array, ""],
+    sigma: Float[Array, ""],
+    *,
+    padding: int,
+    past: int = 1,
+    mesh: Mesh,
+) -> State:
+    """A sample of a clip's latents at the noise level of the first step that is run. The first one
+    is repeated in front where the network takes `padding` latent frames more (1.5)."""
+    mean, log_variance = posterior(moments)
+    sample = sample_posterior(mean, log_variance, draw(keys, CLIP, mean.shape[1:]))
+    latents = scaling_factor * sample.astype(jnp.float32)
+    latents = jnp.concatenate([latents[:, :1]] * padding + [latents], axis=1)
+    start = draw_start(noise, keys, shape=latents.shape[1:], past=past, mesh=mesh)
+    return start._replace(x=pin(alpha * latents + sigma * start.x, mesh, "video"))
+
+
 def denoise(
     network: Transformer,
     state: State,
@@ -140,6 +163,7 @@ def denoise(
     text: Float[Array, "pairs p d"],
     positions: Positions,
     low: Float[Array, "b t h w c"] | None = None,
+    shifts: Int[Array, " i"] | None = None,
     *,
     steps: int,
     guidance: Guidance = Guidance(),  # noqa: B008
@@ -148,19 +172,22 @@ def denoise(
     """The denoising loop: `steps` steps from row `first` of the tableau on. Schedule, guidance and
     seeds are data and compile nothing; so is given `noise`, which is of these steps alone, since
     that of a whole schedule may be as large as a network. `low` are the image's latents low-passed,
-    where some steps want them."""
+    where some steps want them. For a loop (arXiv 2502.20307) the network sees latents and image
+    shifted along time, in every step by another one of `shifts`."""
     rows = jax.tree.map(
-        lambda column: lax.dynamic_slice_in_dim(column, first, steps), (tableau, modulation)
+        lambda column: lax.dynamic_slice_in_dim(column, first, steps), (tableau, modulation, shifts)
     )
     text = network.text_in(text)  # embedded once, not in every step
     copies = text.shape[0] // image.shape[0]  # 2 where guided
     unprompted, prompted = text[: len(image)], text[-len(image) :]
 
     def one_step(state: State, inputs: tuple[Any, ...]) -> tuple[State, None]:
-        index, (row, modulation), noise = inputs
+        index, (row, modulation, shift), noise = inputs
         predict = layout.one_by_one(
             partial(network, modulation=modulation, positions=positions, layout=layout)
         )
+        if shift is not None:
+            predict = partial(_predict_shifted, predict, shift)
         seen = image if low is None else image + row.low_pass * (low - image)
         latents = jnp.concatenate([state.x, seen], axis=-1).astype(text.dtype)
         both = partial(predict, jnp.concatenate([latents] * copies), text)
@@ -184,6 +211,16 @@ def denoise(
     indices = first + jnp.arange(steps)
     state, _ = lax.scan(one_step, state, (indices, rows, noise))
     return state
+
+
+def _predict_shifted(
+    predict: Callable[[Array, Array], Array],
+    shift: Int[Array, ""],
+    latents: Float[Array, "b t h w c"],
+    text: Float[Array, "b p d"],
+) -> Float[Array, "b t h w c2"]:
+    """Of latents that are shifted along time, shifted back."""
+    return jnp.roll(predict(jnp.roll(latents, shift, axis=1), text), -shift, axis=1)
 
 
 def _predict_third(

@@ -18,7 +18,7 @@ from ..models.transformer import Transformer
 from ..models.vae import VAE, posterior, sample_posterior
 from ..sampling.noise import draw
 from ..sampling.programs import OFS
-from ..sampling.schedule import alphas_cumprod
+from ..sampling.samplers import alphas_cumprod
 from ..sampling.stages import draw_image, encode_image
 
 # Folded into the key of a clip, one number for each use; 0 is the posterior of its image.

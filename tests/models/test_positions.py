@@ -111,3 +111,54 @@ KNOWN_OFS = {0: -0.416147, 1: -0.350895, 256: 0.909297}
 def test_a_sinusoid_has_the_known_values(value: int, width: int, known: dict[int, float]) -> None:
     ours = sinusoid(np.array([value]), width)[0, list(known)]
     np.testing.assert_allclose(ours, list(known.values()), atol=1e-4, rtol=0)
+
+
+def test_more_frames_than_learned_change_one_frequency_of_the_frames() -> None:
+    """RIFLEx for 97 frames: of the eight frequencies over the frames the second, whose period of
+    19.9 latent frames would repeat; its new period is the length over 0.9."""
+    ours, text = positions(FITTED, (25, 60, 90)), FITTED.max_text_seq_length
+    theirs_cos, theirs_sin = (table[:, ::2] for table in theirs(FITTED, (25, 60, 90)))
+    own = [table[text:].reshape(25, -1, 32) for table in (ours.cos, ours.sin)]
+    reference = [table.reshape(25, -1, 32) for table in (theirs_cos, theirs_sin)]
+    for table, other in zip(own, reference, strict=True):
+        np.testing.assert_allclose(np.delete(table, 1, 2), np.delete(other, 1, 2), atol=1e-5)
+    angles = np.arange(25) * 0.9 * 2 * np.pi / 25
+    np.testing.assert_allclose(own[0][:, 0, 1], np.cos(angles), atol=1e-5)
+    np.testing.assert_allclose(own[1][:, 0, 1], np.sin(angles), atol=1e-5)
+    assert np.abs(reference[0][:, 0, 1] - np.cos(angles)).max() > 0.5
+
+
+def test_fewer_frames_than_the_new_period_keep_their_frequency() -> None:
+    ours = positions(FITTED, (15, 60, 90))  # 0.9 * 2 pi / 15 is above the second frequency
+    table = ours.cos[FITTED.max_text_seq_length :].reshape(15, -1, 32)
+    np.testing.assert_allclose(table[:, 0, 1], np.cos(np.arange(15) * 10**-0.5), atol=1e-5)
+
+
+@pytest.mark.parametrize("latents", [(25, 60, 90), (13, 90, 60), (13, 40, 60), (25, 48, 48)])
+def test_a_learned_table_is_interpolated_as_torch_does(latents: tuple[int, int, int]) -> None:
+    resize = positions(FITTED, latents).resize
+    assert resize is not None
+    learned = np.random.default_rng(0).standard_normal((13, 30, 45)).astype(np.float32)
+    ours = np.einsum("fi, hj, wk, ijk -> fhw", *resize, learned)
+    frames, rows, columns = latents[0], latents[1] // 2, latents[2] // 2
+    table = torch.from_numpy(learned)
+    if (rows, columns) != (30, 45):
+        size = {"size": (rows, columns), "mode": "bilinear", "align_corners": False}
+        table = torch.nn.functional.interpolate(table[None], **size)[0]
+    table = table.reshape(13, -1).T[None]
+    if frames != 13:
+        size = {"size": frames, "mode": "linear", "align_corners": True}
+        table = torch.nn.functional.interpolate(table, **size)
+    expected = table[0].T.reshape(frames, rows, columns).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("latents", [(13, 60, 90), (3, 60, 90)])
+def test_a_learned_table_of_the_grid_is_read_as_it_is(latents: tuple[int, int, int]) -> None:
+    assert positions(FITTED, latents).resize is None
+
+
+def test_fewer_frames_of_another_size_read_the_first_frames_of_the_table() -> None:
+    resize = positions(FITTED, (3, 90, 60)).resize
+    assert resize is not None
+    np.testing.assert_array_equal(resize.frames, np.eye(3, 13))

@@ -20,8 +20,9 @@ from diffusers import (
 from tolerances import TOLERANCE, assert_close
 
 from cogi2v_jax.config import SchedulerConfig
-from cogi2v_jax.sampling import schedule
-from cogi2v_jax.sampling.schedule import SAMPLERS, Coefficients, Tableau, draws, step, tableau
+from cogi2v_jax.sampling import samplers
+from cogi2v_jax.sampling.samplers import SAMPLERS, Coefficients, Levels
+from cogi2v_jax.sampling.schedule import Tableau, draws, step, tableau
 
 REFERENCES = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 INEXACT = {"rescale_betas_zero_snr": False, "set_alpha_to_one": False}
@@ -121,7 +122,7 @@ GENERAL = {  # diffusers' own schedulers of these samplers, for levels without a
 @pytest.mark.parametrize("steps", [20, 50])
 @pytest.mark.parametrize("scheduler", GENERAL)
 def test_multistep_samplers_step_as_those_of_diffusers(scheduler: str, steps: int) -> None:
-    levels = schedule.alphas_cumprod(config("neither end exact"))
+    levels = samplers.alphas_cumprod(config("neither end exact"))
     kind, order = GENERAL[scheduler]
     betas = 1 - levels / np.concatenate([[1.0], levels[:-1]])
     settings = {"trained_betas": betas, "solver_order": order, "prediction_type": "v_prediction"}
@@ -173,7 +174,7 @@ LEVELS = {  # alphas_cumprod at a timestep, of (5b, 2b)
 
 def test_noise_levels_of_training_have_the_known_values() -> None:
     ours = np.stack(
-        [schedule.alphas_cumprod(config(name))[list(LEVELS)] for name in ("5b", "2b")], axis=1
+        [samplers.alphas_cumprod(config(name))[list(LEVELS)] for name in ("5b", "2b")], axis=1
     )
     np.testing.assert_allclose(ours, list(LEVELS.values()), rtol=1e-12)
 
@@ -222,7 +223,7 @@ def test_dynamic_guidance_is_the_formula_in_float64_and_constant_guidance_the_sc
 
 def is_accepted(steps: int) -> bool:
     try:
-        return len(schedule.trailing_timesteps(config(), steps)) == steps
+        return len(samplers.trailing_timesteps(config(), steps)) == steps
     except ValueError:
         return False
 
@@ -237,13 +238,13 @@ def test_all_step_counts_but_62_have_the_references_timesteps_and_these_are_refu
         reference.set_timesteps(steps)
         if len(reference.timesteps) == steps:
             np.testing.assert_array_equal(
-                schedule.trailing_timesteps(config(), steps), reference.timesteps
+                samplers.trailing_timesteps(config(), steps), reference.timesteps
             )
             continue
         refused.append(steps)
         line = f"num_inference_steps must be .*: got {steps}; nearest is"
         with pytest.raises(ValueError, match=line) as caught:
-            schedule.trailing_timesteps(config(), steps)
+            samplers.trailing_timesteps(config(), steps)
         below, above = named_in(caught.value)
         assert below < steps < above
         assert [count for count in range(below, above + 1) if is_accepted(count)] == [below, above]
@@ -257,7 +258,7 @@ def test_step_counts_out_of_range_are_refused_with_the_range_and_its_nearest_end
 ) -> None:
     line = f"num_inference_steps must be from 1 to 1000: got {steps}; nearest is {nearest}$"
     with pytest.raises(ValueError, match=line):
-        schedule.trailing_timesteps(config(), steps)
+        samplers.trailing_timesteps(config(), steps)
 
 
 @pytest.mark.parametrize("scheduler", SAMPLERS)
@@ -295,11 +296,8 @@ def test_noise_that_is_off_by_a_billionth_breaks_the_identity_of_the_variance(
     """Noise of two kinds: what x keeps (the signal is restored in x0), and what is added."""
     sampler = SAMPLERS[scheduler]
 
-    def keeps(settings: SchedulerConfig, timesteps: np.ndarray) -> Coefficients:
-        right, alpha = (
-            sampler(settings, timesteps),
-            np.sqrt(schedule.levels(settings, timesteps)[0]),
-        )
+    def keeps(levels: Levels) -> Coefficients:
+        right, alpha = sampler(levels), np.sqrt(levels.here)
         return right._replace(x=right.x + 1e-9, x0=right.x0 - 1e-9 * alpha)
 
     def adds(*given: Any) -> Coefficients:

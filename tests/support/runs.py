@@ -23,7 +23,7 @@ def without_sampling(monkeypatch: pytest.MonkeyPatch) -> list:
     """Replaces sampling by black videos. Returns the list that collects the requests."""
     asked = []
 
-    def black(models, request, noise, on_step, on_latents):
+    def black(models, request, noise, on_step, on_latents, done):
         resolved = request.resolve(models.config)
         asked.append(resolved)
         latents, video = (

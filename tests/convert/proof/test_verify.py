@@ -23,7 +23,7 @@ from traces import FAMILY_SCHEDULER, STEPS, Case, damaged, flags, size_of
 
 from cogi2v_jax import Request, pipeline
 from cogi2v_jax.devices.compiling import Program
-from cogi2v_jax.sampling import programs, schedule, stages
+from cogi2v_jax.sampling import programs, samplers, schedule, stages
 
 STAGES = {"ids", "pixels", "text", "moments", "posterior", "image", "timesteps", "guidance"}
 STAGES |= {"unconditional", "conditional", "guided", "latents", "video"}
@@ -152,8 +152,8 @@ def test_a_shifted_frame_is_found_at_the_images_latents(
 def test_a_timestep_that_is_off_by_one_is_found_at_the_timesteps(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = schedule.trailing_timesteps
-    monkeypatch.setattr(schedule, "trailing_timesteps", lambda *given: right(*given) - 1)
+    right = samplers.trailing_timesteps
+    monkeypatch.setattr(samplers, "trailing_timesteps", lambda *given: right(*given) - 1)
     report = verify.verify(str(case.source), case.single)
     assert first(report) == "timesteps"
     assert fed(report) >= {"timesteps", "unconditional", "conditional", "latents"}
