@@ -9,10 +9,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import Future
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from ..disk import one_line
@@ -27,12 +28,14 @@ SECONDS = 60.0  # for all of it; half of them without a byte are too many
 REDIRECTS = 5
 BLOCK = 2**16
 
+Value = TypeVar("Value")
+
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     max_redirections = REDIRECTS
 
     def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any):
-        if scheme_of(newurl) not in WEB or _has_password(newurl):
+        if scheme_of(newurl) not in WEB or has_password(newurl):
             fp.close()
             raise urllib.error.URLError(f"it leads to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
@@ -67,24 +70,43 @@ def fetch(address: str) -> bytes:
     scheme = scheme_of(address)
     if scheme == "data":
         return _data(address)
-    if scheme not in WEB or _has_password(address):
+    if scheme not in WEB or has_password(address):
         rule = "image must be a file, or at a http, https or data address without a password"
         raise ValueError(f"{rule}: got {shown(address)}; download it first")
-    done: Future[bytes] = Future()
+    try:
+        return within(SECONDS, lambda: _download(address))
+    except TimeoutError as error:
+        raise OSError(f"cannot download {shown(address)}: {error}") from None
 
-    def work() -> None:
+
+def within(seconds: float, work: Callable[[], Value]) -> Value:
+    """What `work` returns or raises. Raises TimeoutError where that takes more than `seconds`: a
+    timeout of urllib begins anew with every byte, and looking up a name has none."""
+    done: Future[Value] = Future()
+
+    def run() -> None:
         try:
-            done.set_result(_download(address))
+            done.set_result(work())
         except Exception as error:
             done.set_exception(error)
 
-    # A timeout of urllib begins anew with every byte, and looking up a name has none.
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(SECONDS)
+    thread.join(seconds)
     if not done.done():
-        raise OSError(f"cannot download {shown(address)}: it took more than {SECONDS:.0f} s")
+        raise TimeoutError(f"it took more than {seconds:.0f} s")
     return done.result()
+
+
+def read_answer(answer: Any, most: int, end: float) -> bytes:
+    """The bytes of an answer; somewhat more than `most` where it has more. Raises TimeoutError at
+    the time `end`, when nobody waits any more, and as the connection."""
+    data = bytearray()
+    while len(data) <= most and (block := answer.read1(BLOCK)):
+        data += block
+        if time.monotonic() > end:
+            raise TimeoutError
+    return bytes(data)
 
 
 def _data(address: str) -> bytes:
@@ -98,21 +120,17 @@ def _data(address: str) -> bytes:
         raise ValueError(f"data address must be base64: got {one_line(address[:40])}...") from None
 
 
-def _has_password(address: str) -> bool:
+def has_password(address: str) -> bool:
     return bool(PASSWORD.match(address, address.find("://") + 3))
 
 
 def _download(address: str) -> bytes:
     end = time.monotonic() + SECONDS
     quoted = quote(address, safe=string.punctuation)  # letters beyond ASCII
-    data = bytearray()
     try:
         request = urllib.request.Request(quoted, headers={"User-Agent": "cogi2v-jax"})
         with urllib.request.build_opener(_Redirects).open(request, timeout=SECONDS / 2) as answer:
-            while len(data) <= LARGEST and (block := answer.read1(BLOCK)):
-                data += block
-                if time.monotonic() > end:  # nobody waits any more
-                    raise TimeoutError
+            data = read_answer(answer, LARGEST, end)
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
@@ -122,4 +140,4 @@ def _download(address: str) -> bytes:
     if len(data) > LARGEST:
         most = f"image must have at most {LARGEST >> 20} MiB"
         raise ValueError(f"{most}: got more from {shown(address)}")
-    return bytes(data)
+    return data
