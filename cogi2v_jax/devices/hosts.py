@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
+import numpy as np
+
 from ..disk import at_end, first_line
 
 VARIABLES = COORDINATOR, PROCESSES, PROCESS = (
@@ -212,6 +214,18 @@ def meet(where: str) -> None:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices(where)
+
+
+def share(text: str) -> str:
+    """What process 0 calls it with, on all processes; each of them must call it."""
+    if not _joined:
+        return text
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(broadcast_one_to_all(np.int32(len(data))))
+    data = data if leads() else np.zeros(size, np.uint8)
+    return bytes(np.asarray(broadcast_one_to_all(data))).decode() if size else ""
 
 
 def distributed(main: Callable[..., int]) -> Callable[..., int]:

@@ -15,6 +15,19 @@ from processes import announcements, without_gloo
 PROGRAM = Path(__file__).parents[1] / "support" / "member.py"
 PATIENCE = 60.0  # seconds within which the others must end; the program's heartbeat is short
 ENDLESS = 10**9
+SHARING = """
+import sys
+from cogi2v_jax.devices import hosts
+
+@hosts.distributed
+def main() -> int:
+    hosts.join(10)
+    for text in ("a \\u732b jumps", "", "long " * 10000):
+        assert hosts.share(text if hosts.leads() else "another one") == text
+    return 0
+
+sys.exit(main())
+"""
 SETTINGS = {
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     "PYTHONPATH": os.pathsep.join(sys.path),
@@ -25,9 +38,15 @@ Announced = list[dict[str, str]]
 
 @contextmanager
 def started(announced: Announced, steps: int, *fault: str) -> Iterator[list[subprocess.Popen]]:
+    with started_program(announced, str(PROGRAM), str(steps), *fault) as members:
+        yield members
+
+
+@contextmanager
+def started_program(announced: Announced, *arguments: str) -> Iterator[list[subprocess.Popen]]:
     members = [
         subprocess.Popen(
-            [sys.executable, PROGRAM, str(steps), *fault],
+            [sys.executable, *arguments],
             env=os.environ | SETTINGS | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -126,3 +145,8 @@ def test_processes_that_all_fail_alike_all_print_the_error() -> None:
     with started(announcements(2), ENDLESS, "raise", "99") as members:
         for code, _, err in map(ended, members):
             assert (code, err.splitlines()[-1]) == (1, "ValueError: image must be an image")
+
+
+def test_all_processes_have_the_text_of_process_0() -> None:
+    with started_program(announcements(2), "-c", SHARING) as members:
+        assert [ended(member) for member in members] == [(0, "", "")] * 2
