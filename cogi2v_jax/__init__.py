@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .apps.choosing import Take, best_of
     from .loading import adapt, load
     from .pipeline import Result, decode, generate
     from .request import Noise, Request
@@ -26,8 +27,10 @@ __all__ = [
     "Noise",
     "Request",
     "Result",
+    "Take",
     "__version__",
     "adapt",
+    "best_of",
     "decode",
     "generate",
     "load",
@@ -38,7 +41,9 @@ _HOMES = {
     "Noise": "request",
     "Request": "request",
     "Result": "pipeline",
+    "Take": "apps.choosing",
     "adapt": "loading",
+    "best_of": "apps.choosing",
     "decode": "pipeline",
     "generate": "pipeline",
     "load": "loading",

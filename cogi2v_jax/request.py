@@ -10,7 +10,7 @@ import numpy as np
 
 from .config import CheckpointConfig
 from .disk import is_text
-from .settings import KINDS, NEUTRAL, Settings, is_sequence, is_whole, misfits
+from .settings import COUNT, KINDS, NEUTRAL, Settings, is_sequence, is_whole, misfits
 
 Whole = int | np.integer
 Real = int | float | np.number
@@ -141,14 +141,30 @@ class Request:
     def batches(self, size: int) -> list["Request"]:
         """Requests for at most `size` of its videos each."""
         videos = self.videos
-        parts = [videos[first : first + size] for first in range(0, len(videos), size)]
-        columns = [
-            part[0] if len(part) == 1 else map(list, zip(*part, strict=True)) for part in parts
+        return [self._of(videos[first : first + size]) for first in range(0, len(videos), size)]
+
+    def takes(self, count: int) -> "Request":
+        """The request for each of its videos `count` times, with seeds counting up from its own.
+        Raises ValueError for another count, and as `check`."""
+        if not COUNT.fits(count):
+            raise ValueError(f"best_of must be {COUNT.rule}: got {count!r}")
+        self.check()
+        takes = [
+            video._replace(seed=int(video.seed) + take)
+            for video in self.videos
+            for take in range(count)
         ]
-        return [
-            dataclasses.replace(self, **dict(zip(Video._fields, column, strict=True)))
-            for column in columns
-        ]
+        return self._of(takes)
+
+    def _of(self, videos: Sequence[Video]) -> "Request":
+        """The same for these videos."""
+        columns = videos[0] if len(videos) == 1 else map(list, zip(*videos, strict=True))
+        return dataclasses.replace(self, **dict(zip(Video._fields, columns, strict=True)))
+
+    def with_prompts(self, prompts: Sequence[str]) -> "Request":
+        """The same with other prompts, one for each of its videos."""
+        pairs = zip(self.videos, prompts, strict=True)
+        return self._of([video._replace(prompt=prompt) for video, prompt in pairs])
 
     def resolve(self, config: CheckpointConfig) -> "Resolved":
         """The request with the checkpoint's defaults filled in. Raises ValueError naming all values
