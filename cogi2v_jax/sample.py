@@ -3,6 +3,7 @@
 import argparse
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .command import Parser, run, say
 from .config import names
 from .devices import hosts, plan
 from .media.download import path_or_address
+from .media.enhance import check_address, connect
 from .media.images import local_copy
 from .media.recipe import LATENTS
 from .media.rows import Row, read_manifest
@@ -65,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     add("--image", "--image_or_video_path", metavar="FILE", type=path_or_address, help=image)
     add("--prompt", metavar="TEXT", help="what should happen")
     add("--negative_prompt", metavar="TEXT", default="", help="what should not")
+    url = "a language model rewrites the prompt for the image (as http://127.0.0.1:8000/v1)"
+    add("--enhance", metavar="URL", help=url)
+    add("--enhance_model", **NAME, help="its name (default: the first that URL/models lists)")
     manifest = "many at once: .csv, .jsonl or .txt (prompt@@image) instead of image and prompt"
     add("--manifest", **FILE, help=manifest)
     output = ".mp4, .gif, or .png for a folder of frames (default: out.mp4)"
@@ -73,6 +78,8 @@ def parser() -> argparse.ArgumentParser:
     add("--upscale", nargs=2, metavar=("HOW", "N"), help=upscale)
     videos = "with seeds counting up from --seed"
     add("--num_videos_per_prompt", **NUMBER, default=1, help=videos)
+    takes = "make each N times, with seeds counting up, and rank them: out.mp4 is the best"
+    add("--best_of", **NUMBER, default=1, help=takes)
     add("--seed", **NUMBER, default=42)
 
     add_settings(main)
@@ -138,8 +145,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("model", "plan", "mesh", "attention"):
         if getattr(options, name) == "":
             reader.error(f"--{name} must not be empty")
-    if (count := options.num_videos_per_prompt) < 1:
-        reader.error(f"--num_videos_per_prompt must be at least 1: got {count}")
+    for name in ("num_videos_per_prompt", "best_of"):
+        if (count := getattr(options, name)) < 1:
+            reader.error(f"--{name} must be at least 1: got {count}")
+    if options.enhance_model and options.enhance is None:
+        reader.error("--enhance_model must be given with --enhance")
+    if options.enhance is not None:
+        try:
+            check_address(options.enhance)
+        except ValueError as error:
+            reader.error(str(error))
     pair = options.image or options.prompt
     given = {name for name, value in vars(options).items() if value != reader.get_default(name)}
     if options.decode_latents and (beside := sorted(given - DECODING)):
@@ -211,12 +226,15 @@ def _run(options: argparse.Namespace) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
         request, outputs = _planned(options, Path(folder))
+        enhance = options.enhance
         making.make(
             load,
             options.model or EMBEDDED,
             options.dtype,
             request,
             outputs,
+            best_of=options.best_of,
+            endpoint=enhance and partial(connect, enhance, options.enhance_model),
             noise_file=options.noise_file,
             upscale=options.upscale,
             verbose=options.verbose,
@@ -242,9 +260,12 @@ def _planned(options: argparse.Namespace, folder: Path) -> tuple[Request, list[P
     for row in rows:
         first = options.seed if row.seed is None else row.seed
         negative = options.negative_prompt if row.negative_prompt is None else row.negative_prompt
-        seeds = range(first, first + options.num_videos_per_prompt)
+        # Each video has the seeds of its takes to itself.
+        count, takes = options.num_videos_per_prompt, options.best_of
+        seeds = range(first, first + count * takes, takes)
         videos += [Video(images[row.image], row.prompt, negative, seed) for seed in seeds]
-    outputs = making.outputs_of(options.output or Path("out.mp4"), len(videos), options.upscale)
+    output = options.output or Path("out.mp4")
+    outputs = making.outputs_of(output, len(videos), options.upscale, options.best_of)
     columns = map(list, zip(*videos, strict=True))
     end = None if options.end_image is None else local_copy(options.end_image, folder)
     request = Request(

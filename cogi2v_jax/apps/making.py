@@ -1,5 +1,5 @@
-"""A request -> video files, each with the latents and the recipe that make it again; and kept
-latents -> a video file."""
+"""A request -> video files, each with the latents and the recipe that make it again, also several
+takes of each; and kept latents -> a video file."""
 
 import contextlib
 import itertools
@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ import numpy as np
 from ..command import say
 from ..devices import hosts
 from ..disk import check_space, sha256
+from ..media.enhance import Endpoint
 from ..media.noise_file import read_noise
+from ..media.ranking import rank
 from ..media.recipe import LATENTS, read_latents, recipe_of, write_latents
 from ..media.segments import Segments
 from ..media.sizes import fit_size
 from ..media.videos import check_name, check_output, enlarge, gif_steps, write_video
 from ..request import Noise, Request, Resolved
+from . import choosing, rewriting
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Models
@@ -34,21 +38,42 @@ Upscale = tuple[str, int]  # of an enlarged copy: one of `videos.ENLARGED`, and 
 Load = Callable[[str, str | None], "Models"]  # a checkpoint's name and a dtype -> models
 
 
-def outputs_of(output: Path, videos: int, upscale: Upscale | None) -> list[Path]:
-    """Where so many videos go: x.mp4, or x-0.mp4, x-1.mp4, ... Raises ValueError and OSError as
+@dataclass
+class Made:
+    """A video that is being made."""
+
+    kept: Path  # where its latents are
+    recipe: dict[str, Any]
+    request: Resolved  # of its batch
+    image: Path
+    latents: Any = None  # [1 t h w c]
+    frames: Any = None  # uint8 [f h w 3]
+
+
+def outputs_of(output: Path, videos: int, upscale: Upscale | None, best_of: int = 1) -> list[Path]:
+    """Where so many videos go: x.mp4, or x-0.mp4, x-1.mp4, ...; and after each the other takes of
+    it, from the second best on: x-1.mp4, ..., or x-0-1.mp4, ... Raises ValueError and OSError as
     `check_output` does, also for the files beside them."""
     check_name(output)
-    outputs = [output]
-    if videos > 1:
-        width = len(str(videos - 1))
-        stems = [f"{output.stem}-{number:0{width}d}" for number in range(videos)]
-        outputs = [output.with_name(stem + output.suffix) for stem in stems]
+    bests = _numbered(output, range(videos)) if videos > 1 else [output]
+    outputs = [path for best in bests for path in (best, *_numbered(best, range(1, best_of)))]
     for path in outputs:
-        if (latents := _latents_of(path)).is_dir():
-            raise ValueError(f"latents must be a file or a new name: got the folder {latents}")
+        _check_latents(_latents_of(path))
         if upscale:
             _checked(_copy(path, upscale))
     return [*map(_checked, outputs)]
+
+
+def _numbered(output: Path, numbers: range) -> list[Path]:
+    width = len(str(numbers.stop - 1))
+    return [
+        output.with_name(f"{output.stem}-{number:0{width}d}{output.suffix}") for number in numbers
+    ]
+
+
+def _check_latents(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"latents must be a file or a new name: got the folder {path}")
 
 
 def make(
@@ -58,14 +83,19 @@ def make(
     request: Request,
     outputs: Sequence[Path],
     *,
+    best_of: int = 1,
+    endpoint: Callable[[], Endpoint] | None = None,
     noise_file: Path | None = None,
     upscale: Upscale | None = None,
     verbose: bool = False,
 ) -> None:
-    """Makes the videos of a request, whose images are files, and writes each one to its output.
+    """Makes each video of a request, whose images are files, `best_of` times, and writes all to
+    their outputs, the takes of one video from the best on. An `endpoint` rewrites their prompts.
     Everything is checked before the first is sampled. Raises ValueError and OSError."""
     started = time.perf_counter()
+    asked, request = request, request.takes(best_of)
     request.check()
+    kept = _kept(outputs, best_of)
     from ..pipeline import generate, prepare, videos_at_once
     from ..weights.hub import known_config
 
@@ -75,15 +105,18 @@ def make(
             resolved = fit_size(request, known).resolve(known)
             if noise_file:
                 read_noise(noise_file, resolved.latent_shape(known), resolved.num_frames)
+    answers = None
+    if endpoint:
+        began = time.perf_counter()
+        answers = rewriting.ask(endpoint, asked.videos)
+        started += time.perf_counter() - began
     models = load(name, dtype)
     planned = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        remaining = iter(outputs)
         for batch in request.batches(videos_at_once(models, request)):
             job = prepare(models, batch)
-            recipes = [recipe_of(models, name, job.request, one) for one in job.request.videos]
-            planned.append((batch, [*itertools.islice(remaining, len(recipes))], recipes))
+            planned.append((batch, job.request))
     given, made_of = None, {}
     if noise_file:
         given = read_noise(noise_file, job.shape, job.request.num_frames)
@@ -93,48 +126,109 @@ def make(
         check_space(outputs[0].parent, needed, "latents and videos")
     if verbose:
         say("\n".join(job.report()))
+    notes: list[dict[str, Any]] = [{}] * len(asked.videos)
+    if answers:
+        asked, notes = rewriting.rewritten(models, asked, answers)
+        prompts = iter([video.prompt for video in asked.takes(best_of).videos])
+        for number, (batch, resolved) in enumerate(planned):
+            texts = [*itertools.islice(prompts, len(batch.videos))]
+            planned[number] = batch.with_prompts(texts), resolved.with_prompts(texts)
+    coming = zip(kept, (note for note in notes for _ in range(best_of)), strict=True)
+    batches: list[tuple[Request, list[Made]]] = []
+    for batch, resolved in planned:
+        batches.append((batch, []))
+        for video, (path, note) in zip(resolved.videos, coming, strict=False):
+            recipe = recipe_of(models, name, resolved, video) | made_of | note
+            batches[-1][1].append(Made(path, recipe, resolved, video.image))
     loading = time.perf_counter() - started
-    for batch, paths, recipes in planned:
-        recipes = [recipe | made_of for recipe in recipes]
+    remaining = iter(outputs)
+    takes: list[Made] = []  # that are not ranked yet
+    written: list[tuple[str, dict[str, Any]]] = []
+    for batch, new in batches:
         # Only the process that leads has the files.
-        done = _done(paths, recipes) if job.request.extend and hosts.alone() else None
-        kept = []
+        done = _done(new) if job.request.extend and hosts.alone() else None
 
-        def keep(latents: Any, _: Resolved, paths=paths, recipes=recipes, kept=kept) -> None:
+        def keep(latents: Any, _: Resolved, new=new) -> None:
             """Writes the latents of a batch, each with its recipe."""
             if not hosts.leads():
                 return
-            for number, (path, recipe) in enumerate(zip(paths, recipes, strict=True)):
-                write_latents(_latents_of(path), latents[number : number + 1], recipe)
-            kept.append(_latents_of(paths[0]))
+            for number, made in enumerate(new):
+                made.latents = latents[number : number + 1]
+                write_latents(made.kept, made.latents, made.recipe)
 
         try:
-            noise = None if given is None else Noise(initial=given.repeat(len(paths), 0))
+            noise = None if given is None else Noise(initial=given.repeat(len(new), 0))
             result = generate(models, batch, noise, progress(), keep, done)
             if hosts.leads():
-                made = zip(paths, result.video, recipes, strict=True)
-                _finish(made, result.seconds, loading, upscale)
+                for number, made in enumerate(new):
+                    made.latents = result.latents[number : number + 1]
+                    made.frames = result.video[number]
+                takes += new
+                whole = len(takes) // best_of * best_of
+                named = _named(takes[:whole], remaining, best_of)
+                written += _finish(named, result.seconds, loading, upscale)
+                for made in takes[:whole]:
+                    made.latents = made.frames = None
+                del takes[:whole]
         except Exception as error:
-            if kept:
-                way = f"--decode_latents {kept[-1]} makes the video"
+            if new[0].latents is not None:
+                way = f"--decode_latents {new[0].kept} makes the video"
                 error.add_note(f"the latents are kept: {way}")
             raise
         loading = 0.0
+    if best_of > 1 and written:
+        print("\n".join(choosing.table(written)))
 
 
-def _done(outputs: Sequence[Path], recipes: Sequence[dict[str, Any]]) -> Any:
+def _kept(outputs: Sequence[Path], best_of: int) -> list[Path]:
+    """Where latents are kept, take by take, until the takes are ranked: x-take0, x-take1, ..."""
+    if best_of == 1:
+        return [*map(_latents_of, outputs)]
+    kept = [
+        best.with_name(f"{best.stem}-take{take}{LATENTS}")
+        for best in outputs[::best_of]
+        for take in range(best_of)
+    ]
+    for path in kept:
+        _check_latents(path)
+    return kept
+
+
+def _named(
+    takes: Sequence[Made], outputs: Iterator[Path], best_of: int
+) -> Iterator[tuple[Path, Any, dict[str, Any]]]:
+    """Outputs, frames and recipes of all takes of some videos, from the best take of each on, whose
+    latents get the name of the output too."""
+    if best_of == 1:
+        yield from ((next(outputs), made.frames, made.recipe) for made in takes)
+        return
+    for first in range(0, len(takes), best_of):
+        group = takes[first : first + best_of]
+        picture = choosing.fitted(group[0].request, group[0].image)
+        ranked = rank([made.frames for made in group], picture)
+        for place, (number, figures) in enumerate(ranked, 1):
+            made, output = group[number], next(outputs)
+            old = made.kept
+            made.recipe |= choosing.entry(figures, place, best_of)
+            write_latents(_latents_of(output), made.latents, made.recipe)
+            made.kept = _latents_of(output)
+            old.unlink(missing_ok=True)
+            yield output, made.frames, made.recipe
+
+
+def _done(new: Sequence[Made]) -> Any:
     """The latents of the segments that an earlier run of the same recipes has left, or None."""
     found = []
-    for output, recipe in zip(outputs, recipes, strict=True):
-        if not _latents_of(output).is_file():
+    for made in new:
+        if not made.kept.is_file():
             return None
         with contextlib.suppress(ValueError):
-            latents, known = read_latents(_latents_of(output))
-            if known == json.loads(json.dumps(recipe)):
+            latents, known = read_latents(made.kept)
+            if known == json.loads(json.dumps(made.recipe)):
                 found.append(latents)
-    if len(found) < len(outputs) or len({latents.shape for latents in found}) > 1:
+    if len(found) < len(new) or len({latents.shape for latents in found}) > 1:
         return None
-    say(f"going on from the segments in {_latents_of(outputs[0])}")
+    say(f"going on from the segments in {new[0].kept}")
     return np.concatenate(found)
 
 
@@ -229,16 +323,17 @@ def _finish(
     seconds: dict[str, float],
     loading: float,
     upscale: Upscale | None,
-) -> None:
+) -> list[tuple[str, dict[str, Any]]]:
     """Writes videos with their recipes, and enlarged copies; prints the time, the memory and the
-    files. `loading` are seconds spent on finding the model."""
+    files. `loading` are seconds spent on finding the model. Returns names and recipes."""
     started = time.perf_counter()
-    lines = []
+    lines, written = [], []
     for output, video, recipe in videos:
         if "visible" in recipe:
             left, top, right, bottom = recipe["visible"]
             video = video[:, top:bottom, left:right]
         lines.append(_written(output, video, recipe))
+        written.append((output.name, recipe))
         if upscale:
             lines.append(_written(_copy(output, upscale), enlarge(video, *upscale), recipe))
     seconds = seconds | {
@@ -248,7 +343,9 @@ def _finish(
     shown = "  ".join(f"{name} {seconds[name]:.1f}" for name in TIMED if name in seconds)
     print(f"seconds: {shown}  (total {sum(seconds.values()):.1f})")
     print(f"peak memory: {_peak_memory()}")
-    print("\n".join(lines))
+    for line in lines:
+        print(line)
+    return written
 
 
 def _written(output: Path, video: Any, recipe: dict[str, Any]) -> str:
