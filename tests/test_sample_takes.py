@@ -112,20 +112,23 @@ def test_a_run_that_is_stopped_while_it_writes_leaves_whole_files_and_every_take
     assert kept == [5, 6, 7]
 
 
+@pytest.mark.parametrize(("call", "kept"), [(1, "x-take1"), (2, "x-1")])
 def test_a_failure_names_latents_that_are_there(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    call: int, kept: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     without_sampling(monkeypatch)
+    write, calls = videos.WRITERS[".gif"], []
 
-    def full(*_) -> None:
-        raise OSError("no space left")
+    def fill(part: Path, *arguments) -> None:
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError("no space left")
+        write(part, *arguments)
 
-    monkeypatch.setitem(videos.WRITERS, ".gif", full)
-    assert main(["--best_of", "1", "--output", "x.gif"]) == 1
-    assert f"--decode_latents x{LATENTS} makes" in capsys.readouterr().err
-    assert main(["--best_of", "2", "--output", "y.gif"]) == 1
-    (name,) = {line.split()[-4] for line in capsys.readouterr().err.splitlines() if "kept" in line}
-    assert Path(name).is_file()
+    monkeypatch.setitem(videos.WRITERS, ".gif", fill)
+    assert main(["--best_of", "2", "--output", "x.gif"]) == 1
+    assert f"--decode_latents {kept}{LATENTS} makes the video" in capsys.readouterr().err
+    assert Path(f"{kept}{LATENTS}").is_file()
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ def ask(connect: Callable[[], Endpoint], videos: Sequence[Video]) -> list[Answer
     """For each video, whose images are files, its prompt rewritten, or None where that failed,
     which a warning says. Each prompt is asked for once with each picture, by process 0."""
     pairs = [(video.prompt, str(video.image)) for video in videos]
+    # gloo gives up where a process comes to their first meeting 30 s after another.
+    hosts.meet("ask")
     found = _ask(connect, [*dict.fromkeys(pairs)]) if hosts.leads() else []
     # By number: an address is copied to another path on each host.
     numbers = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}

@@ -208,9 +208,7 @@ def alone() -> bool:
 
 def meet(where: str) -> None:
     """Waits until all processes are at this place of the program."""
-    import jax
-
-    if jax.process_count() > 1:
+    if _joined:
         from jax.experimental.multihost_utils import sync_global_devices
 
         sync_global_devices(where)

@@ -122,7 +122,7 @@ def shorten(text: str, fits: Callable[[str], bool]) -> str:
 
 
 def _data_address(picture: Any) -> str:
-    image = read_image(picture).copy()
+    image = read_image(picture)
     image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=QUALITY)
