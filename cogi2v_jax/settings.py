@@ -106,7 +106,7 @@ class Settings:
     guidance_scale: float | tuple[float, ...] = _setting(
         GUIDANCE,
         metavar="X",
-        help="1 or less samples without guidance, in half the time; or X,X,...: one for each step",
+        help="1 or less: no guidance, in half the time; X,X,...: one for each step",
     )
     use_dynamic_cfg: bool = _setting(SWITCH, help="guidance that varies over the steps")
     scheduler: str = _setting(one_of("ddim", "dpm", "dpm2m", "dpm3m", "deis"))
