@@ -85,8 +85,7 @@ def sampler_rows(models: Any, scenes: Sequence[Scene]) -> Iterator[list[str]]:
 
 def drift_rows(models: Any, scenes: Sequence[Scene]) -> Iterator[list[str]]:
     """Of videos of five segments whose shapes stay still, with and without matched colours."""
-    still = [scene for scene in scenes if scene.motion == "still"]
-    images = [shapes.render(scene)[0] for scene in still]
+    images = [shapes.render(scene)[0] for scene in scenes]
     names = ("bright", "colour", "sharp")
     ways = {"matched": True, "as they come": False}
     yield ["segment", *(f"{way}: {name}" for way in ways for name in names)]
@@ -94,8 +93,8 @@ def drift_rows(models: Any, scenes: Sequence[Scene]) -> Iterator[list[str]]:
     for match_colour in ways.values():
         request = Request(
             images,
-            [scene.prompt for scene in still],
-            seed=[42] * len(still),
+            [scene.prompt for scene in scenes],
+            seed=[42] * len(scenes),
             extend=SEGMENTS - 1,
             match_colour=match_colour,
         )
@@ -130,10 +129,13 @@ def main() -> None:
     options = parser.parse_args()
     scenes = held_out([*shapes.TRAINED], options.scenes)
     models = cogi2v_jax.load(options.model, "float32")
-    about = f"{len(scenes)} scenes, on a CPU, float32, jax {version('jax')}."
     for name in options.tables:
+        used = scenes
+        if name == "drift":
+            used = [scene for scene in scenes if scene.motion == "still"]
+        about = f"{len(used)} scenes, on a CPU, float32, jax {version('jax')}."
         cells = []
-        for row in TABLES[name](models, scenes):
+        for row in TABLES[name](models, used):
             cells.append(row)
             print(*row, sep=" | ", flush=True)
         if options.write:

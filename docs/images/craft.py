@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import cogi2v_jax
 from cogi2v_jax import Request
+from cogi2v_jax.sample import EXAMPLE_IMAGE, EXAMPLE_PROMPT
 from cogi2v_jax.training import shapes
 
 FOLDER = Path(__file__).parent
@@ -73,14 +74,17 @@ def main() -> None:
     for label, settings in rows().items():
         (video,) = cogi2v_jax.generate(models, Request(image, scene.prompt, **settings)).video
         strips.append(strip(label, video))
-        if label == "--loop":
-            frames = [Image.fromarray(frame).resize((192, 192), 0) for frame in video]
-            more = {"append_images": frames[1:], "duration": 125, "loop": 0, "quality": 85}
-            frames[0].save(FOLDER / "craft-loop.webp", save_all=True, **more)
     sheet = Image.new("RGB", (strips[0].width, sum(row.height for row in strips)), "white")
     for number, row in enumerate(strips):
         sheet.paste(row, (0, number * row.height))
     sheet.save(FOLDER / "craft.png", optimize=True)
+    loop = Request(EXAMPLE_IMAGE, EXAMPLE_PROMPT, loop=True)
+    (video,) = cogi2v_jax.generate(models, loop).video
+    frames = [
+        Image.fromarray(frame).resize((192, 192), Image.Resampling.NEAREST) for frame in video
+    ]
+    more = {"append_images": frames[1:], "duration": 125, "loop": 0, "quality": 85}
+    frames[0].save(FOLDER / "craft-loop.webp", save_all=True, **more)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def test_both_tables_are_written_into_the_page(
     monkeypatch.setattr(craft, "PAGE", page)
     monkeypatch.setattr(craft, "EXACT", 5)
     monkeypatch.setattr(craft, "STEPS", (4, 5))
+    monkeypatch.setattr(craft, "SEGMENTS", 2)
     few = {"num_inference_steps": 2}
     monkeypatch.setattr(craft, "GUIDANCE", {"defaults": few, "motion": few | {"motion": 1.0}})
     monkeypatch.setattr("sys.argv", ["craft.py", "--scenes", "1", "--write"])
