@@ -128,12 +128,12 @@ def unit_shapes(config: CheckpointConfig, part: str) -> tuple[Shapes, Shapes]:
 
 def shardings(network: nnx.Module) -> list[NamedSharding]:
     """The shardings of a network's parameters, or of their shapes."""
-    return [leaf.sharding for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))]
+    return [leaf.sharding for leaf in jax.tree.leaves(network)]
 
 
 def bytes_per_device(network: nnx.Module) -> int:
     """Bytes of a network's parameters, or of their shapes, on one device."""
-    return sum(map(bytes_of, jax.tree.leaves(nnx.state(network, nnx.Param))))
+    return sum(map(bytes_of, jax.tree.leaves(network)))
 
 
 def bytes_of(leaf: Any) -> int:
