@@ -19,7 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ..config import VAEConfig
-from .layers import Conv, GroupNorm, Linear, NormCoefficients, convolve, param, silu
+from .convolutions import Conv, convolve
+from .layers import GroupNorm, Linear, NormCoefficients, param, silu
 from .vae_chunks import DECODE_CHUNK, ENCODE_CHUNK, Cached, ConvCache, in_chunks
 from .vae_strips import Strip, in_strips, strip_counts
 
@@ -50,8 +51,9 @@ class CausalConv(nnx.Module):
             # All of the cache that a strip reads is read before the strip overwrites its own part.
             # Without this order the compiler copies the whole cache for every strip.
             x, cached = lax.optimization_barrier((x, strip.zero_outside(cached)))
+        still = cached is None and x.shape[1] == 1
         x = cache.prepend(x, cached)
-        y = convolve(x, self.kernel[...], self.bias[...], strip.padding, (1, 1))
+        y = convolve(x, self.kernel[...], self.bias[...], strip.padding, (1, 1), 1, still)
         return strip.without_halo(x[:, -2:]), y
 
 

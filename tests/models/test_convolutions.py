@@ -9,7 +9,7 @@ import twins
 from tolerances import assert_close
 
 from cogi2v_jax.models import layers
-from cogi2v_jax.models.layers import convolve
+from cogi2v_jax.models.convolutions import convolve
 
 CASES = {  # taps over frames, rows and columns; zeros around rows and columns; stride
     "whole": ((3, 3, 3), (1, 1), (1, 1), 1),
@@ -46,6 +46,24 @@ def test_a_convolution_and_its_gradients_are_the_references(
     for found, leaf in zip(back(jnp.asarray(weights, jnp.float32)), leaves, strict=True):
         assert leaf.grad is not None
         assert_close(found, leaf.grad.numpy(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_still_is_a_video_of_one_repeated_frame(dtype: str, rng: np.random.Generator) -> None:
+    frame, kernel, bias = (
+        jnp.asarray(rng.normal(size=size), dtype)
+        for size in ((2, 1, 8, 6, 3), (3, 3, 3, 3, 4), (4,))
+    )
+    given = jnp.repeat(frame, 3, axis=1), kernel, bias
+    sides = (1, 1), (1, 1), 1
+    (video, back), (still, back_of_still) = (
+        jax.vjp(lambda *args, still=still: convolve(*args, *sides, still), *given)
+        for still in (False, True)
+    )
+    assert_close(still, video, 1e-6)
+    grad = jnp.asarray(rng.normal(size=video.shape), dtype)
+    for found, expected in zip(back_of_still(grad), back(grad), strict=True):
+        assert_close(found, expected, 1e-6)
 
 
 def test_the_gradient_of_a_float32_kernel_is_not_rounded_to_the_dtype_of_x(
