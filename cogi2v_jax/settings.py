@@ -55,6 +55,7 @@ COUNT = Kind(
 # A GIF can hold a frame for at most 655 seconds, and no screen shows more than 240 a second.
 RATE = Kind("a number from 0.01 to 240", lambda v: is_real(v) and 0.01 <= v <= 240, float)
 SCALE = Kind("a finite number and not negative", lambda v: is_real(v) and v >= 0, float)
+SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 SWITCH = Kind("true or false", lambda value: isinstance(value, (bool, np.bool_)), bool)
 LATENT_SCALE = Kind(
     f"{', '.join(IMAGE_LATENT_SCALES)} or a positive number",
@@ -217,3 +218,18 @@ def misfits(settings: Mapping[str, Any]) -> list[str]:
         for name, kind in KINDS.items()
         if name in settings and not kind.fits(settings[name])
     ]
+
+
+def parse_setting(name: str, value: Any) -> Any:
+    """The value of a setting in a file: of JSON, or a text as its flag takes it, and true or false
+    for a switch. Raises ValueError."""
+    kind, given = KINDS[name], value
+    if isinstance(value, str):
+        try:
+            text = value.strip()
+            value = SWITCHES[text.lower()] if kind is SWITCH else kind.convert(text)
+        except (ValueError, KeyError):
+            raise ValueError(f"{name} must be {kind.rule}: got {given!r}") from None
+    if not kind.fits(value):
+        raise ValueError(f"{name} must be {kind.rule}: got {given!r}")
+    return kind.convert(value)

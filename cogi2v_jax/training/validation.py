@@ -61,7 +61,8 @@ class Validation:
         rows = read_manifest(Path(recipe.validation)) if recipe.validation else []
         # Fetched once: a recipe of a video needs the file.
         images = [local_copy(row.image, process_folder()) for row in rows]
-        self.rows = [row._replace(image=image) for row, image in zip(rows, images, strict=True)]
+        pairs = zip(rows, images, strict=True)
+        self.rows = [dataclasses.replace(row, image=image) for row, image in pairs]
         for row in self.rows:
             prepare(run.models, self._request(row))
         if self.rows and hosts.leads():
