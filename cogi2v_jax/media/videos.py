@@ -50,6 +50,14 @@ def check_output(path: str | os.PathLike) -> Path:
     and a folder with other files than frames written before; FfmpegError where ffmpeg cannot write
     an mp4.
     """
+    path = check_place(path)
+    if path.suffix.lower() == ".mp4":
+        _try_encoder()
+    return path
+
+
+def check_place(path: str | os.PathLike) -> Path:
+    """The path, as `check_output` checks it, without a try of the encoder."""
     path = Path(path)
     check_name(path)
     if path.suffix.lower() not in WRITERS:
@@ -57,10 +65,8 @@ def check_output(path: str | os.PathLike) -> Path:
         raise ValueError(f"output must {rule}: got {path}")
     is_file = path.suffix.lower() in (".mp4", ".gif")
     check_target("output", path, folder=not is_file)
-    target = _target(path)
-    if path.suffix.lower() == ".mp4":
-        _try_encoder()
-    elif not is_file and target.exists():
+    target = written_path(path)
+    if not is_file and target.exists():
         names = set(os.listdir(target)) if target.is_dir() else {"a file"}
         ours = "recipe.json" in names and all(
             FRAME_NAME.fullmatch(name) for name in names - {"recipe.json"}
@@ -93,7 +99,7 @@ def write_video(
         text = json.dumps(recipe, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe must hold only what JSON can: got {error}") from error
-    target = _target(path)
+    target = written_path(path)
     with replace_when_done(target) as part:
         WRITERS[path.suffix.lower()](part, frames, fps, text)
     return target
@@ -125,13 +131,14 @@ def enlarge(frames: np.ndarray, way: str, factor: int) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def _target(path: Path) -> Path:
+def written_path(path: Path) -> Path:
+    """Where `write_video` writes what is to go to this path: a folder of frames has no suffix."""
     return path.with_suffix("") if path.suffix.lower() == ".png" else path
 
 
 def _existing(path: str | os.PathLike) -> Path:
     path = Path(path)
-    path = path if path.is_file() else _target(path)
+    path = path if path.is_file() else written_path(path)
     if not path.exists():
         raise FileNotFoundError(f"video must be an existing file or frame folder: got {path}")
     return path

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,6 +92,27 @@ def uploading(path: str | os.PathLike[str], last: str) -> Iterator[Path]:
             if isinstance(error, Exception):
                 raise OSError(_line(target, error)) from None
             raise
+
+
+def write(path: str, files: Mapping[str, bytes]) -> None:
+    """Writes a file (its name is ""), or those of a folder. A file of a bucket appears whole."""
+    with _reaching(path):
+        for name, content in files.items():
+            with (_root(path) / name if name else _root(path)).open("wb") as there:
+                there.write(content)
+
+
+def read(path: str) -> bytes | None:
+    """A file's content; None where there is no such file."""
+    with _reaching(path):
+        return _root(path).read_bytes() if _root(path).exists() else None
+
+
+def names(path: str | os.PathLike[str]) -> set[str]:
+    """Every file in a folder and below, and every folder, relative to it."""
+    with _reaching(url(path)):
+        files = [PurePosixPath(name) for name in _names(_root(url(path)), url(path))]
+    return {str(one) for file in files for one in (file, *file.parents)}
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Folders at gs://: what is copied, and what a failure leaves."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import twins
+from clouds import cloud_in
 from cogi2v_convert.__main__ import main
-from etils.epath import gpath, testing
+from etils.epath import gpath
 from folders import left, one_line
 
 from cogi2v_jax.disk import replace_when_done
@@ -23,26 +23,7 @@ def cloud(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "cloud"
     folder.mkdir()
-
-    def here(path):
-        return folder / os.fspath(path).removeprefix("gs://")
-
-    def opened(original, path, mode):
-        if "w" in mode:  # a bucket has no folders to make first
-            here(path).parent.mkdir(parents=True, exist_ok=True)
-        return original(here(path), mode)
-
-    def walked(original, top, **options):
-        for root, folders, files in original(here(top), **options):
-            # As gcsfs gives them: without the scheme.
-            yield Path(root).relative_to(folder).as_posix(), folders, files
-
-    def moved(original, path, *arguments, **options):
-        return original(here(path), *arguments, **options)
-
-    with testing.mock_epath(
-        open=opened, walk=walked, isdir=moved, exists=moved, stat=moved, rmtree=moved
-    ):
+    with cloud_in(folder):
         yield folder
 
 
