@@ -22,7 +22,7 @@ def say(line: str, end: str = "\n") -> None:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
-def run(work: Callable[[], int | None], stopped: str) -> int:
+def run(work: Callable[[], int | None], stopped: str | Callable[[], str]) -> int:
     """Does a command's work and returns its exit code: that of the work (None: 0), 1 where it could
     not be done, 130 where the user stopped it, after the line `stopped`. Warnings are lines too."""
     try:
@@ -31,19 +31,23 @@ def run(work: Callable[[], int | None], stopped: str) -> int:
             return work() or 0
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, FloatingPointError) as error:
-        return _fail(str(error), error)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        if (line := fault_line(error)) is None:
             raise
-        first = str(error).partition("\n")[0]
-        return _fail(f"the device ran out of memory: {first}", error)
+        print("; ".join([f"cogi2v: {line}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         newline = "\n" if sys.stderr.isatty() else ""
-        print(f"{newline}cogi2v: {stopped}", file=sys.stderr)
+        line = stopped if isinstance(stopped, str) else stopped()
+        print(f"{newline}cogi2v: {line}", file=sys.stderr)
         return 130
 
 
-def _fail(line: str, error: Exception) -> int:
-    print("; ".join([f"cogi2v: {line}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-    return 1
+def fault_line(error: Exception) -> str | None:
+    """What a user is told of an error that a user can cause; None for any other."""
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        first = str(error).partition("\n")[0]
+        return f"the device ran out of memory: {first}"
+    return None
