@@ -5,6 +5,7 @@ bucket can't hold an SQLite file: there, that list is all that is kept."""
 import contextlib
 import hashlib
 import json
+import shutil
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..disk import first_line, locked, parse_row, replace_when_done
+from ..disk import PART, first_line, locked, parse_row, replace_when_done
 from ..media.videos import written_path
 from ..weights import bucket
 
@@ -79,6 +80,8 @@ class Store:
         if not (self._remote or self._reads):
             self.folder.mkdir(exist_ok=True)
             stack.enter_context(locked(self.folder, "output_dir"))
+            for left in self.folder.glob(f".*{PART}*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             path = self.folder / DATABASE
         return sqlite3.connect(path, isolation_level=None)
 

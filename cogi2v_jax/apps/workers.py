@@ -8,12 +8,13 @@ import tempfile
 import time
 import traceback
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..command import fault_line, say
 from ..devices import hosts
@@ -42,15 +43,15 @@ class Made(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-class Workers(Protocol):
+class Workers(ABC):
+    @abstractmethod
     def check(self, jobs: Group) -> tuple[int, list[str | None]]:
         """How many of these jobs, of equal settings, are made at once, and what is wrong with each
         of them. Raises ValueError or OSError where the model can't be loaded."""
-        ...
 
+    @abstractmethod
     def make(self, groups: Sequence[Group], begin: Begin) -> Iterator[tuple[Group, list[Made]]]:
         """The groups as they are made."""
-        ...
 
 
 class Worker:
@@ -179,7 +180,7 @@ def _content(written: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in written.iterdir()}
 
 
-class Local:
+class Local(Workers):
     """This process."""
 
     def __init__(self, worker: Worker):
@@ -193,7 +194,7 @@ class Local:
             yield group, self.worker.make(group, begin(group))
 
 
-class Ray:
+class Ray(Workers):
     """Actors of Ray, each with its share of the devices."""
 
     def __init__(self, worker: Worker, count: int, share: Mapping[str, Any]):

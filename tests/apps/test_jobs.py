@@ -134,11 +134,14 @@ def test_a_folder_belongs_to_one_store_at_a_time(tmp_path: Path) -> None:
 def test_what_a_killed_process_had_in_progress_is_taken_over(tmp_path: Path) -> None:
     with Store(tmp_path / "out", JOBS):
         pass
+    (tmp_path / "out" / ".1.mp4.part-x").mkdir()
+    (tmp_path / "out" / ".1.mp4.part-x" / "new").write_text("half")
     with sqlite3.connect(tmp_path / "out" / DATABASE) as database:
         database.execute("UPDATE jobs SET state = 'in_progress'")
     database.close()
     with Store(tmp_path / "out", JOBS) as store:
         assert states(store) == [QUEUED] * 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {DATABASE, RESULTS}
 
 
 def test_a_write_that_fails_completes_nothing(tmp_path: Path, monkeypatch) -> None:

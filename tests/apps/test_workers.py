@@ -88,7 +88,7 @@ def test_a_job_that_fails_does_not_take_its_group_with_it(monkeypatch) -> None:
         resolved = request.resolve(models.config)
         return pipeline.Result(
             np.zeros((len(request.videos), 9, 64, 64, 3), np.uint8),
-            np.zeros((1, 3, 16, 16, 16), np.float32),
+            np.zeros((len(request.videos), 3, 16, 16, 16), np.float32),
             resolved,
         )
 

@@ -23,7 +23,7 @@ ORDER = """
     cogi2v_convert cogi2v_convert.tables cogi2v_convert.sources cogi2v_convert.writing
     cogi2v_convert.conversion cogi2v_convert.lora_match cogi2v_convert.inspection
     cogi2v_jax.loading cogi2v_jax.training cogi2v_convert.proof cogi2v_convert.__main__
-    cogi2v_jax.apps cogi2v_jax.sample cogi2v_jax.prepare cogi2v_jax.train
+    cogi2v_jax.apps cogi2v_jax.sample cogi2v_jax.prepare cogi2v_jax.train cogi2v_jax.batch
 """.split()  # noqa: SIM905
 USE_TORCH = ("cogi2v_convert.proof.record", "cogi2v_convert.sources.tensor_files")
 
@@ -118,6 +118,8 @@ def test_no_file_has_more_than_420_lines() -> None:
         "cogi2v_jax.sample.main(['--image', 'no such image.png', '--prompt', 'a'])",
         "cogi2v_jax.sample.main(['--manifest', 'no such jobs.csv'])",
         "cogi2v_jax.sample.main(['--lora_path', 'no such lora.safetensors:0.5'])",
+        "cogi2v_jax.batch.main(['--help'])",
+        "cogi2v_jax.batch.main(['no such jobs.csv', '--output_dir', 'out'])",
         "cogi2v_jax.prepare.main(['--help'])",
         "cogi2v_jax.prepare.main(['no such clips', 'out', '--model', 'cogi2v-tiny'])",
         "cogi2v_jax.Request('a.png', 'b'), cogi2v_jax.Noise(), dir(cogi2v_jax)",
@@ -130,7 +132,7 @@ def test_no_file_has_more_than_420_lines() -> None:
 def test_arguments_and_their_errors_do_not_wait_for_jax(line: str, tmp_path: Path) -> None:
     script = f"""
 import sys
-import cogi2v_jax.prepare, cogi2v_jax.sample, cogi2v_convert.__main__
+import cogi2v_jax.batch, cogi2v_jax.prepare, cogi2v_jax.sample, cogi2v_convert.__main__
 try:
     {line}
 except SystemExit:
