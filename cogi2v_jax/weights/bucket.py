@@ -12,7 +12,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..disk import PART, cache_folder, check_space, first_line, one_line, replace_when_done
-from .needed_files import choose_files
 
 SCHEME = "gs:/"  # pathlib leaves one slash of two
 CHUNK = 2**24  # bytes that are copied at a time
@@ -30,6 +29,8 @@ def download(path: str | os.PathLike[str], manifest: str, say: Callable[[str], N
     """Copies a folder into the cache and returns the copy: all files of one with a `manifest`, else
     those that a conversion reads. A file that was copied before and has not changed is not copied
     again. Raises FileNotFoundError, or OSError where there is no space, in one line."""
+    from .needed_files import choose_files  # with jax, which whoever writes does not need
+
     source = url(path)
     target = cache_folder("gs", hashlib.sha256(source.encode()).hexdigest()[:32])
     with _reaching(source):
