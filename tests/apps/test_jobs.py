@@ -1,5 +1,6 @@
 """Jobs in a folder: which are done, which are made again, and what is written of them."""
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -127,6 +128,8 @@ def test_a_folder_belongs_to_one_store_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"out is being written by another program$"):
             Store(tmp_path / "out", JOBS)
         assert states(store) == [IN_PROGRESS] * 3
+    with contextlib.closing(sqlite3.connect(tmp_path / "out" / DATABASE)) as database:
+        assert database.execute("SELECT DISTINCT state FROM jobs").fetchall() == [(QUEUED,)]
     with Store(tmp_path / "out", JOBS) as store:
         assert states(store) == [QUEUED] * 3
 
