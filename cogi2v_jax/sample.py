@@ -1,9 +1,9 @@
 """`python -m cogi2v_jax.sample`: arguments -> Request -> video files."""
 
 import argparse
+import functools
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from .config import names
 from .devices import hosts, plan
 from .media.download import path_or_address
 from .media.enhance import check_address, connect
-from .media.images import local_copy
+from .media.images import local_copy, read_image
 from .media.recipe import LATENTS
-from .media.rows import Row, read_manifest
+from .media.rows import EVERY_COLUMN, Row, read_manifest
 from .media.segments import first_frame
 from .media.videos import ENLARGED
 from .names import ASSETS, EXAMPLE_LORA
@@ -30,6 +30,7 @@ EXAMPLE_IMAGE = ASSETS / "example.png"
 EXAMPLE_PROMPT = "the cyan triangle grows"
 LARGEST = 16  # factor of a copy
 WIDTH = 118  # of --help
+IN_ROWS = [name for name in EVERY_COLUMN if name != "output"]  # --output names all videos
 DECODING = {  # options that --decode_latents reads
     *("decode_latents", "output", "upscale", "fps"),
     *("model", "dtype", "attention", "mesh", "vae_tiling", "verbose"),
@@ -225,20 +226,25 @@ def _run(options: argparse.Namespace) -> None:
         making.decode_kept(load, options.model, options.dtype, options.decode_latents, *how)
         return
     with tempfile.TemporaryDirectory(prefix="cogi2v-") as folder:
-        request, outputs = _planned(options, Path(folder))
+        planned, once = _planned(options, Path(folder)), functools.cache(load)
+        model = options.model or EMBEDDED, options.dtype
+        for request, _ in planned:
+            request.check()
+        for request, _ in planned[1:]:  # `make` checks the first one
+            making.check(once, *model, request)
         enhance = options.enhance
-        making.make(
-            load,
-            options.model or EMBEDDED,
-            options.dtype,
-            request,
-            outputs,
-            best_of=options.best_of,
-            endpoint=enhance and partial(connect, enhance, options.enhance_model),
-            noise_file=options.noise_file,
-            upscale=options.upscale,
-            verbose=options.verbose,
-        )
+        for request, outputs in planned:
+            making.make(
+                once,
+                *model,
+                request,
+                outputs,
+                best_of=options.best_of,
+                endpoint=enhance and functools.partial(connect, enhance, options.enhance_model),
+                noise_file=options.noise_file,
+                upscale=options.upscale,
+                verbose=options.verbose,
+            )
     if options.example:
         say(options.example)
 
@@ -247,35 +253,39 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {setting: getattr(options, setting) for setting in SETTINGS}
 
 
-def _planned(options: argparse.Namespace, folder: Path) -> tuple[Request, list[Path]]:
-    """The request of all videos, and their outputs. Reads the images, those at addresses into
-    `folder`, and checks the outputs."""
-    if options.video and not options.image and not options.manifest:
-        options.image = first_frame(options.video, folder)
-    single = options.prompt, options.image
-    rows = read_manifest(options.manifest) if options.manifest else [Row(*single)]
-    sources = dict.fromkeys(row.image for row in rows)
+def _planned(options: argparse.Namespace, folder: Path) -> list[tuple[Request, list[Path]]]:
+    """The requests of all videos, one for rows of equal settings, and their outputs. Reads the
+    images, those at addresses into `folder`, and checks the outputs."""
+    count, takes, output = options.num_videos_per_prompt, options.best_of, options.output
+    single = Row(options.prompt, options.image)
+    rows = read_manifest(options.manifest, IN_ROWS) if options.manifest else [single]
+    output = output or Path("out.mp4")
+    outputs = making.outputs_of(output, count * len(rows), options.upscale, takes)
+    if options.video and single.image is None and not options.manifest:
+        rows = [single._replace(image=first_frame(options.video, folder))]
+    ends = [row.end_image or options.end_image for row in rows]
+    sources = dict.fromkeys([*(row.image for row in rows), *filter(None, ends)])
     images = {source: local_copy(source, folder) for source in sources}
-    videos = []
-    for row in rows:
+    keyframes = {number: local_copy(source, folder) for number, source in options.keyframe}
+    planned: dict[Any, tuple[dict[str, Any], list[Video], list[Path]]] = {}
+    each = count * takes
+    for number, (row, end) in enumerate(zip(rows, ends, strict=True)):
         first = options.seed if row.seed is None else row.seed
         negative = options.negative_prompt if row.negative_prompt is None else row.negative_prompt
+        settings = {**_settings(options), **row.settings, "end_image": end and images[end]}
+        # Where the pictures choose the size, those of one request have one.
+        own = read_image(images[row.image]).size if settings["fit"] == "auto" else None
+        _, videos, paths = planned.setdefault((repr(settings), own), (settings, [], []))
         # Each video has the seeds of its takes to itself.
-        count, takes = options.num_videos_per_prompt, options.best_of
-        seeds = range(first, first + count * takes, takes)
+        seeds = range(first, first + each, takes)
         videos += [Video(images[row.image], row.prompt, negative, seed) for seed in seeds]
-    output = options.output or Path("out.mp4")
-    outputs = making.outputs_of(output, len(videos), options.upscale, options.best_of)
-    columns = map(list, zip(*videos, strict=True))
-    end = None if options.end_image is None else local_copy(options.end_image, folder)
-    request = Request(
-        **dict(zip(Video._fields, columns, strict=True)),
-        **_settings(options),
-        end_image=end,
-        keyframes={number: local_copy(source, folder) for number, source in options.keyframe},
-        video=options.video,
-    )
-    return request, outputs
+        paths += outputs[number * each : (number + 1) * each]
+    others = {"keyframes": keyframes, "video": options.video}
+    requests = []
+    for settings, videos, paths in planned.values():
+        columns = dict(zip(Video._fields, map(list, zip(*videos, strict=True)), strict=True))
+        requests.append((Request(**columns, **settings, **others), paths))
+    return requests
 
 
 if __name__ == "__main__":

@@ -103,11 +103,14 @@ def test_a_second_run_makes_only_what_is_new_changed_or_gone(asked, capsys) -> N
     assert len(results()) == 4
 
 
-def test_a_run_with_nothing_to_make_loads_no_model(asked, monkeypatch, capsys) -> None:
+def test_a_run_with_nothing_to_make_loads_no_model_and_starts_no_ray(
+    asked, monkeypatch, capsys
+) -> None:
     write(*ROWS)
     assert main([*COMMAND]) == 0
     monkeypatch.setattr(workers.Worker, "models", property(lambda _: pytest.fail("loaded")))
-    assert main([*COMMAND]) == 0
+    monkeypatch.setattr(workers, "find_spec", lambda name: pytest.fail("started"))
+    assert main([*COMMAND, "--ray"]) == 0
     assert capsys.readouterr().out.endswith("out: 3 of 3 are done, 0 of them now\n")
 
 
@@ -208,8 +211,9 @@ def test_a_dry_run_checks_all_and_makes_nothing(asked, capsys) -> None:
     assert (asked, Path("out").exists()) == ([], False)
 
 
-def test_a_second_process_is_refused(asked, capsys) -> None:
+def test_a_second_process_is_refused_before_a_model_is_loaded(asked, monkeypatch, capsys) -> None:
     write(*ROWS)
+    monkeypatch.setattr(workers.Worker, "models", property(lambda _: pytest.fail("loaded")))
     Path("out").mkdir()
     with locked(Path("out"), "output_dir"):
         assert main([*COMMAND]) == 1

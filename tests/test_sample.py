@@ -1,7 +1,6 @@
 """The command line, run on the embedded model: what it makes and what it prints."""
 
 import io
-import json
 import os
 import re
 import signal
@@ -272,61 +271,6 @@ def test_several_videos_count_their_seeds_up_and_are_numbered(default, capsys):
 def test_numbered_outputs_sort_in_the_order_of_the_videos(requests, default):
     assert main(["--num_videos_per_prompt", "11", "--output", "x.gif"]) == 0
     assert files() >= {"x-00.gif", "x-09.gif", "x-10.gif"}
-
-
-MANIFESTS = {
-    "jobs.txt": "the cyan triangle grows@@photo.png\n\nthe cyan triangle spins@@photo.png\n",
-    "jobs.csv": "prompt,image,seed\nthe cyan triangle grows,photo.png,42\n"
-    "the cyan triangle spins,photo.png,\n",
-    "jobs.jsonl": "".join(
-        f'{{"prompt": "the cyan triangle {what}", "image": "photo.png"}}\n'
-        for what in ("grows", "spins")
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_makes_a_video_a_line(name, requests, default):
-    Path("list").mkdir()
-    Path("photo.png").rename("list/photo.png")  # its paths are relative to the manifest
-    Path("list", name).write_text(MANIFESTS[name])
-    assert main(["--manifest", f"list/{name}", "--output", "m.mp4"]) == 0
-    prompts = ["the cyan triangle grows", "the cyan triangle spins"]
-    assert [(request.prompt, request.seed) for request in requests] == [(p, 42) for p in prompts]
-    assert [read_recipe(f"m-{number}.mp4")["prompt"] for number in (0, 1)] == prompts
-
-
-def test_seeds_and_negative_prompts_of_a_manifest_take_precedence(requests, default):
-    rows = [
-        {"prompt": "a", "image": "photo.png", "seed": 1, "negative_prompt": "x"},
-        {"prompt": "the", "image": "photo.png"},
-    ]
-    Path("jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["--manifest", "jobs.jsonl", "--seed", "9", "--negative_prompt", "y"]
-    assert main([*arguments, "--num_videos_per_prompt", "2"]) == 0
-    expected = [("a", "x", 1), ("a", "x", 2), ("the", "y", 9), ("the", "y", 10)]
-    assert [
-        (request.prompt, request.negative_prompt, request.seed) for request in requests
-    ] == expected
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ('{"prompt": "b", "image": "gone.png"}', "gone.png"),
-        ('{"prompt": "b", "image": "photo.png", "seed": -1}', "seed must be an integer from 0"),
-        ('{"prompt": "b"}', "line 2"),
-        ('{"prompt": "a b c d e f g h i j", "image": "photo.png"}', "at most 10 tokens"),
-        (None, "manifest must have at least one row"),
-    ],
-)
-def test_a_wrong_manifest_is_refused_before_its_first_video(
-    row, expected, requests, default, capsys
-):
-    first = '{"prompt": "a", "image": "photo.png"}'
-    Path("jobs.jsonl").write_text(f"{first}\n{row}" if row else "")
-    assert expected in failed(capsys, ["--manifest", "jobs.jsonl"], 1)
-    assert requests == []
 
 
 def test_outputs_are_all_checked_before_the_first_video(requests, default, capsys):

@@ -232,6 +232,17 @@ def _done(new: Sequence[Made]) -> Any:
     return np.concatenate(found)
 
 
+def check(load: Load, name: str, dtype: str | None, request: Request) -> None:
+    """What `make` checks of a request before it samples, for one that comes after others."""
+    from ..pipeline import prepare, videos_at_once
+
+    models = load(name, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `generate` gives them
+        for batch in request.batches(videos_at_once(models, request)):
+            prepare(models, batch)
+
+
 def decode_kept(
     load: Load,
     name: str | None,

@@ -47,10 +47,10 @@ class Fault(NamedTuple):
         return f"line {self.line}: {self.message}"
 
 
-def read_manifest(path: Path) -> list[Row]:
-    """The rows of a file of `COLUMNS` alone. Raises as `read_rows`, and ValueError naming every
+def read_manifest(path: Path, columns: Collection[str] = COLUMNS) -> list[Row]:
+    """The rows of a file of these columns alone. Raises as `read_rows`, and ValueError naming every
     wrong line."""
-    rows, faults = read_rows(path, COLUMNS)
+    rows, faults = read_rows(path, columns)
     if faults:
         raise ValueError(f"{path}: {'; '.join(map(str, faults))}")
     return rows
