@@ -17,6 +17,7 @@ from .command import Parser, run, say
 from .config import names
 from .disk import check_target, locked, one_line
 from .media.rows import EVERY_COLUMN, Fault
+from .request import Request
 from .sample import EMBEDDED
 from .settings import SETTINGS
 from .terminal import printing
@@ -109,6 +110,8 @@ class Batch:
                     pass
         given = {name: getattr(options, name) for name in SETTINGS}
         settings = {name: value for name, value in given.items() if value is not None}
+        # What is wrong with the flags is told once, not with every row.
+        Request("", "", options.negative_prompt, seed=options.seed, **settings).check()
         others = {"dtype": options.dtype, "loras": options.lora_path}
         others |= {"vae_tiling": True} if options.vae_tiling else {}
         asked = Asked(options.model, options.seed, options.negative_prompt, settings, others)

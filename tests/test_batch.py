@@ -244,6 +244,7 @@ def test_a_bucket_may_be_the_folder(asked, tmp_path, capsys) -> None:
         (["photo.png", "--output_dir", "out"], 1, "manifest must end in .csv, .jsonl, .txt: got"),
         ([*COMMAND[:2], "photo.png"], 1, "output_dir must be a folder: got photo.png"),
         ([*COMMAND[:2], "no/where"], 1, "output_dir must be in an existing, writable folder"),
+        ([*COMMAND, "--seed", "-1"], 1, "seed must be an integer from 0 to 2**64 - 1: got -1"),
         ([*COMMAND, "--model", "none"], 1, "model must be a folder, a hub id or one of "),
         ([*COMMAND, "--mesh", "v9"], 1, "mesh must be auto, v5e-1, "),
         ([*COMMAND, "--lora_path", "none"], 1, "lora must be an existing file or folder"),

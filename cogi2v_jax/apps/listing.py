@@ -82,6 +82,12 @@ def list_jobs(file: Path, target: Path, asked: Asked, folder: Path) -> Listing:
             listing.files[digest] = path
             recipe |= {name: path.name, f"{name}_sha256": digest}
         listing.jobs.append(Job(row.number, output, recipe))
+    found = [one for one in pictures.values() if not isinstance(one, Exception)]
+    read = {path.resolve() for path in (file, *(path for path, _ in found))}
+    for job in listing.jobs:
+        output = written_path(target / str(job.output))
+        if not faults[job.row] and output.resolve() in read:
+            faults[job.row].append(f"output must be outside of what is read: got {job.output}")
     for number, line in _settings_faults(asked.model, listing.jobs).items():
         faults[number].append(line)
     listing.refuse({number: "; ".join(lines) for number, lines in faults.items() if lines})

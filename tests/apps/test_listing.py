@@ -131,3 +131,11 @@ def test_a_folder_with_files_of_someone_is_not_replaced() -> None:
     Path("out/mine/notes.txt").write_text("mine")
     (fault,) = listed("photo.png,a,mine").faults
     assert fault.message.startswith("output folder must be new, empty or hold only frames")
+
+
+def test_no_output_replaces_a_picture_that_is_read() -> None:
+    Path("out").mkdir()
+    Path("out/photo.gif").write_bytes(Path("photo.png").read_bytes())
+    listing = listed("out/photo.gif,a,", "photo.png,a,photo.gif")
+    (fault,) = listing.faults
+    assert fault == (2, 3, "output must be outside of what is read: got photo.gif")
