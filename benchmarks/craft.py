@@ -37,7 +37,21 @@ GUIDANCE: dict[str, dict[str, Any]] = {
     "defaults": {},
     "motion 0.5": {"motion": 0.5},
     "motion 1": {"motion": 1.0},
-    "image guidance 1.5": {"image_guidance": 1.5},
+    **{f"image guidance {x}": {"image_guidance": x} for x in (1.25, 1.5, 2.0)},
+    **{f"guidance {x}": {"guidance_scale": x} for x in (1.25, 1.5, 3.0)},
+    **{
+        f"guidance {x}, apg": {"guidance_scale": x, "guidance_method": "apg"}
+        for x in (1.5, 2.0, 3.0)
+    },
+    **{
+        f"guidance {x}, cfg_zero": {"guidance_scale": x, "guidance_method": "cfg_zero"}
+        for x in (1.5, 2.0, 3.0)
+    },
+    "guidance 3 in the first half of the steps": {
+        "guidance_scale": 3.0,
+        "guidance_interval": (0.0, 0.5),
+    },
+    "guidance 2 in the first half of the steps": {"guidance_interval": (0.0, 0.5)},
     "guidance 6": HIGH,
     "guidance 6 in the first half of the steps": HIGH | {"guidance_interval": (0.0, 0.5)},
     "guidance 6 in the second half": HIGH | {"guidance_interval": (0.5, 1.0)},
@@ -72,14 +86,16 @@ def sampler_rows(models: Any, scenes: Sequence[Scene]) -> Iterator[list[str]]:
         return np.concatenate(kept), made
 
     exact, _ = latents("ddim", EXACT)
-    yield ["steps", *(f"{name}: {what}" for name in SAMPLERS for what in ("error", "clip"))]
+    shown = "error", "clip", "follows"
+    yield ["steps", *(f"{name}: {what}" for name in SAMPLERS for what in shown)]
     for steps in STEPS:
         cells = [str(steps)]
         for name in SAMPLERS:
             found, made = latents(name, steps)
             error = np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2))
             cells.append("" if name == "dpm" else f"{error:.3f}")  # which adds noise
-            cells.append(f"{figures(made, exact=False)['clip']:.1f}")
+            row = figures(made, exact=False)
+            cells += [f"{row['clip']:.1f}", f"{row['follows']:.2f}"]
         yield cells
 
 

@@ -12,7 +12,7 @@ from . import __version__
 from .apps.jobs import COMPLETED, FAILED, QUEUED, RESULTS, Job, Store
 from .apps.listing import Asked, Listing, list_jobs
 from .apps.workers import LOCAL, Group, Worker, Workers, working
-from .arguments import add_settings
+from .arguments import Listed, add_settings
 from .command import Parser, run, say
 from .config import names
 from .disk import check_target, locked, one_line
@@ -23,6 +23,7 @@ from .settings import SETTINGS
 from .terminal import printing
 from .weights.bucket import is_bucket
 
+WIDTH = 78  # of a paragraph of --help
 SHAPE = ("height", "width", "num_frames", "num_inference_steps")  # what programs are compiled for
 
 
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", metavar="N", type=int, default=42)
     add("--negative_prompt", metavar="TEXT", default="", help="what should not happen")
     add_settings(main)
+    Listed(main, "beyond the reference (docs/craft.md)", WIDTH).add_settings()
     add = main.add_argument_group("model and machine, as python -m cogi2v_jax.sample has them")
     add = add.add_argument
     model = f"converted or diffusers folder, hub id, or {', '.join(names())}"

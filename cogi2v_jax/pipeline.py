@@ -28,6 +28,7 @@ from .sampling.programs import WRAPPED, RequestTarget, Session, Target, this_mac
 from .sampling.schedule import draws
 from .weights.checkpoint import Models, check_models
 
+APART = 2_654_435_769  # from the seed of a segment to that of the next; both halves change
 WAYS = "lower guidance_scale and image_latent_scale, try float32, or check the weights"
 # (step, steps, latents on the devices and with padding), after every step.
 OnStep = Callable[[int, int, Any], None]
@@ -63,14 +64,14 @@ def generate(
     segments, video = split_segments(done, job), Segments(request.overlap, request.match_colour)
     with run.clock("denoise"):
         job = job.with_torch_noise()
-    group = job.group(on_step)
-    with run.ahead(job.loop(len(job.keys), group, job.noise_of(0, group))):
-        text = run(stages.encode_text, job.ids)  # [pairs p d]
-        start = None if segments else begin(run, job)
+    group, text, start = job.group(on_step), None, None
+    if len(segments) <= request.extend:
+        with run.ahead(job.loop(len(job.keys), group, job.noise_of(0, group))):
+            text = run(stages.encode_text, job.ids)  # [pairs p d]
+            start = None if segments else begin(run, job)
     for number in range(request.extend + 1):
-        if number:
-            job = job.after(number, video.frames)
         if number == len(segments):
+            job = job.after(number, video.last) if number else job
             segments.append(denoise(run, job, text, start or begin(run, job), on_step))
             start = None  # decoding needs its memory
             if on_latents is not None:
@@ -93,7 +94,9 @@ def begin(run: Session, job: "Job") -> Start:
     pixels, level = job.pixels, np.float32(job.request.noise_aug)
     pixels = run(stages.add_noise, pixels, job.keys, level) if level else pixels
     moments = encode_pixels(run, pixels)  # [b 1 h w 2c]
-    image = run(stages.draw_image, moments, *job.image_noise, frames=job.shape.frames)
+    frames, padding = job.shape.frames, job.shape.padding if pixels.shape[1] > 1 else 0
+    drawn = moments, *job.image_noise
+    image = run(stages.draw_image, *drawn, frames=frames, padding=padding)
     for frame, picture in job.placed.items():
         placed = encode_pixels(run, picture), job.keys, job.image_scale, np.int32(frame)
         image = run(stages.place_image, image, *placed)
@@ -108,9 +111,9 @@ def begin(run: Session, job: "Job") -> Start:
 
 
 def denoise(
-    run: Session, job: "Job", text: Float[Any, "pairs p d"], start: Start, on_step: OnStep | None
+    run: Session, job: "Job", text: Any, start: Start, on_step: OnStep | None
 ) -> Float[np.ndarray, "b t h w c"]:
-    """Latents without padding."""
+    """Latents without padding, with the text [pairs p d] of the prompts."""
     steps, group = job.steps, job.group(on_step)
     state, image, low, modulation = start
     inputs = job.keys, image, text, job.positions(), low, job.shifts
@@ -258,17 +261,19 @@ class Job(RequestTarget):
 
     @property
     def seeds(self) -> list[int]:
-        """Of this segment: one more than those of the segment before."""
-        return [(video.seed + self.segment) % 2**64 for video in self.request.videos]
+        """Of this segment, far from the seeds of other videos, which count up by one."""
+        return [(video.seed + APART * self.segment) % 2**64 for video in self.request.videos]
 
     def group(self, on_step: OnStep | None) -> int:
         """Steps of one call of the loop."""
         return self.steps if on_step is None else 1
 
-    def after(self, segment: int, video: UInt8[np.ndarray, "b f h w 3"]) -> "Job":
+    def after(self, segment: int, frames: UInt8[np.ndarray, "b n h w 3"]) -> "Job":
         """Segment number `segment`, which goes on from the last frames of the video so far."""
-        pixels = video[:, -self.request.overlap :].astype(np.float32) / 127.5 - 1
-        job = dataclasses.replace(self, segment=segment, pixels=pixels, clip=None, noise=Noise())
+        pixels = frames.astype(np.float32) / 127.5 - 1
+        request = dataclasses.replace(self.request, video=None)  # the first one starts from it
+        given = {"request": request, "pixels": pixels, "clip": None, "noise": Noise()}
+        job = dataclasses.replace(self, segment=segment, **given)
         keys = put(seed_keys(job.seeds), split(self.mesh))
         return dataclasses.replace(job, keys=keys).with_torch_noise()
 

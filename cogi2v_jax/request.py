@@ -1,6 +1,7 @@
 """What a user asks for, checked against a checkpoint before anything slow begins."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -238,7 +239,8 @@ class Resolved(Settings, Request):
         """The step that is run first: of a clip to start from, the noise is added that `strength`
         asks for, and the steps before are left out."""
         steps = self.num_inference_steps
-        return 0 if self.video is None else steps - int(steps * self.strength)
+        run = int(steps * self.strength + 1e-9)  # 50 * 0.58 is a little less than 29
+        return 0 if self.video is None else steps - run
 
     def frames_made(self, config: CheckpointConfig) -> int:
         """The frames of the finished video."""
@@ -313,7 +315,8 @@ class Resolved(Settings, Request):
         steps, faults = self.num_inference_steps, []
         if self.first_step == steps:
             rule = f"leave at least one of {steps} steps"
-            faults.append(f"strength must {rule}: got {self.strength}; at least {1 / steps:.2g}")
+            least = math.ceil(1000 / steps) / 1000
+            faults.append(f"strength must {rule}: got {self.strength}; at least {least:g}")
         if self.loop:
             shape = self.latent_shape(config)
             beside = "end_image" if self.end_image is not None else "extend" if self.extend else ""

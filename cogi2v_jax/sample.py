@@ -164,6 +164,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     frames = [frame for frame, _ in options.keyframe]
     if twice := next((frame for frame in frames if frames.count(frame) > 1), None):
         reader.error(f"--keyframe must be given once for a latent frame: got {twice} twice")
+    for name, needed in (("strength", "video"), ("overlap", "extend"), ("match_colour", "extend")):
+        if name in given and needed not in given and not options.manifest:
+            reader.error(f"--{name} must be given with --{needed}")
     if options.upscale:
         way, factor = options.upscale
         if way not in ENLARGED or factor not in map(str, range(2, LARGEST + 1)):
@@ -257,12 +260,12 @@ def _planned(options: argparse.Namespace, folder: Path) -> list[tuple[Request, l
     """The requests of all videos, one for rows of equal settings, and their outputs. Reads the
     images, those at addresses into `folder`, and checks the outputs."""
     count, takes, output = options.num_videos_per_prompt, options.best_of, options.output
-    single = Row(options.prompt, options.image)
-    rows = read_manifest(options.manifest, IN_ROWS) if options.manifest else [single]
-    output = output or Path("out.mp4")
-    outputs = making.outputs_of(output, count * len(rows), options.upscale, takes)
-    if options.video and single.image is None and not options.manifest:
-        rows = [single._replace(image=first_frame(options.video, folder))]
+    rows = read_manifest(options.manifest, IN_ROWS) if options.manifest else []
+    videos = count * max(1, len(rows))
+    outputs = making.outputs_of(output or Path("out.mp4"), videos, options.upscale, takes)
+    if not rows:
+        image = options.image or first_frame(options.video, folder)
+        rows = [Row(options.prompt, image)]
     ends = [row.end_image or options.end_image for row in rows]
     sources = dict.fromkeys([*(row.image for row in rows), *filter(None, ends)])
     images = {source: local_copy(source, folder) for source in sources}

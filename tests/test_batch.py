@@ -138,7 +138,7 @@ WRONG = (
     ROWS[0],
     {"prompt": "a", "image": "gone.png"},
     {"prompt": "a"},
-    ROWS[0] | {"height": 80},
+    ROWS[0] | {"height": 84},
     ROWS[0] | {"prompt": "the cyan triangle grows " * 3},
 )
 

@@ -79,7 +79,7 @@ def test_rows_of_a_manifest_may_have_settings_of_their_own(requests):
     ("row", "expected"),
     [
         ('{"prompt": "b", "image": "photo.png", "fps": 0}', "line 2: fps must be a number from"),
-        ('{"prompt": "b", "image": "photo.png", "height": 80}', "height x width must be 64x64"),
+        ('{"prompt": "b", "image": "photo.png", "height": 84}', "height must be a multiple of 8"),
         ('{"prompt": "b c d e f g h i j k", "image": "photo.png", "fps": 7}', "at most 10 tokens"),
         ('{"prompt": "b", "image": "photo.png", "output": "b.mp4"}', "cogi2v_jax.batch reads more"),
         ('{"prompt": "b", "image": "gone.png"}', "gone.png"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..weights.checkpoint import Models
 
 COLUMNS = ("seed", "motion", "first", "drift", "score")
+FIRST = 4  # frames of the first latent frame of a loop
 PLACES = {"motion": 2, "first": 1, "drift": 2, "score": 3}  # digits after the point
 
 
@@ -50,7 +51,8 @@ def best_of(
     ordered = []
     for first in range(0, len(made), count):
         videos, latents, frames = zip(*made[first : first + count], strict=True)
-        found = rank(frames, fitted(results[0].request, videos[0].image))
+        resolved = results[0].request
+        found = rank(frames, fitted(resolved, videos[0].image), begins(resolved))
         ordered.append([Take(frames[n], latents[n], videos[n].seed, each) for n, each in found])
     return ordered
 
@@ -58,6 +60,11 @@ def best_of(
 def fitted(request: Resolved, image: Any) -> Float[np.ndarray, "h w 3"]:
     """A picture of a request as its videos should begin with it, in [-1, 1]."""
     return fit_image(read_image(image), request.height, request.width, request.fit)
+
+
+def begins(request: Resolved) -> int:
+    """The frames among which one is the picture: in a loop those of the first latent frame."""
+    return FIRST if request.loop else 1
 
 
 def entry(figures: Figures, rank: int, count: int) -> dict[str, Any]:

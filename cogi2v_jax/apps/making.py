@@ -22,7 +22,7 @@ from ..media.enhance import Endpoint
 from ..media.noise_file import read_noise
 from ..media.ranking import rank
 from ..media.recipe import LATENTS, read_latents, recipe_of, write_latents
-from ..media.segments import Segments
+from ..media.segments import Segments, clip_frames
 from ..media.sizes import fit_size
 from ..media.videos import check_name, check_output, enlarge, gif_steps, write_video
 from ..request import Noise, Request, Resolved
@@ -105,6 +105,8 @@ def make(
             resolved = fit_size(request, known).resolve(known)
             if noise_file:
                 read_noise(noise_file, resolved.latent_shape(known), resolved.num_frames)
+            if resolved.video is not None:
+                clip_frames(resolved.video, resolved.num_frames)
     answers = None
     if endpoint:
         began = time.perf_counter()
@@ -146,7 +148,8 @@ def make(
     written: list[tuple[str, dict[str, Any]]] = []
     for batch, new in batches:
         # Only the process that leads has the files.
-        done = _done(new) if job.request.extend and hosts.alone() else None
+        length = (job.request.extend + 1) * (job.shape.frames - job.shape.padding)
+        done = _done(new, length) if job.request.extend and hosts.alone() else None
 
         def keep(latents: Any, _: Resolved, new=new) -> None:
             """Writes the latents of a batch, each with its recipe."""
@@ -205,7 +208,8 @@ def _named(
     for first in range(0, len(takes), best_of):
         group = takes[first : first + best_of]
         picture = choosing.fitted(group[0].request, group[0].image)
-        ranked = rank([made.frames for made in group], picture)
+        among = choosing.begins(group[0].request)
+        ranked = rank([made.frames for made in group], picture, among)
         for place, (number, figures) in enumerate(ranked, 1):
             made, output = group[number], next(outputs)
             old = made.kept
@@ -216,20 +220,24 @@ def _named(
             yield output, made.frames, made.recipe
 
 
-def _done(new: Sequence[Made]) -> Any:
-    """The latents of the segments that an earlier run of the same recipes has left, or None."""
+def _done(new: Sequence[Made], length: int) -> Any:
+    """The latents, at most `length` frames, of the segments that an earlier run of the same recipes
+    has left, also of one with another number of segments; or None."""
+    # An end picture is in the last segment.
+    free = {"fps"} if new[0].request.end_image is not None else {"fps", "extend"}
     found = []
     for made in new:
         if not made.kept.is_file():
             return None
         with contextlib.suppress(ValueError):
             latents, known = read_latents(made.kept)
-            if known == json.loads(json.dumps(made.recipe)):
+            asked = json.loads(json.dumps(made.recipe))
+            if all(known.get(key) == asked.get(key) for key in {*known, *asked} - free):
                 found.append(latents)
     if len(found) < len(new) or len({latents.shape for latents in found}) > 1:
         return None
     say(f"going on from the segments in {new[0].kept}")
-    return np.concatenate(found)
+    return np.concatenate(found)[:, :length]
 
 
 def check(load: Load, name: str, dtype: str | None, request: Request) -> None:

@@ -37,14 +37,17 @@ class Figures(NamedTuple):
         return float((self.motion + LEAST) / max(error, SEEN))
 
 
-def figures_of(video: UInt8[np.ndarray, "f h w 3"], picture: Float[np.ndarray, "h w 3"]) -> Figures:
-    """The figures of a video that begins with a picture, in [-1, 1] and of its size.
+def figures_of(
+    video: UInt8[np.ndarray, "f h w 3"], picture: Float[np.ndarray, "h w 3"], among: int = 1
+) -> Figures:
+    """The figures of a video that begins with a picture, in [-1, 1] and of its size: its first
+    frame, or the nearest `among` the first ones, as in a loop.
 
     Every block of the luminance is looked for in the frame that is APART later, around its place.
     The error there is the variance of the difference, so that a change of brightness is none; it
     is the drift. Where even the least error is more than the share CLEAR of that at the block's
     own place, it has not moved: what only flickers or is noise is not found elsewhere."""
-    error = np.square(video[0] - (picture + 1) * 127.5).mean()
+    error = np.square(video[:among] - (picture + 1) * 127.5).mean((1, 2, 3)).min()
     first = float(min(BEST, -10 * np.log10(max(error, 1e-9) / 255**2)))
     grid, factor = _luminance(video)
     apart = min(APART, len(grid) - 1)
@@ -60,11 +63,13 @@ def figures_of(video: UInt8[np.ndarray, "f h w 3"], picture: Float[np.ndarray, "
 
 
 def rank(
-    videos: Sequence[UInt8[np.ndarray, "f h w 3"]], picture: Float[np.ndarray, "h w 3"]
+    videos: Sequence[UInt8[np.ndarray, "f h w 3"]],
+    picture: Float[np.ndarray, "h w 3"],
+    among: int = 1,
 ) -> list[tuple[int, Figures]]:
     """The numbers of videos that begin with a picture, and their figures: the best one first, of
     equal ones the earlier."""
-    found = [figures_of(video, picture) for video in videos]
+    found = [figures_of(video, picture, among) for video in videos]
     return sorted(enumerate(found), key=lambda pair: -pair[1].score)
 
 

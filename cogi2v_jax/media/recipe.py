@@ -11,6 +11,7 @@ from ..disk import parse_json, refuse_pointer, replace_when_done, sha256
 from ..request import Resolved, Video
 from ..settings import RATE, SETTINGS
 from .images import padded_box, read_image
+from .videos import video_files
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Models
@@ -46,6 +47,8 @@ def recipe_of(
             {"file": lora.name, "weight": lora.weight, "sha256": lora.sha256}
             for lora in models.loras
         ],
+        "weights_sha256": models.digest,
+        "vae_tiling": models.vae_tiling,
         "attention": models.attention,
         "mesh": models.mesh,
         **({"keyframes": pictures} if pictures else {}),
@@ -58,10 +61,9 @@ def recipe_of(
 
 def _clip(path: Path) -> dict[str, str]:
     """Of a file or a folder of frames."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    digests = [sha256(file) for file in files]
-    whole = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return {"video": path.name, "video_sha256": whole}
+    digests = [sha256(file) for file in video_files(path)]
+    whole = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"video": path.name, "video_sha256": digests[0] if len(digests) == 1 else whole}
 
 
 def _visible(image: Path, request: Resolved) -> list[int] | None:

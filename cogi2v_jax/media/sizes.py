@@ -25,7 +25,7 @@ def fit_size(request: Request, config: CheckpointConfig) -> Request:
     aspects = [math.log(wide / high) for wide, high in sizes]
     if max(aspects) - min(aspects) > ALIKE:
         got = ", ".join(f"{high}x{wide}" for wide, high in sizes)
-        rule = "have one aspect with fit auto, since its videos are made side by side"
+        rule = "have one aspect with fit auto"
         raise ValueError(f"the pictures of a batch must {rule}: got {got} (height x width)")
     step = config.vae.spatial_ratio * config.transformer.patch_size
     aspect = aspects[0]

@@ -105,23 +105,33 @@ def write_video(
     return target
 
 
-def read_frames(path: str | os.PathLike) -> np.ndarray:
-    """The frames of a video file, a gif or a frame folder as uint8 [f h w 3]. mp4 and gif are
-    lossy, and a gif has one longer frame for equal neighbours. Raises FileNotFoundError for a
-    missing path, ValueError for what is no video, FfmpegError where ffmpeg can read none."""
+def read_frames(path: str | os.PathLike, most: int | None = None) -> np.ndarray:
+    """The frames of a video file, a gif or a frame folder as uint8 [f h w 3], or the first `most`
+    of them. mp4 and gif are lossy, and a gif has one longer frame for equal neighbours. Raises
+    FileNotFoundError for a missing path, ValueError for what is no video, FfmpegError where ffmpeg
+    can read none."""
     path = _existing(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if FRAME_NAME.fullmatch(file.name))
-        if not files:
-            raise ValueError(f"frame folder must hold 00000.png, 00001.png, ...: got {path}")
-        return np.stack([np.asarray(read_image(file)) for file in files])
+        return np.stack([np.asarray(read_image(file)) for file in video_files(path)[:most]])
     if path.suffix.lower() in (".gif", ".png"):
         with decoding("video", path), Image.open(path) as image:
-            frames = (frame.convert("RGB") for frame in ImageSequence.Iterator(image))
+            every = itertools.islice(ImageSequence.Iterator(image), most)
+            frames = (frame.convert("RGB") for frame in every)
             return np.stack([np.asarray(frame) for frame in frames])
     _try_decoder()
     with decoding("video", path):
-        return _decode("-i", f"file:{path}")
+        return _decode("-i", f"file:{path}", *(["-frames:v", str(most)] if most else []))
+
+
+def video_files(path: str | os.PathLike) -> list[Path]:
+    """The files that `read_frames` reads. Raises as it does."""
+    path = _existing(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if FRAME_NAME.fullmatch(file.name))
+    if not files:
+        raise ValueError(f"frame folder must hold 00000.png, 00001.png, ...: got {path}")
+    return files
 
 
 def enlarge(frames: np.ndarray, way: str, factor: int) -> np.ndarray:

@@ -64,15 +64,17 @@ def draw_image(
     scale: Float[Array, ""],
     *,
     frames: int,
+    padding: int = 0,
     mesh: Mesh,
 ) -> Float[Array, "b t h w c"]:
     """A sample of the image's latents, scaled, as the first of `frames` latent frames (of the last
-    frames of a video that is extended: as the first ones). The others are zeros: of latent space,
-    not encoded black frames."""
+    frames of a video that is extended: as the first ones, after the first one repeated for
+    `padding`). The others are zeros: of latent space, not encoded black frames."""
     mean, log_variance = posterior(moments)
     if noise is None:
         noise = draw(keys, POSTERIOR, mean.shape[1:])
     latents = scale * sample_posterior(mean, log_variance, noise).astype(jnp.float32)
+    latents = jnp.concatenate([latents[:, :1]] * padding + [latents], axis=1)
     later_frames = ((0, 0), (0, frames - latents.shape[1]), (0, 0), (0, 0), (0, 0))
     return pin(jnp.pad(latents, later_frames), mesh, "video")
 

@@ -32,7 +32,7 @@ from orbax.checkpoint.options import MultiprocessingOptions
 
 from ..config import PARTS, CheckpointConfig
 from ..devices.mesh import Sizes, make_mesh
-from ..disk import first_line, one_line, process_folder, read_json
+from ..disk import first_line, one_line, process_folder, read_json, sha256
 from .lora import Leaves, Lora, Ranks, ranks_beside, read_merged, select_loras
 from .pieces import (
     NETWORKS,
@@ -246,6 +246,12 @@ class Models:
     _resident: dict[str, nnx.Module] = field(default_factory=dict, repr=False)
     _merged: dict[str, list[Any]] = field(default_factory=dict, repr=False)
     _loading: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def digest(self) -> str | None:
+        """The SHA-256 of the folder's manifest, which has checksums of all weights."""
+        manifest = self.folder / MANIFEST
+        return sha256(manifest) if manifest.is_file() else None
 
     def piece(
         self, name: str, shapes: nnx.Module | None = None, workspace: int = 0, ahead: bool = False

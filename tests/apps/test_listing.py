@@ -76,7 +76,7 @@ def test_every_wrong_row_is_told_once_with_all_that_is_wrong() -> None:
     assert gone == "image must be an existing file: got gone.png"
     assert cut.startswith("output must end in .mp4, .gif, ")
     assert "; image must be whole and in a common format: got cut.png" in cut
-    assert "; height x width must be 64x64 for cogi2v-tiny" in cut
+    assert "; height must be a multiple of 8: got 60" in cut
     assert empty == "it must have a prompt and an image (in a .txt file: prompt@@image)"
     assert [job.row for job in listing.jobs] == [2, 4]
     assert [(job.row, job.state == FAILED) for job in listing.all] == [

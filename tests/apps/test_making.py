@@ -51,6 +51,9 @@ def test_a_run_that_was_stopped_goes_on_after_its_last_segment(
     assert "going on from the segments in out.latents.safetensors" in capsys.readouterr().err
     assert steps == [1, 2, 1, 2]
     np.testing.assert_array_equal(read_frames("out.png"), read_frames("whole.png"))
+    assert main(["--extend", "3", *QUICK, "--output", "out.png"]) == 0
+    assert "going on" in capsys.readouterr().err
+    np.testing.assert_array_equal(read_frames("out.png")[:25], read_frames("whole.png"))
     assert main([*words, "--seed", "1", "--output", "out.png"]) == 0  # another recipe
     assert "going on" not in capsys.readouterr().err
     assert not np.array_equal(read_frames("out.png"), read_frames("whole.png"))
@@ -72,10 +75,14 @@ def test_a_clip_gives_its_first_frame_as_the_image_and_is_in_the_recipe() -> Non
     words = ["--video", "clip", "--prompt", "the cyan triangle spins", "--strength", "0.5"]
     assert main([*words, *QUICK, "--output", "a.mp4"]) == 0
     recipe = read_recipe("a.mp4")
-    assert (recipe["video"], recipe["image"]) == ("clip", "clip-0.png")
+    assert (recipe["video"], recipe["image"]) == ("clip", "first frame of clip.png")
     assert (recipe["strength"], len(recipe["video_sha256"])) == (0.5, 64)
+    Path("clip", "notes").mkdir()  # is no frame
+    words[1] = "clip.png"
     assert main(["--image", "photo.png", *words, *QUICK, "--output", "b.mp4"]) == 0
-    assert read_recipe("b.mp4")["image_sha256"] == sha256(Path("photo.png"))
+    other = read_recipe("b.mp4")
+    assert other["image_sha256"] == sha256(Path("photo.png"))
+    assert other["video_sha256"] == recipe["video_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +90,14 @@ def test_a_clip_gives_its_first_frame_as_the_image_and_is_in_the_recipe() -> Non
     [
         (["--video", "photo.png"], 2, "--prompt must be given with --video"),
         (["--video", "no such.mp4", "--prompt", "a"], 1, "video must be an existing file"),
+        (["--strength", "0.5"], 2, "--strength must be given with --video"),
+        (["--no-match_colour"], 2, "--match_colour must be given with --extend"),
         (["--loop", "--extend", "1"], 1, "loop must be without extend: got both"),
-        (["--strength", "0"], 1, "strength must be a number above 0 and at most 1: got 0"),
+        (
+            ["--video", "photo.png", "--prompt", "a", "--strength", "0"],
+            1,
+            "strength must be a number above 0 and at most 1: got 0",
+        ),
         (["--extend", "two"], 2, "must be an integer from 0 to 999: got 'two'"),
     ],
 )
