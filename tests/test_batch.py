@@ -13,7 +13,7 @@ from clouds import cloud_in
 from recipes import read_recipe
 from runs import enter
 
-from cogi2v_jax import pipeline
+from cogi2v_jax import loading, pipeline
 from cogi2v_jax.apps import workers
 from cogi2v_jax.batch import main
 from cogi2v_jax.disk import locked
@@ -25,6 +25,12 @@ ROWS = [
 ]
 NAMES = ["0001-the-cyan-triangle-grows.mp4", "0002-the-cyan-triangle-spins.mp4", "x.gif"]
 COMMAND = ("jobs.jsonl", "--output_dir", "out", "--num_inference_steps", "2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def converted() -> None:
+    """The embedded model is converted once, which prints a line."""
+    loading.load("cogi2v-tiny")
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,14 @@ import pytest
 from recipes import read_recipe
 from runs import enter, failed, without_sampling
 
+from cogi2v_jax import loading
 from cogi2v_jax.sample import main
+
+
+@pytest.fixture(scope="module", autouse=True)
+def converted():
+    """The embedded model is converted once, which prints a line."""
+    loading.load("cogi2v-tiny")
 
 
 @pytest.fixture(autouse=True)
