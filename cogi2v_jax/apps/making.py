@@ -21,7 +21,7 @@ from ..disk import check_space, sha256
 from ..media.enhance import Endpoint
 from ..media.noise_file import read_noise
 from ..media.ranking import rank
-from ..media.recipe import LATENTS, read_latents, recipe_of, write_latents
+from ..media.recipe import LATENTS, read_latents, recipe_of, without_padding, write_latents
 from ..media.segments import Segments, clip_frames
 from ..media.sizes import fit_size
 from ..media.videos import check_name, check_output, enlarge, gif_steps, write_video
@@ -348,9 +348,7 @@ def _finish(
     started = time.perf_counter()
     lines, written = [], []
     for output, video, recipe in videos:
-        if "visible" in recipe:
-            left, top, right, bottom = recipe["visible"]
-            video = video[:, top:bottom, left:right]
+        video = without_padding(video, recipe)
         lines.append(_written(output, video, recipe))
         written.append((output.name, recipe))
         if upscale:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..command import fault_line, say
 from ..devices import hosts
 from ..disk import first_line, process_folder
-from ..media.recipe import recipe_of
+from ..media.recipe import recipe_of, without_padding
 from ..media.videos import check_output, write_video
 from ..request import Request, Video
 from .jobs import Job
@@ -134,7 +134,8 @@ class Worker:
                 recipe = recipe_of(models, self.model, request, of)
                 place = folder / f"video-{number}" / Path(str(job.output)).name
                 place.parent.mkdir()
-                yield _content(write_video(place, video, request.fps, recipe))
+                visible = without_padding(video, recipe)
+                yield _content(write_video(place, visible, request.fps, recipe))
 
     @property
     def _padded(self) -> int:

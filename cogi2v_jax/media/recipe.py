@@ -75,6 +75,14 @@ def _visible(image: Path, request: Resolved) -> list[int] | None:
     return None if box == (0, 0, request.width, request.height) else [*box]
 
 
+def without_padding(frames: Any, recipe: dict[str, Any]) -> Any:
+    """Frames [f h w 3] cut to what the recipe says is not padding."""
+    if "visible" not in recipe:
+        return frames
+    left, top, right, bottom = recipe["visible"]
+    return frames[:, top:bottom, left:right]
+
+
 def write_latents(path: Path, latents: Any, recipe: dict[str, Any]) -> None:
     """Writes latents [1 t h w c] and their recipe. Called before decoding, so that running out of
     memory there costs no sampling."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from recipes import read_recipe
 from runs import enter
 
@@ -64,6 +65,14 @@ def test_videos_made_at_once_are_those_made_alone() -> None:
         recipe = read_recipe("ours.mp4")
         assert (recipe["prompt"], recipe["seed"]) == (job.recipe["prompt"], job.row)
         assert recipe["image"] == "photo.png"
+
+
+@pytest.mark.filterwarnings("ignore:.*expect nothing of sense")
+def test_a_padded_video_is_cut_to_its_picture() -> None:
+    Image.open("photo.png").crop((0, 16, 64, 48)).save("photo.png")
+    jobs, pictures = jobs_of("the cyan triangle grows", fit="pad")
+    (made,) = Worker("cogi2v-tiny").make(jobs, pictures)
+    assert frames(made, "a.mp4").shape == (9, 32, 64, 3)
 
 
 def test_each_job_is_told_what_is_wrong_with_it() -> None:
