@@ -49,3 +49,9 @@ def find_name(model: str) -> str | None:
     asked = asked.lower().replace("thudm/", "zai-org/")
     hubs = {name: config.toml(name)["source"].get("hub", name).lower() for name in config.names()}
     return next((name for name, hub in hubs.items() if asked in (name, hub)), None)
+
+
+def machine_name(text: str) -> str:
+    """A machine's name as `configs/meshes.toml` has it: the cloud's for v5e is v5litepod, and case
+    makes no difference."""
+    return text.strip().lower().replace("v5litepod-", "v5e-")

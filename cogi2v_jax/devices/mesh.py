@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from .. import config
+from ..names import machine_name
 from .sharding import AXES, RULES
 
 GUIDED = 2  # predictions of a guidance pair
@@ -46,7 +47,8 @@ def sizes_of(text: str) -> Sizes:
     """The sizes of a mesh named in `configs/meshes.toml`, or spelled out as
     "data=1,pair=2,context=4", where missing axes are 1. Raises ValueError for anything else."""
     known = config.meshes()["meshes"]
-    if text in known:
+    if (name := machine_name(text)) in known:
+        text = name
         return Sizes(**{axis: known[text].get(axis, 1) for axis in AXES})
     sizes = {}
     for part in text.split(","):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .. import config
 from ..disk import read_toml
-from ..names import find_name
+from ..names import find_name, machine_name
 from ..request import Request, Resolved
 
 Row = dict[str, Any]  # of plans.toml: the programs of one stage, compiled
@@ -54,6 +54,7 @@ def lines(
     and whether it fits. `settings` are those of `Request`, None for the checkpoint's default.
     Raises ValueError in one line for an unknown model or mesh, and for what the network cannot
     compute."""
+    mesh = machine_name(mesh)
     count_devices(mesh)  # raises for an unknown mesh
     model = _find(model)
     request = Request(image="", prompt="", **settings).resolve(config.named(model))
@@ -78,6 +79,7 @@ def lines(
 def training_lines(model: str, mesh: str) -> list[str]:
     """What a step of training takes, as lines to print: one for each way that was compiled for the
     machine. Raises ValueError in one line for an unknown model or mesh."""
+    mesh = machine_name(mesh)
     devices = count_devices(mesh)  # raises for an unknown mesh
     model = _find(model)
     rows = [row for row in table() if (row["stage"], row["model"]) == (TRAIN, model)]

@@ -10,6 +10,7 @@ import pytest
 
 from cogi2v_jax import config
 from cogi2v_jax.devices import plan
+from cogi2v_jax.devices.mesh import sizes_of
 
 MODEL = "cogvideox-5b-i2v"
 COMMON = """
@@ -255,6 +256,13 @@ def test_an_unknown_name_is_one_line_with_the_known_ones(whole, arguments, error
     with pytest.raises(ValueError, match="to be planned") as caught:
         plan.lines(*arguments)
     assert str(caught.value) == error
+
+
+@pytest.mark.parametrize("name", ["V5E-8", "v5litepod-8", " V5LitePod-8"])
+def test_a_machine_may_have_the_clouds_name_for_it(whole, name: str) -> None:
+    assert plan.lines(MODEL, name) == plan.lines(MODEL, "v5e-8")
+    assert plan.training_lines(MODEL, name) == plan.training_lines(MODEL, "v5e-8")
+    assert sizes_of(name) == sizes_of("v5e-8")
 
 
 def test_what_the_network_cannot_compute_is_refused_as_for_a_request(whole):
