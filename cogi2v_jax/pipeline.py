@@ -117,11 +117,12 @@ def denoise(
     steps, group = job.steps, job.group(on_step)
     state, image, low, modulation = start
     inputs = job.keys, image, text, job.positions(), low, job.shifts
-    for first in range(0, steps, group):
-        rows = np.int32(first), job.tableau, modulation, job.noise_of(first, group)
+    for done in range(0, steps, group):
+        first = np.int32(job.request.first_step + done)
+        rows = first, job.tableau, modulation, job.noise_of(done, group)
         state = run(stages.denoise, state, *rows, *inputs, steps=group, guidance=job.guidance)
         if on_step is not None:
-            on_step(first + group, steps, state.x)
+            on_step(done + group, steps, state.x)
     latents = to_host(state.x)[:, job.shape.padding :]  # [b t h w c]
     if not np.isfinite(latents).all():
         raise FloatingPointError(f"latents are not finite after {steps} steps; {WAYS}")

@@ -122,6 +122,34 @@ def test_a_second_run_with_other_values_compiles_nothing(tiny: Models, image: Im
     assert not second
 
 
+CLIP = np.zeros((9, 64, 64, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"motion": 0.3}, {"motion": 0.9}),
+        ({"image_guidance": 1.5, "noise_aug": 0.05}, {"image_guidance": 2.0, "noise_aug": 0.1}),
+        ({"guidance_interval": (0.0, 0.5)}, {"guidance_interval": (0.3, 0.9)}),
+        ({"video": CLIP, "strength": 0.4}, {"video": CLIP + 1, "strength": 0.7}),
+        ({"extend": 1}, {"extend": 2, "match_colour": False}),
+        ({"keyframes": {1: CLIP[0]}}, {"end_image": CLIP[0]}),
+        ({"loop": True}, {"loop": True, "seed": 3, "guidance_scale": 5.0}),
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_another_value_of_what_is_data_compiles_nothing(
+    tiny: Models, image: Image.Image, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    seen = []
+    for given in (one, other):
+        with compilations() as found:
+            request = Request(image, GROWS, num_inference_steps=3, **given)
+            cogi2v_jax.generate(tiny, request, on_step=lambda *_: None)
+        seen.append(len(found))
+    assert seen[1] == 0
+
+
 class Enough(Exception):
     """Ends a run before its latents are decoded."""
 

@@ -173,9 +173,11 @@ class RequestTarget(Target):
 
     @cached_property
     def tableau(self) -> Tableau:
-        """Raises ValueError for a schedule that does not exist."""
+        """As many rows as the request has steps, so that `strength` is data: those that are left
+        out are like the first one that is run. Raises ValueError for a schedule that does not
+        exist."""
         r = self.request
-        return tableau(
+        rows = tableau(
             self.config.scheduler,
             r.scheduler,
             r.num_inference_steps,
@@ -187,16 +189,19 @@ class RequestTarget(Target):
             image_guidance=r.image_guidance,
             first=r.first_step,
         )
+        return Tableau(*(np.concatenate([c[:1]] * r.first_step + [c]) for c in rows))
 
     @property
     def steps(self) -> int:
         """Steps that are run."""
-        return len(self.tableau.timestep)
+        return self.request.num_inference_steps - self.request.first_step
 
     @property
     def shifts(self) -> Int[np.ndarray, " i"] | None:
         """By how much the latents of a loop are shifted in each step."""
-        return loop_shifts(self.shape.frames, self.steps) if self.request.loop else None
+        if not self.request.loop:
+            return None
+        return loop_shifts(self.shape.frames, self.request.num_inference_steps)
 
     @property
     def guidance(self) -> Guidance:
