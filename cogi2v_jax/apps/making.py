@@ -46,6 +46,7 @@ class Made:
     recipe: dict[str, Any]
     request: Resolved  # of its batch
     image: Path
+    is_kept: bool = False
     latents: Any = None  # [1 t h w c]
     frames: Any = None  # uint8 [f h w 3]
 
@@ -156,8 +157,8 @@ def make(
             if not hosts.leads():
                 return
             for number, made in enumerate(new):
-                made.latents = latents[number : number + 1]
-                write_latents(made.kept, made.latents, made.recipe)
+                write_latents(made.kept, latents[number : number + 1], made.recipe)
+                made.is_kept = True
 
         try:
             noise = None if given is None else Noise(initial=given.repeat(len(new), 0))
@@ -174,7 +175,7 @@ def make(
                     made.latents = made.frames = None
                 del takes[:whole]
         except Exception as error:
-            if new[0].latents is not None:
+            if new[0].is_kept:
                 way = f"--decode_latents {new[0].kept} makes the video"
                 error.add_note(f"the latents are kept: {way}")
             raise

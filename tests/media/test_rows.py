@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cogi2v_jax.arguments import add_settings
+from cogi2v_jax.arguments import Listed, add_settings
 from cogi2v_jax.media.rows import EVERY_COLUMN, Row, read_manifest, read_rows
 from cogi2v_jax.settings import SETTINGS
 
@@ -190,6 +190,7 @@ GIVEN = {  # as flags take them
 def test_a_cell_is_read_as_the_flag_of_its_name_is(tmp_path: Path, name: str) -> None:
     flags = argparse.ArgumentParser()
     add_settings(flags)
+    Listed(flags, "others", 78).add_settings()
     switch = name == "use_dynamic_cfg"
     options = flags.parse_args([f"--{name}"] if switch else [f"--{name}", GIVEN[name]])
     header = f"prompt\timage\t{name}\n"
