@@ -42,8 +42,8 @@ def sizes(models: Models) -> dict[str, int]:
 
 def noise_of(models: Models, *shape: int) -> np.ndarray:
     size = sizes(models)
-    shape = *shape, size["height"], size["width"], 3
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    whole = *shape, size["height"], size["width"], 3
+    return np.random.default_rng(0).integers(0, 256, whole, np.uint8)
 
 
 def ask(models: Models, **given: Any) -> Request:
