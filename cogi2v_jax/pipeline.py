@@ -183,14 +183,14 @@ def split_segments(done: Any, job: "Job") -> list[Float[np.ndarray, "b t h w c"]
 def encode_pixels(run: Session, pixels: Float[Any, "b f h w 3"]) -> Float[Any, "b t h2 w2 c"]:
     """Pixels in [-1, 1], of a picture or a clip, to the moments of their latents."""
 
-    rows, columns = (side // run.target.config.vae.spatial_ratio for side in pixels.shape[2:4])
-    # Of a clip the encoder works on eight frames at a time.
-    strips = {} if pixels.shape[1] == 1 else {"strips": run.target.strips(rows, columns)}
+    vae, strips = run.target.config.vae, {}
+    if pixels.shape[1] > 1 and not run.models.vae_tiling:  # a clip: eight frames at a time
+        rows, columns = (side // vae.spatial_ratio for side in pixels.shape[2:4])
+        strips = {"strips": run.target.strips(rows, columns)}
 
     def encode(pixels: Float[Any, "b f h w 3"]) -> Float[Any, "b t h2 w2 c"]:
-        return run(stages.encode_image, pixels, **({} if run.models.vae_tiling else strips))
+        return run(stages.encode_image, pixels, **strips)
 
-    vae = run.target.config.vae
     return encode_tiled(encode, pixels, vae) if run.models.vae_tiling else encode(pixels)
 
 
