@@ -29,6 +29,7 @@ from ..request import Noise, Request, Resolved
 from . import choosing, rewriting
 
 if TYPE_CHECKING:
+    from ..pipeline import Job
     from ..weights.checkpoint import Models
 
 SQUEEZED = {".mp4": 10}  # bytes of frames in a byte of a file
@@ -97,7 +98,7 @@ def make(
     asked, request = request, request.takes(best_of)
     request.check()
     kept = _kept(outputs, best_of)
-    from ..pipeline import generate, prepare, videos_at_once
+    from ..pipeline import generate
     from ..weights.hub import known_config
 
     with warnings.catch_warnings():
@@ -114,12 +115,7 @@ def make(
         answers = rewriting.ask(endpoint, asked.videos)
         started += time.perf_counter() - began
     models = load(name, dtype)
-    planned = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for batch in request.batches(videos_at_once(models, request)):
-            job = prepare(models, batch)
-            planned.append((batch, job.request))
+    planned, job = _prepared(models, request)
     given, made_of = None, {}
     if noise_file:
         given = read_noise(noise_file, job.shape, job.request.num_frames)
@@ -243,13 +239,21 @@ def _done(new: Sequence[Made], length: int) -> Any:
 
 def check(load: Load, name: str, dtype: str | None, request: Request) -> None:
     """What `make` checks of a request before it samples, for one that comes after others."""
+    _prepared(load(name, dtype), request)
+
+
+def _prepared(models: "Models", request: Request) -> tuple[list[tuple[Request, Any]], "Job"]:
+    """The batches of a request that can all be made, as asked and resolved, and the last one's
+    job."""
     from ..pipeline import prepare, videos_at_once
 
-    models = load(name, dtype)
+    planned = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # `generate` gives them
         for batch in request.batches(videos_at_once(models, request)):
-            prepare(models, batch)
+            job = prepare(models, batch)
+            planned.append((batch, job.request))
+    return planned, job
 
 
 def decode_kept(
